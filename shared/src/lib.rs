@@ -1,1 +1,47 @@
-//! stub
+//! Bulkhead's domain: identity, limits, prices, prompts, and the stores behind them.
+//!
+//! Modules without a feature are pure: values in, values out, no clock, no network. A feature adds
+//! what one function needs and another does not, so that each binary links only its own share.
+//! [`aws`] is the only module that imports `aws_sdk_*`.
+
+pub mod api_key;
+#[cfg(feature = "chunk")]
+pub mod chunk;
+pub mod clock;
+pub mod conversation;
+pub mod document;
+pub mod env;
+pub mod error;
+pub mod ids;
+pub mod item_key;
+pub mod limits;
+#[cfg(any(feature = "model", feature = "prompt"))]
+pub mod messages;
+pub mod pricing;
+pub mod random;
+pub mod scope;
+pub mod secret;
+pub mod telemetry;
+pub mod tenant;
+pub mod units;
+
+#[cfg(any(feature = "dynamodb", feature = "secrets"))]
+pub mod aws;
+#[cfg(feature = "embeddings")]
+pub mod embeddings;
+#[cfg(feature = "prompt")]
+pub mod injection;
+#[cfg(feature = "model")]
+pub mod model;
+#[cfg(feature = "outbound")]
+pub mod outbound;
+#[cfg(feature = "prompt")]
+pub mod prompt;
+#[cfg(any(feature = "outbound", feature = "vectors"))]
+pub mod retry;
+#[cfg(feature = "vector-tokens")]
+pub mod vector_token;
+#[cfg(feature = "vectors")]
+pub mod vectors;
+#[cfg(feature = "web")]
+pub mod web;

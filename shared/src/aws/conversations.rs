@@ -1,0 +1,77 @@
+//! Table `conversations`: the turns of a tenant's users.
+
+use aws_config::SdkConfig;
+
+use super::table::{Page, StoreError, Table};
+use crate::clock::Timestamp;
+use crate::conversation::Turn;
+use crate::ids::ConversationId;
+use crate::item_key;
+use crate::scope::TenantScope;
+
+/// The most turns that are read back of a conversation; the prompt's token budget cuts earlier.
+const MOST_TURNS: i32 = 50;
+
+/// The table.
+#[derive(Clone, Debug)]
+pub struct ConversationStore(Table);
+
+impl ConversationStore {
+    /// The table of that name.
+    pub fn new(config: &SdkConfig, table: String) -> Self {
+        Self(Table::new(config, table))
+    }
+
+    /// The latest turns of a conversation of the scope's tenant and user, newest first; none if there
+    /// is no such conversation, it is another user's, or all of it is past its retention.
+    ///
+    /// # Errors
+    /// If the table does not answer or an item does not parse.
+    pub async fn history(
+        &self,
+        scope: &TenantScope,
+        conversation: &ConversationId,
+        now: Timestamp,
+    ) -> Result<Vec<Turn>, StoreError> {
+        let page = Page {
+            prefix: &item_key::turns(conversation),
+            newest_first: true,
+            limit: MOST_TURNS,
+            after: None,
+        };
+        let (mut turns, _) = self.0.query::<Turn>(scope.tenant_id(), page).await?;
+        turns.retain(|turn| {
+            let own = scope.owns(turn.tenant_id.as_str()).is_ok();
+            if !own {
+                tracing::error!(
+                    alert = "isolation_alert",
+                    tenant.id = %scope.tenant_id(),
+                    "A conversation held a turn of another tenant; it was dropped"
+                );
+            }
+            own && turn.user_id.as_ref() == scope.user_id() && turn.expires_at_s > now.as_seconds()
+        });
+        Ok(turns)
+    }
+
+    /// Adds a turn. It must carry the scope's tenant.
+    ///
+    /// # Errors
+    /// [`StoreError::Conflict`] if it is another tenant's or there already; otherwise if the table
+    /// does not answer.
+    pub async fn add(&self, scope: &TenantScope, turn: &Turn) -> Result<(), StoreError> {
+        scope.owns(turn.tenant_id.as_str()).map_err(|_| StoreError::Conflict)?;
+        let sort = item_key::turn(&turn.conversation_id, turn.asked_at, &turn.id);
+        self.0
+            .client
+            .put_item()
+            .table_name(&self.0.name)
+            .set_item(Some(self.0.item(turn, &sort)?))
+            .condition_expression("attribute_not_exists(#p)")
+            .expression_attribute_names("#p", item_key::PARTITION)
+            .send()
+            .await
+            .map_err(|e| self.0.failed(e))?;
+        Ok(())
+    }
+}

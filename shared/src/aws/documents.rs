@@ -1,0 +1,117 @@
+//! Table `documents`: what a tenant has handed in, and where it stands.
+
+use aws_config::SdkConfig;
+use aws_sdk_dynamodb::types::AttributeValue;
+
+use super::table::{Page, StoreError, Table};
+use crate::document::Document;
+use crate::ids::DocumentId;
+use crate::item_key;
+use crate::scope::TenantScope;
+
+/// The table.
+#[derive(Clone, Debug)]
+pub struct DocumentStore(Table);
+
+impl DocumentStore {
+    /// The table of that name.
+    pub fn new(config: &SdkConfig, table: String) -> Self {
+        Self(Table::new(config, table))
+    }
+
+    /// A document of the scope's tenant.
+    ///
+    /// # Errors
+    /// If the table does not answer or the item does not parse.
+    pub async fn get(&self, scope: &TenantScope, id: &DocumentId) -> Result<Option<Document>, StoreError> {
+        let document: Option<Document> = self.0.get(scope.tenant_id(), &item_key::document(id)).await?;
+        Ok(document.filter(|document| Self::second_look(scope, document)))
+    }
+
+    /// Writes a document's record where it is still at `expected` (its version and whether it was
+    /// there at all), so that of two writers one learns that it lost.
+    ///
+    /// # Errors
+    /// [`StoreError::Conflict`] if it is not, or if the record is another tenant's; otherwise if the
+    /// table does not answer.
+    pub async fn put(
+        &self,
+        scope: &TenantScope,
+        document: &Document,
+        expected: Option<&Document>,
+    ) -> Result<(), StoreError> {
+        scope.owns(document.tenant_id.as_str()).map_err(|_| StoreError::Conflict)?;
+        let put = self
+            .0
+            .client
+            .put_item()
+            .table_name(&self.0.name)
+            .set_item(Some(self.0.item(document, &item_key::document(&document.id))?));
+        let put = match expected {
+            None => put
+                .condition_expression("attribute_not_exists(#p)")
+                .expression_attribute_names("#p", item_key::PARTITION),
+            Some(was) => put
+                .condition_expression("version = :version AND updated_at = :updated")
+                .expression_attribute_values(":version", AttributeValue::N(was.version.to_string()))
+                .expression_attribute_values(
+                    ":updated",
+                    AttributeValue::N(was.updated_at.as_millis().to_string()),
+                ),
+        };
+        put.send().await.map_err(|e| self.0.failed(e))?;
+        Ok(())
+    }
+
+    /// Forgets a document. Forgetting one that is not there changes nothing.
+    ///
+    /// # Errors
+    /// If the table does not answer.
+    pub async fn delete(&self, scope: &TenantScope, id: &DocumentId) -> Result<(), StoreError> {
+        self.0
+            .client
+            .delete_item()
+            .table_name(&self.0.name)
+            .set_key(Some(Table::key(scope.tenant_id(), &item_key::document(id))))
+            .send()
+            .await
+            .map_err(|e| self.0.failed(e))?;
+        Ok(())
+    }
+
+    /// A page of the tenant's documents by id, and the id to go on after if there are more.
+    ///
+    /// # Errors
+    /// [`StoreError::InvalidCursor`] if `after` is no document id; otherwise as [`DocumentStore::get`].
+    pub async fn list(
+        &self,
+        scope: &TenantScope,
+        limit: u16,
+        after: Option<&str>,
+    ) -> Result<(Vec<Document>, Option<DocumentId>), StoreError> {
+        let after: Option<DocumentId> =
+            after.map(str::parse).transpose().map_err(|_| StoreError::InvalidCursor)?;
+        let page = Page {
+            prefix: item_key::DOCUMENTS,
+            newest_first: false,
+            limit: i32::from(limit),
+            after: after.as_ref().map(item_key::document),
+        };
+        let (mut documents, next) = self.0.query::<Document>(scope.tenant_id(), page).await?;
+        documents.retain(|document| Self::second_look(scope, document));
+        let next = next.and_then(|sort| sort.strip_prefix(item_key::DOCUMENTS)?.parse().ok());
+        Ok((documents, next))
+    }
+
+    fn second_look(scope: &TenantScope, document: &Document) -> bool {
+        let own = scope.owns(document.tenant_id.as_str()).is_ok();
+        if !own {
+            tracing::error!(
+                alert = "isolation_alert",
+                tenant.id = %scope.tenant_id(),
+                "The table answered with a document of another tenant; it was dropped"
+            );
+        }
+        own
+    }
+}

@@ -1,0 +1,38 @@
+//! The stores on AWS. The only importers of `aws_sdk_*`.
+
+use std::time::Duration;
+
+use aws_config::retry::RetryConfig;
+use aws_config::timeout::TimeoutConfig;
+use aws_config::{BehaviorVersion, SdkConfig};
+
+#[cfg(feature = "dynamodb")]
+pub mod conversations;
+#[cfg(feature = "dynamodb")]
+pub mod documents;
+#[cfg(feature = "secrets")]
+pub mod secrets;
+#[cfg(feature = "dynamodb")]
+mod table;
+#[cfg(feature = "dynamodb")]
+pub mod tenants;
+
+#[cfg(feature = "dynamodb")]
+pub use table::StoreError;
+
+/// The configuration of every AWS client: credentials, region and endpoints from the environment, and
+/// a bound on each call. DynamoDB answers in milliseconds; one that takes a second is better asked
+/// again.
+pub async fn config() -> SdkConfig {
+    aws_config::defaults(BehaviorVersion::latest())
+        .retry_config(RetryConfig::standard().with_max_attempts(3))
+        .timeout_config(
+            TimeoutConfig::builder()
+                .connect_timeout(Duration::from_secs(1))
+                .operation_attempt_timeout(Duration::from_secs(2))
+                .operation_timeout(Duration::from_secs(5))
+                .build(),
+        )
+        .load()
+        .await
+}

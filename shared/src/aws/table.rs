@@ -1,0 +1,156 @@
+//! One DynamoDB table, spoken to in items of one tenant.
+//!
+//! Private to the stores: they build keys with [`crate::item_key`] and take scopes; nothing outside
+//! can name a partition.
+
+use std::collections::HashMap;
+
+use aws_sdk_dynamodb::Client;
+use aws_sdk_dynamodb::error::{ProvideErrorMetadata, SdkError};
+use aws_sdk_dynamodb::types::AttributeValue;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_dynamo::aws_sdk_dynamodb_1::{from_item, to_item};
+
+use crate::item_key::{PARTITION, SORT};
+use crate::tenant::TenantId;
+
+/// Why a store gave no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The condition of a write did not hold: somebody else was there first.
+    #[error("the item is not in the state that the write expects")]
+    Conflict,
+    /// A list was to go on from something that is no place in it.
+    #[error("the cursor is none that a list gave")]
+    InvalidCursor,
+    /// An item does not parse. It is never guessed at.
+    #[error("an item of table {table} does not parse")]
+    Corrupt {
+        /// The table.
+        table: String,
+        /// What is wrong.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The table did not answer, or refused. Whether a write took place is unknown.
+    #[error("table {table} did not answer: {code}")]
+    Unavailable {
+        /// The table.
+        table: String,
+        /// AWS's error code, or what kind of failure it was.
+        code: String,
+        /// The failure.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+pub(super) type Item = HashMap<String, AttributeValue>;
+
+#[derive(Clone, Debug)]
+pub(super) struct Table {
+    pub(super) client: Client,
+    pub(super) name: String,
+}
+
+/// A page of a query: what to read, and how.
+pub(super) struct Page<'a> {
+    /// The items' sort keys start with this.
+    pub(super) prefix: &'a str,
+    /// Whether the last come first.
+    pub(super) newest_first: bool,
+    /// At most so many.
+    pub(super) limit: i32,
+    /// Only those after this sort key.
+    pub(super) after: Option<String>,
+}
+
+impl Table {
+    pub(super) fn new(config: &aws_config::SdkConfig, name: String) -> Self {
+        Self { client: Client::new(config), name }
+    }
+
+    pub(super) fn key(tenant: &TenantId, sort: &str) -> Item {
+        HashMap::from([
+            (PARTITION.to_owned(), AttributeValue::S(tenant.to_string())),
+            (SORT.to_owned(), AttributeValue::S(sort.to_owned())),
+        ])
+    }
+
+    /// A record as an item: its own attributes and its sort key. The record carries its tenant.
+    pub(super) fn item(&self, record: &impl Serialize, sort: &str) -> Result<Item, StoreError> {
+        let mut item: Item = to_item(record).map_err(|e| self.corrupt(e))?;
+        item.insert(SORT.to_owned(), AttributeValue::S(sort.to_owned()));
+        Ok(item)
+    }
+
+    pub(super) fn record<T: DeserializeOwned>(&self, item: Item) -> Result<T, StoreError> {
+        from_item(item).map_err(|e| self.corrupt(e))
+    }
+
+    pub(super) async fn get<T: DeserializeOwned>(
+        &self,
+        tenant: &TenantId,
+        sort: &str,
+    ) -> Result<Option<T>, StoreError> {
+        let answer = self
+            .client
+            .get_item()
+            .table_name(&self.name)
+            .set_key(Some(Self::key(tenant, sort)))
+            .consistent_read(true)
+            .send()
+            .await
+            .map_err(|e| self.failed(e))?;
+        answer.item.map(|item| self.record(item)).transpose()
+    }
+
+    /// A page of one tenant's items, and the sort key to go on after if there are more.
+    pub(super) async fn query<T: DeserializeOwned>(
+        &self,
+        tenant: &TenantId,
+        page: Page<'_>,
+    ) -> Result<(Vec<T>, Option<String>), StoreError> {
+        let answer = self
+            .client
+            .query()
+            .table_name(&self.name)
+            .key_condition_expression("#p = :p AND begins_with(#s, :s)")
+            .expression_attribute_names("#p", PARTITION)
+            .expression_attribute_names("#s", SORT)
+            .expression_attribute_values(":p", AttributeValue::S(tenant.to_string()))
+            .expression_attribute_values(":s", AttributeValue::S(page.prefix.to_owned()))
+            .scan_index_forward(!page.newest_first)
+            .limit(page.limit)
+            .set_exclusive_start_key(page.after.map(|sort| Self::key(tenant, &sort)))
+            .consistent_read(true)
+            .send()
+            .await
+            .map_err(|e| self.failed(e))?;
+        let next = answer.last_evaluated_key.and_then(|key| key.get(SORT)?.as_s().ok().cloned());
+        let records = answer.items.unwrap_or_default().into_iter().map(|item| self.record(item));
+        Ok((records.collect::<Result<_, _>>()?, next))
+    }
+
+    pub(super) fn corrupt(&self, error: impl std::error::Error + Send + Sync + 'static) -> StoreError {
+        StoreError::Corrupt { table: self.name.clone(), source: Box::new(error) }
+    }
+
+    /// Tells a failed condition from everything else.
+    pub(super) fn failed<E, R>(&self, error: SdkError<E, R>) -> StoreError
+    where
+        E: ProvideErrorMetadata + std::error::Error + Send + Sync + 'static,
+        R: std::fmt::Debug + Send + Sync + 'static,
+    {
+        let code = match &error {
+            SdkError::TimeoutError(_) => "timeout".to_owned(),
+            SdkError::DispatchFailure(_) => "unreachable".to_owned(),
+            other => other.code().unwrap_or("unknown").to_owned(),
+        };
+        match code.as_str() {
+            "ConditionalCheckFailedException" => StoreError::Conflict,
+            _ => StoreError::Unavailable { table: self.name.clone(), code, source: Box::new(error) },
+        }
+    }
+}

@@ -1,0 +1,133 @@
+//! Table `tenants`: who a tenant is, and its keys.
+
+use aws_config::SdkConfig;
+use aws_sdk_dynamodb::operation::transact_write_items::TransactWriteItemsError;
+use aws_sdk_dynamodb::types::{AttributeValue, Put, TransactWriteItem};
+
+use super::table::{Item, StoreError, Table};
+use crate::api_key::{ApiKey, KeyRecord};
+use crate::item_key;
+use crate::scope::Operator;
+use crate::tenant::{Tenant, TenantId};
+
+/// The table. Tenants themselves have no access to it: only the authorizer, which looks up what a
+/// presented key names, and the control plane.
+#[derive(Clone, Debug)]
+pub struct TenantStore(Table);
+
+/// What a presented key names: nothing of it is proven until it is verified.
+#[derive(Debug)]
+pub struct Claimed {
+    /// The tenant's record.
+    pub tenant: Option<Tenant>,
+    /// The key's record.
+    pub key: Option<KeyRecord>,
+}
+
+impl TenantStore {
+    /// The table of that name.
+    pub fn new(config: &SdkConfig, table: String) -> Self {
+        Self(Table::new(config, table))
+    }
+
+    /// Reads the two items that a presented key names, at the same time.
+    ///
+    /// # Errors
+    /// If the table does not answer or an item does not parse.
+    pub async fn claimed_by(&self, presented: &ApiKey) -> Result<Claimed, StoreError> {
+        let tenant_id = presented.claimed_tenant();
+        let key = item_key::api_key(presented.key_id());
+        let (tenant, key) =
+            tokio::try_join!(self.0.get(tenant_id, item_key::TENANT), self.0.get(tenant_id, &key))?;
+        Ok(Claimed { tenant, key })
+    }
+
+    /// Adds a tenant and its first key, both or neither.
+    ///
+    /// # Errors
+    /// [`StoreError::Conflict`] if the tenant exists.
+    pub async fn create(&self, _operator: &Operator, tenant: &Tenant, key: &KeyRecord) -> Result<(), StoreError> {
+        let items =
+            [self.0.item(tenant, item_key::TENANT)?, self.0.item(key, &item_key::api_key(&key.key_id))?];
+        let mut transaction = self.0.client.transact_write_items();
+        for item in items {
+            let put = Put::builder()
+                .table_name(&self.0.name)
+                .set_item(Some(item))
+                .condition_expression("attribute_not_exists(#p)")
+                .expression_attribute_names("#p", item_key::PARTITION)
+                .build()
+                .map_err(|e| self.0.corrupt(e))?;
+            transaction = transaction.transact_items(TransactWriteItem::builder().put(put).build());
+        }
+        match transaction.send().await {
+            Ok(_) => Ok(()),
+            Err(error) => Err(match error.as_service_error() {
+                Some(TransactWriteItemsError::TransactionCanceledException(cancelled))
+                    if cancelled
+                        .cancellation_reasons()
+                        .iter()
+                        .any(|reason| reason.code() == Some("ConditionalCheckFailed")) =>
+                {
+                    StoreError::Conflict
+                }
+                _ => self.0.failed(error),
+            }),
+        }
+    }
+
+    /// A tenant's record.
+    ///
+    /// # Errors
+    /// If the table does not answer or the item does not parse.
+    pub async fn get(&self, _operator: &Operator, tenant: &TenantId) -> Result<Option<Tenant>, StoreError> {
+        self.0.get(tenant, item_key::TENANT).await
+    }
+
+    /// A page of all tenants, in no order, and where to go on. The one scan of the system: for
+    /// operators alone.
+    ///
+    /// # Errors
+    /// [`StoreError::InvalidCursor`] if `after` is no tenant id; otherwise as [`TenantStore::get`].
+    pub async fn list(
+        &self,
+        _operator: &Operator,
+        limit: usize,
+        after: Option<&str>,
+    ) -> Result<(Vec<Tenant>, Option<TenantId>), StoreError> {
+        let mut start: Option<Item> = match after {
+            Some(text) => {
+                let tenant: TenantId = text.parse().map_err(|_| StoreError::InvalidCursor)?;
+                Some(Table::key(&tenant, item_key::TENANT))
+            }
+            None => None,
+        };
+        let mut tenants: Vec<Tenant> = Vec::new();
+        loop {
+            let page = self
+                .0
+                .client
+                .scan()
+                .table_name(&self.0.name)
+                .filter_expression("#s = :config")
+                .expression_attribute_names("#s", item_key::SORT)
+                .expression_attribute_values(":config", AttributeValue::S(item_key::TENANT.to_owned()))
+                .set_exclusive_start_key(start)
+                .send()
+                .await
+                .map_err(|e| self.0.failed(e))?;
+            for item in page.items.unwrap_or_default() {
+                tenants.push(self.0.record(item)?);
+            }
+            start = page.last_evaluated_key;
+            if start.is_none() || tenants.len() > limit {
+                break;
+            }
+        }
+        let more = tenants.len() > limit;
+        tenants.truncate(limit);
+        // A scan goes on behind the last one that was answered, wherever its own page ended.
+        let next = if more { tenants.last().map(|t| t.tenant_id.clone()) } else { None };
+        Ok((tenants, next))
+    }
+}

@@ -1,0 +1,117 @@
+//! Documents, as the tenant's index knows them.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+use sha2::{Digest, Sha256};
+
+use crate::clock::Timestamp;
+use crate::ids::DocumentId;
+use crate::tenant::TenantId;
+
+/// Where a document stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DocumentStatus {
+    /// Being indexed.
+    Processing,
+    /// Found by searches.
+    Ready,
+    /// Could not be indexed.
+    Failed,
+}
+
+/// The kinds of text that can be ingested.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ContentType {
+    /// Plain text.
+    #[serde(rename = "text/plain")]
+    Plain,
+    /// CommonMark.
+    #[serde(rename = "text/markdown")]
+    Markdown,
+    /// HTML.
+    #[serde(rename = "text/html")]
+    Html,
+}
+
+impl ContentType {
+    /// The kind that a media type names, its parameters and case aside.
+    pub fn parse(media_type: &str) -> Option<Self> {
+        let essence = media_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
+        match essence.as_str() {
+            "text/plain" => Some(Self::Plain),
+            "text/markdown" => Some(Self::Markdown),
+            "text/html" => Some(Self::Html),
+            _ => None,
+        }
+    }
+}
+
+/// A document's record: an item of table `documents`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Document {
+    /// The tenant.
+    pub tenant_id: TenantId,
+    /// The document.
+    pub id: DocumentId,
+    /// Grows by one with each change of content.
+    pub version: u64,
+    /// Where it stands.
+    pub status: DocumentStatus,
+    /// How many passages it was cut into.
+    pub chunks: u32,
+    /// SHA-256 of everything that was sent, so that the same again is recognised.
+    pub sha256: String,
+    /// Its title.
+    pub title: String,
+    /// Where it came from; empty if the tenant did not say.
+    #[serde(default)]
+    pub source: String,
+    /// What kind of text it is.
+    pub content_type: ContentType,
+    /// The tenant's own notes on it.
+    #[serde(default, skip_serializing_if = "Map::is_empty")]
+    pub metadata: Map<String, Value>,
+    /// When it was first sent.
+    pub created_at: Timestamp,
+    /// When its content last changed.
+    pub updated_at: Timestamp,
+}
+
+/// The id of a document whose sender chose none: the same document sent again is the same document.
+pub fn derived_id(title: &str, source: &str, content: &str) -> DocumentId {
+    let digest = hex::encode(fingerprint(&[title, source, content]));
+    let text = format!("doc_{}", digest.get(..32).unwrap_or(&digest));
+    #[expect(clippy::expect_used, reason = "`doc_` and hexadecimal digits are a document id")]
+    text.parse().expect("well-formed")
+}
+
+/// SHA-256 of `parts` in order, each led by its length, so that no two lists collide.
+pub fn fingerprint(parts: &[&str]) -> [u8; 32] {
+    let mut hash = Sha256::new();
+    for part in parts {
+        hash.update((part.len() as u64).to_be_bytes());
+        hash.update(part.as_bytes());
+    }
+    hash.finalize().into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_derived_id_depends_on_every_part_and_on_where_it_ends() {
+        let id = derived_id("a", "b", "c");
+        assert_eq!(id, derived_id("a", "b", "c"));
+        for other in [derived_id("ab", "", "c"), derived_id("a", "bc", ""), derived_id("", "ab", "c")] {
+            assert_ne!(id, other);
+        }
+    }
+
+    #[test]
+    fn media_types() {
+        assert_eq!(ContentType::parse("Text/HTML; charset=utf-8"), Some(ContentType::Html));
+        assert_eq!(ContentType::parse("application/pdf"), None);
+    }
+}

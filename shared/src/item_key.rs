@@ -1,0 +1,60 @@
+//! The keys of every item in every table, built here and nowhere else.
+//!
+//! A partition key is a bare [`TenantId`](crate::tenant::TenantId); sort keys are a prefix that names
+//! the kind, `#`, and identifiers none of which can hold `#`. So no two things share a key, and a
+//! prefix query finds one kind alone.
+
+use crate::api_key::KeyId;
+use crate::clock::Timestamp;
+use crate::ids::{ConversationId, DocumentId, MessageId};
+
+/// The partition key attribute of every table.
+pub const PARTITION: &str = "tenant_id";
+/// The sort key attribute of every table that has one.
+pub const SORT: &str = "sk";
+/// The attribute that DynamoDB's TTL reads: seconds since the epoch.
+pub const EXPIRES: &str = "expires_at_s";
+
+/// Table `tenants`: the tenant's record.
+pub const TENANT: &str = "CONFIG";
+
+/// Table `tenants`: a key's record.
+pub fn api_key(id: &KeyId) -> String {
+    format!("KEY#{id}")
+}
+
+/// Table `conversations`: what every turn of a conversation starts with.
+pub fn turns(conversation: &ConversationId) -> String {
+    format!("CONV#{conversation}#")
+}
+
+/// Table `conversations`: one turn. Turns of a conversation sort by the time they were asked; the
+/// answer's id tells apart those of one millisecond.
+pub fn turn(conversation: &ConversationId, asked_at: Timestamp, id: &MessageId) -> String {
+    format!("CONV#{conversation}#{:015}#{id}", asked_at.as_millis())
+}
+
+/// Table `documents`: what every document starts with.
+pub const DOCUMENTS: &str = "DOC#";
+
+/// Table `documents`: one document.
+pub fn document(id: &DocumentId) -> String {
+    format!("{DOCUMENTS}{id}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::random::entropy;
+
+    #[test]
+    fn turns_sort_by_time_under_their_conversation_alone() {
+        let mut rng = entropy();
+        let conversation = ConversationId::new(&mut rng);
+        let key = |ms| turn(&conversation, Timestamp::from_millis(ms), &MessageId::new(&mut entropy()));
+        assert!(key(9) < key(10));
+        assert!(key(999_999_999_999) < key(1_000_000_000_000));
+        assert!(key(1).starts_with(&turns(&conversation)));
+        assert!(!key(1).starts_with(&turns(&ConversationId::new(&mut rng))));
+    }
+}

@@ -1,0 +1,162 @@
+//! What a tenant may use: the tiers' defaults, and how an operator changes them for one tenant.
+
+use std::collections::HashMap;
+use std::sync::LazyLock;
+
+use serde::{Deserialize, Serialize};
+
+use crate::pricing;
+use crate::tenant::Tier;
+
+/// Every limit of a tenant. All are present in a tenant's record; a record that lacks one does not
+/// parse, so a missing limit refuses and never means "unlimited". Zero means zero.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Limits {
+    /// Requests in any 60 seconds.
+    pub requests_per_minute: u32,
+    /// Tokens, input and output, in a UTC day.
+    pub tokens_per_day: u64,
+    /// Tokens, input and output, in a UTC calendar month.
+    pub monthly_token_budget: u64,
+    /// Tokens of one model call: instructions, passages, history, question and answer together.
+    pub max_context_tokens: u64,
+    /// Requests at the same time.
+    pub max_concurrent: u32,
+    /// The models that may be asked for.
+    pub allowed_models: Vec<String>,
+    /// The model that answers where none is asked for.
+    pub default_model: String,
+    /// Days that conversations are kept.
+    pub data_retention_days: u32,
+    /// Documents at the same time.
+    pub max_documents: u64,
+}
+
+/// An operator's changes to a tier's defaults.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "each field is the one of the same name in `Limits`")]
+pub struct LimitChanges {
+    pub requests_per_minute: Option<u32>,
+    pub tokens_per_day: Option<u64>,
+    pub monthly_token_budget: Option<u64>,
+    pub max_context_tokens: Option<u64>,
+    pub max_concurrent: Option<u32>,
+    pub allowed_models: Option<Vec<String>>,
+    pub default_model: Option<String>,
+    pub data_retention_days: Option<u32>,
+    pub max_documents: Option<u64>,
+}
+
+/// A limit that cannot be set.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("limits.{field}: {reason}")]
+pub struct InvalidLimit {
+    /// The field.
+    pub field: &'static str,
+    /// What is wrong with it.
+    pub reason: String,
+}
+
+static TIERS: LazyLock<HashMap<Tier, Limits>> = LazyLock::new(|| {
+    #[expect(clippy::expect_used, reason = "a file of this crate, parsed by a test")]
+    serde_json::from_str(include_str!("../data/tiers.json")).expect("tiers.json is well-formed")
+});
+
+impl Limits {
+    /// The tier's defaults, from `data/tiers.json`.
+    ///
+    /// # Panics
+    /// Never: a test shows that the file has every tier.
+    pub fn of_tier(tier: Tier) -> Self {
+        #[expect(clippy::expect_used, reason = "a file of this crate, checked by a test")]
+        TIERS.get(&tier).cloned().expect("tiers.json has every tier")
+    }
+
+    /// These limits with `changes` made.
+    ///
+    /// # Errors
+    /// [`InvalidLimit`] names the first field that holds an absurd value or an unknown model.
+    pub fn with(mut self, changes: LimitChanges) -> Result<Self, InvalidLimit> {
+        /// Beyond any account's means, and far from where sums could overflow.
+        const MOST_TOKENS: u64 = 1_000_000_000_000;
+        set("requests_per_minute", &mut self.requests_per_minute, changes.requests_per_minute, 1_000_000)?;
+        set("tokens_per_day", &mut self.tokens_per_day, changes.tokens_per_day, MOST_TOKENS)?;
+        set("monthly_token_budget", &mut self.monthly_token_budget, changes.monthly_token_budget, MOST_TOKENS)?;
+        set("max_context_tokens", &mut self.max_context_tokens, changes.max_context_tokens, 10_000_000)?;
+        // A lease in the meter takes about 60 bytes, and the meter must stay one write unit for most.
+        set("max_concurrent", &mut self.max_concurrent, changes.max_concurrent, 1_000)?;
+        set("data_retention_days", &mut self.data_retention_days, changes.data_retention_days, 3_650)?;
+        set("max_documents", &mut self.max_documents, changes.max_documents, 100_000_000)?;
+        if let Some(models) = changes.allowed_models {
+            self.allowed_models = models;
+        }
+        if let Some(model) = changes.default_model {
+            self.default_model = model;
+        }
+        for model in &self.allowed_models {
+            if pricing::chat_model(model).is_none() {
+                let reason = format!("`{model}` is not a model that has a price");
+                return Err(InvalidLimit { field: "allowed_models", reason });
+            }
+        }
+        if !self.allowed_models.contains(&self.default_model) {
+            let reason = format!("`{}` is not among allowed_models", self.default_model);
+            return Err(InvalidLimit { field: "default_model", reason });
+        }
+        Ok(self)
+    }
+}
+
+fn set<T: Copy + PartialOrd + std::fmt::Display>(
+    field: &'static str,
+    limit: &mut T,
+    change: Option<T>,
+    most: T,
+) -> Result<(), InvalidLimit> {
+    match change {
+        Some(value) if value > most => {
+            Err(InvalidLimit { field, reason: format!("{value} is more than {most}") })
+        }
+        Some(value) => {
+            *limit = value;
+            Ok(())
+        }
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_tier_has_limits_that_may_be_set() {
+        for tier in [Tier::Free, Tier::Starter, Tier::Professional, Tier::Enterprise] {
+            let limits = Limits::of_tier(tier);
+            assert_eq!(limits.clone().with(LimitChanges::default()), Ok(limits));
+        }
+    }
+
+    #[test]
+    fn absurd_limits_are_refused_by_name_and_zero_is_zero() {
+        let free = || Limits::of_tier(Tier::Free);
+        let absurd = LimitChanges { tokens_per_day: Some(u64::MAX), ..Default::default() };
+        assert_eq!(free().with(absurd).unwrap_err().field, "tokens_per_day");
+        let unknown = LimitChanges { allowed_models: Some(vec!["gpt-2".into()]), ..Default::default() };
+        assert_eq!(free().with(unknown).unwrap_err().field, "allowed_models");
+        let outside = LimitChanges { default_model: Some("claude-opus-4-6".into()), ..Default::default() };
+        assert_eq!(free().with(outside).unwrap_err().field, "default_model");
+        let none = LimitChanges { requests_per_minute: Some(0), ..Default::default() };
+        assert_eq!(free().with(none).unwrap().requests_per_minute, 0);
+    }
+
+    #[test]
+    fn a_record_without_a_limit_does_not_parse() {
+        let mut record = serde_json::to_value(Limits::of_tier(Tier::Free)).unwrap();
+        assert!(serde_json::from_value::<Limits>(record.clone()).is_ok());
+        record.as_object_mut().unwrap().remove("max_concurrent");
+        assert!(serde_json::from_value::<Limits>(record).is_err());
+    }
+}

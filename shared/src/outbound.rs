@@ -1,0 +1,146 @@
+//! Calls to paid HTTP services: bounded in time, repeated only while nothing has been answered.
+
+use std::time::Duration;
+
+use http::StatusCode;
+use reqwest::{RequestBuilder, Url};
+use tokio::time::{Instant, timeout_at};
+
+use crate::random;
+use crate::retry::Backoff;
+
+/// Why a call brought no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum OutboundError {
+    /// The time was up.
+    #[error("no answer within the time allowed")]
+    Deadline,
+    /// The service asks to come later, or says it is overloaded.
+    #[error("the service is overloaded (HTTP {status})")]
+    Overloaded {
+        /// Its status.
+        status: StatusCode,
+        /// When to come again, if it said so.
+        retry_after: Option<Duration>,
+    },
+    /// The service refused the request as it is: our mistake, or its configuration.
+    #[error("the service refused the request (HTTP {status}, {kind})")]
+    Refused {
+        /// Its status.
+        status: StatusCode,
+        /// The error's kind as the service names it; never its message, which may quote the request.
+        kind: String,
+    },
+    /// The service answered with an error of its own.
+    #[error("the service failed (HTTP {0})")]
+    Failed(StatusCode),
+    /// The service could not be reached, or the connection broke.
+    #[error("the service cannot be reached")]
+    Connection(#[source] reqwest::Error),
+    /// The service answered something that its protocol does not allow.
+    #[error("the service answered something unexpected: {0}")]
+    Malformed(String),
+}
+
+/// A client for all of a function's outbound calls; connections are kept between invocations.
+///
+/// # Errors
+/// If the TLS library does not start.
+pub fn client() -> Result<reqwest::Client, reqwest::Error> {
+    reqwest::Client::builder()
+        .connect_timeout(Duration::from_secs(3))
+        // Below the idle time of the services' load balancers, so that a thawed function does not
+        // write into a connection that is gone.
+        .pool_idle_timeout(Duration::from_secs(30))
+        .redirect(reqwest::redirect::Policy::none())
+        .user_agent("bulkhead")
+        .build()
+}
+
+/// How paid calls are repeated: only before their first byte, so none is paid twice.
+const BACKOFF: Backoff =
+    Backoff { attempts: 3, base: Duration::from_millis(300), cap: Duration::from_secs(4) };
+
+/// Sends what `request` builds until something other than a passing failure is answered, `deadline`
+/// is reached or the attempts are used up. The answer's body is unread.
+///
+/// # Errors
+/// [`OutboundError`], of the last attempt.
+pub async fn send(
+    request: impl Fn() -> RequestBuilder,
+    deadline: Instant,
+) -> Result<reqwest::Response, OutboundError> {
+    let mut failed = 0;
+    loop {
+        let (error, asked) = match timeout_at(deadline, request().send()).await {
+            Err(_) => return Err(OutboundError::Deadline),
+            Ok(Err(error)) => (OutboundError::Connection(error), None),
+            Ok(Ok(response)) => match judge(response).await {
+                Ok(response) => return Ok(response),
+                Err(Verdict::Final(error)) => return Err(error),
+                Err(Verdict::Passing(error, asked)) => (error, asked),
+            },
+        };
+        failed += 1;
+        let Some(wait) = BACKOFF.wait(failed, asked, &mut random::entropy()) else { return Err(error) };
+        if Instant::now() + wait >= deadline {
+            return Err(error);
+        }
+        tracing::warn!(attempt = failed, wait_ms = wait.as_millis() as u64, "Outbound call failed, trying again: {error}");
+        tokio::time::sleep(wait).await;
+    }
+}
+
+/// `path` below `base`, whether or not `base` ends with a slash.
+pub(crate) fn joined(base: &Url, path: &str) -> Url {
+    let mut url = base.clone();
+    url.set_path(&format!("{}/{path}", base.path().trim_end_matches('/')));
+    url
+}
+
+enum Verdict {
+    Final(OutboundError),
+    Passing(OutboundError, Option<Duration>),
+}
+
+async fn judge(response: reqwest::Response) -> Result<reqwest::Response, Verdict> {
+    let status = response.status();
+    if status.is_success() {
+        return Ok(response);
+    }
+    let header = |name| response.headers().get(name).and_then(|v| v.to_str().ok());
+    let number = |name| header(name).and_then(|v| v.parse::<u32>().ok());
+    let retry_after = number("retry-after-ms")
+        .map(|ms| Duration::from_millis(ms.into()))
+        .or_else(|| number("retry-after").map(|s| Duration::from_secs(s.into())));
+    let passing = match header("x-should-retry") {
+        Some("true") => true,
+        Some("false") => false,
+        _ => matches!(status.as_u16(), 408 | 409 | 429 | 500..),
+    };
+    let error = match status.as_u16() {
+        429 | 503 | 529 => OutboundError::Overloaded { status, retry_after },
+        500.. => OutboundError::Failed(status),
+        _ => OutboundError::Refused { status, kind: kind(response).await },
+    };
+    Err(if passing { Verdict::Passing(error, retry_after) } else { Verdict::Final(error) })
+}
+
+/// The error's kind in an answer of the shape `{"error":{"type":…}}`, which these services share.
+async fn kind(response: reqwest::Response) -> String {
+    let body: serde_json::Value = response.json().await.unwrap_or_default();
+    let kind = body.pointer("/error/type").and_then(|v| v.as_str()).unwrap_or("unknown");
+    kind.chars().filter(|c| c.is_ascii_alphanumeric() || *c == '_').take(64).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_base_may_have_a_path() {
+        let url = |base: &str| joined(&base.parse().unwrap(), "v1/messages").to_string();
+        assert_eq!(url("https://h"), "https://h/v1/messages");
+        assert_eq!(url("https://h/proxy/"), "https://h/proxy/v1/messages");
+    }
+}

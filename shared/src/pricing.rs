@@ -1,0 +1,185 @@
+//! What models cost, as data with effective dates (`data/models.json`), in integer nano-dollars.
+//!
+//! A price per million tokens in dollars is a thousand times that in nano-dollars a token. A model
+//! that is not in the file has no price, and is therefore refused before it is called.
+
+use std::collections::HashMap;
+use std::sync::LazyLock;
+
+use serde::{Deserialize, Serialize};
+use time::Date;
+
+use crate::clock::Timestamp;
+use crate::units::{NanoUsd, Tokens};
+
+/// The tokens of one model call, by how they are charged.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Usage {
+    /// Input that no cache held.
+    pub input_tokens: Tokens,
+    /// Output.
+    pub output_tokens: Tokens,
+    /// Input read from the provider's cache.
+    pub cache_read_input_tokens: Tokens,
+    /// Input written to the provider's cache.
+    pub cache_creation_input_tokens: Tokens,
+}
+
+impl Usage {
+    /// All tokens, of every kind.
+    pub fn total(&self) -> Tokens {
+        self.input_tokens
+            + self.output_tokens
+            + self.cache_read_input_tokens
+            + self.cache_creation_input_tokens
+    }
+}
+
+/// How a model is given the passages it may cite.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PassageForm {
+    /// As `search_result` content blocks: the provider keeps them apart from the text and cites them.
+    SearchResults,
+    /// As text between boundaries that nobody can guess; the model cites by marker.
+    Boundaries,
+}
+
+/// A chat model.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ChatModel {
+    /// The most tokens that one answer may have.
+    pub max_output_tokens: u64,
+    /// How it is given passages.
+    pub passages: PassageForm,
+    prices: Vec<ChatPrice>,
+}
+
+/// Nano-dollars a token, from a day on.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ChatPrice {
+    #[serde(deserialize_with = "date")]
+    from: Date,
+    input: NanoUsd,
+    output: NanoUsd,
+    cache_write: NanoUsd,
+    cache_read: NanoUsd,
+}
+
+/// An embedding model.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EmbeddingPrices {
+    prices: Vec<EmbeddingPrice>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct EmbeddingPrice {
+    #[serde(deserialize_with = "date")]
+    from: Date,
+    input: NanoUsd,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Models {
+    chat: HashMap<String, ChatModel>,
+    embedding: HashMap<String, EmbeddingPrices>,
+}
+
+static MODELS: LazyLock<Models> = LazyLock::new(|| {
+    #[expect(clippy::expect_used, reason = "a file of this crate, parsed by a test")]
+    serde_json::from_str(include_str!("../data/models.json")).expect("models.json is well-formed")
+});
+
+/// The chat model of that name, if it has a price.
+pub fn chat_model(name: &str) -> Option<&'static ChatModel> {
+    MODELS.chat.get(name)
+}
+
+/// The embedding model of that name, if it has a price.
+pub fn embedding_model(name: &str) -> Option<&'static EmbeddingPrices> {
+    MODELS.embedding.get(name)
+}
+
+impl ChatModel {
+    /// What `usage` costs at the price in force at `at`; the earliest price before there was any.
+    pub fn cost(&self, usage: &Usage, at: Timestamp) -> NanoUsd {
+        in_force(&self.prices, |p| p.from, at).map_or(NanoUsd(0), |price| {
+            price.input.times(usage.input_tokens)
+                + price.output.times(usage.output_tokens)
+                + price.cache_write.times(usage.cache_creation_input_tokens)
+                + price.cache_read.times(usage.cache_read_input_tokens)
+        })
+    }
+}
+
+impl EmbeddingPrices {
+    /// What embedding `tokens` costs at the price in force at `at`.
+    pub fn cost(&self, tokens: Tokens, at: Timestamp) -> NanoUsd {
+        in_force(&self.prices, |p| p.from, at).map_or(NanoUsd(0), |price| price.input.times(tokens))
+    }
+}
+
+fn in_force<T>(prices: &[T], from: impl Fn(&T) -> Date, at: Timestamp) -> Option<&T> {
+    let day = at.to_datetime().date();
+    prices.iter().rev().find(|p| from(p) <= day).or(prices.first())
+}
+
+fn date<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Date, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    Date::parse(&text, time::macros::format_description!("[year]-[month]-[day]"))
+        .map_err(serde::de::Error::custom)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_model_has_prices_in_order_of_their_dates() {
+        for (name, model) in &MODELS.chat {
+            assert!(!model.prices.is_empty(), "{name}");
+            assert!(model.prices.is_sorted_by_key(|p| p.from), "{name}");
+        }
+        for (name, model) in &MODELS.embedding {
+            assert!(!model.prices.is_empty(), "{name}");
+            assert!(model.prices.is_sorted_by_key(|p| p.from), "{name}");
+        }
+    }
+
+    #[test]
+    fn cost_is_to_the_nano_dollar() {
+        let at = Timestamp::parse("2026-11-01T00:00:00Z").unwrap();
+        let usage = Usage {
+            input_tokens: Tokens(1_001),
+            output_tokens: Tokens(7),
+            cache_read_input_tokens: Tokens(13),
+            cache_creation_input_tokens: Tokens(17),
+        };
+        let cost = chat_model("claude-sonnet-4-6").unwrap().cost(&usage, at);
+        assert_eq!(cost, NanoUsd(1_001 * 3_000 + 7 * 15_000 + 13 * 300 + 17 * 3_750));
+        assert!(chat_model("gpt-2").is_none());
+    }
+
+    #[test]
+    fn the_price_of_the_day_is_charged() {
+        let model = ChatModel {
+            max_output_tokens: 1,
+            passages: PassageForm::SearchResults,
+            prices: serde_json::from_str(
+                r#"[{"from":"2026-01-01","input":1,"output":0,"cache_write":0,"cache_read":0},
+                    {"from":"2026-02-01","input":2,"output":0,"cache_write":0,"cache_read":0}]"#,
+            )
+            .unwrap(),
+        };
+        let usage = Usage { input_tokens: Tokens(1), ..Default::default() };
+        for (day, cost) in [("2025-06-01", 1), ("2026-01-31", 1), ("2026-02-01", 2), ("2027-01-01", 2)] {
+            let at = Timestamp::parse(&format!("{day}T23:59:59Z")).unwrap();
+            assert_eq!(model.cost(&usage, at), NanoUsd(cost), "{day}");
+        }
+    }
+}

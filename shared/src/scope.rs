@@ -1,0 +1,430 @@
+//! Whose request this is: a [`TenantScope`] or an [`Operator`], neither of which can be made up.
+//!
+//! The authorizer turns a [`VerifiedKey`] into a [`Decision`]; API Gateway carries it, outside the
+//! caller's reach, into the function's event; there [`TenantScope::open`] reads it back and checks what
+//! a cached decision cannot know. Every store call of a tenant takes the scope, so code that has not
+//! come this way cannot name a tenant's data.
+
+use std::collections::{BTreeSet, HashMap};
+use std::fmt;
+use std::str::FromStr;
+
+use aws_lambda_events::apigw::ApiGatewayProxyRequestContext;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::api_key::{KeyId, Permission, VerifiedKey};
+use crate::clock::Timestamp;
+use crate::error::{ApiError, Code};
+use crate::ids::UserId;
+use crate::limits::Limits;
+use crate::tenant::{EmbeddingModel, InjectionPolicy, Tenant, TenantId, TenantStatus, Tier};
+
+/// The header in which a tenant names its own user.
+pub const USER_HEADER: &str = "x-user-id";
+/// The authorizer context's value that holds the decision.
+const DECISION: &str = "decision";
+
+/// The id that API Gateway gave a request.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct RequestId(String);
+
+impl From<String> for RequestId {
+    fn from(text: String) -> Self {
+        Self(text)
+    }
+}
+
+impl fmt::Display for RequestId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// A bearer token for one tenant's vector collection. `Debug` hides it.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct VectorToken(String);
+
+impl VectorToken {
+    /// Wraps a token just minted, or the cluster's own key on the control plane.
+    pub fn new(token: String) -> Self {
+        Self(token)
+    }
+
+    /// The token, for the request's metadata.
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for VectorToken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("VectorToken(…)")
+    }
+}
+
+/// What a tenant's assistant is told of itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Profile {
+    /// The company's name.
+    pub company_name: String,
+    /// The assistant's name.
+    pub assistant_name: String,
+    /// The tenant's own instructions; may be empty.
+    pub instructions: String,
+    /// What to do with injected orders.
+    pub injection_policy: InjectionPolicy,
+}
+
+/// What the authorizer found out about a key, as API Gateway caches it. It holds only what depends on
+/// the key, since it is cached by the key alone and for every route.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Decision {
+    tenant_id: TenantId,
+    status: TenantStatus,
+    epoch: u64,
+    tier: Tier,
+    key_id: KeyId,
+    permissions: BTreeSet<Permission>,
+    key_expires_at: Option<Timestamp>,
+    profile: Profile,
+    limits: Limits,
+    cell: String,
+    embedding: EmbeddingModel,
+    vector_read: VectorToken,
+    vector_write: Option<VectorToken>,
+}
+
+impl Decision {
+    /// The decision for a verified key of `tenant`, with the vector tokens minted for it.
+    ///
+    /// # Errors
+    /// [`ForeignRecord`] if the tenant's record is not that of the key's tenant.
+    pub fn new(
+        key: &VerifiedKey,
+        tenant: Tenant,
+        vector_read: VectorToken,
+        vector_write: Option<VectorToken>,
+    ) -> Result<Self, ForeignRecord> {
+        let record = key.record();
+        if record.tenant_id != tenant.tenant_id {
+            return Err(ForeignRecord);
+        }
+        Ok(Self {
+            tenant_id: tenant.tenant_id,
+            status: tenant.status,
+            epoch: tenant.epoch,
+            tier: tenant.tier,
+            key_id: record.key_id.clone(),
+            permissions: record.permissions.clone(),
+            key_expires_at: record.expires_at,
+            profile: Profile {
+                company_name: tenant.company_name,
+                assistant_name: tenant.assistant_name,
+                instructions: tenant.instructions,
+                injection_policy: tenant.injection_policy,
+            },
+            limits: tenant.limits,
+            cell: tenant.cell,
+            embedding: tenant.embedding,
+            vector_read,
+            vector_write,
+        })
+    }
+
+    /// The authorizer's context: flat, as API Gateway demands. `tenantId` and `keyId` stand apart for
+    /// access logs and parameter mappings; functions read the decision alone.
+    ///
+    /// # Errors
+    /// If the decision does not serialise, which a test rules out.
+    pub fn to_context(&self) -> Result<HashMap<String, Value>, serde_json::Error> {
+        Ok(HashMap::from([
+            ("tenantId".to_owned(), self.tenant_id.to_string().into()),
+            ("keyId".to_owned(), self.key_id.to_string().into()),
+            (DECISION.to_owned(), serde_json::to_string(self)?.into()),
+        ]))
+    }
+
+    fn from_context(context: &HashMap<String, Value>) -> Option<Self> {
+        serde_json::from_str(context.get(DECISION)?.as_str()?).ok()
+    }
+}
+
+/// A record of one tenant where another's was expected. It must never happen; whoever meets it drops
+/// the record and raises the alarm.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a record of another tenant")]
+pub struct ForeignRecord;
+
+/// One tenant's request: the only key to that tenant's data. It is not `Clone`, cannot be serialised,
+/// and has no public constructor but [`TenantScope::open`].
+#[derive(Debug)]
+pub struct TenantScope {
+    decision: Decision,
+    user_id: Option<UserId>,
+    request_id: RequestId,
+}
+
+/// Why a request with a recognised key is refused all the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ScopeError {
+    /// The event did not come through the authorizer.
+    #[error("the request carries no authorizer decision")]
+    Unauthorized,
+    /// The key has expired since the decision was cached.
+    #[error("not a valid API key")]
+    KeyExpired,
+    /// The tenant is switched off.
+    #[error("the tenant is suspended; its operator can say why")]
+    Suspended,
+    /// The key lacks a permission.
+    #[error("this key lacks the scope `{}`", .0.as_str())]
+    Lacks(Permission),
+    /// The user's name cannot be used.
+    #[error("the header X-User-Id must be UTF-8 text of 1 to 256 bytes")]
+    InvalidUser,
+}
+
+impl From<ScopeError> for ApiError {
+    fn from(error: ScopeError) -> Self {
+        let code = match error {
+            ScopeError::Unauthorized | ScopeError::KeyExpired => Code::InvalidKey,
+            ScopeError::Suspended => Code::TenantSuspended,
+            ScopeError::Lacks(_) => Code::InsufficientScope,
+            ScopeError::InvalidUser => return Self::invalid("X-User-Id", error.to_string()),
+        };
+        Self::new(code, error.to_string())
+    }
+}
+
+impl TenantScope {
+    /// Opens the scope of a request that needs `permission`, from what API Gateway put into the event.
+    /// Nothing that the caller wrote takes part, except the user's name, which is only an assertion.
+    ///
+    /// # Errors
+    /// [`ScopeError`]; everything a cached decision cannot know is checked here, on each request.
+    pub fn open(
+        context: &ApiGatewayProxyRequestContext,
+        headers: &http::HeaderMap,
+        permission: Permission,
+        now: Timestamp,
+    ) -> Result<Self, ScopeError> {
+        let decision = Decision::from_context(&context.authorizer.fields).ok_or(ScopeError::Unauthorized)?;
+        if decision.key_expires_at.is_some_and(|at| at <= now) {
+            return Err(ScopeError::KeyExpired);
+        }
+        match decision.status {
+            TenantStatus::Active => {}
+            TenantStatus::Suspended => return Err(ScopeError::Suspended),
+            TenantStatus::Provisioning => return Err(ScopeError::Unauthorized),
+        }
+        if !decision.permissions.contains(&permission) {
+            return Err(ScopeError::Lacks(permission));
+        }
+        let user_id = headers
+            .get(USER_HEADER)
+            .map(|value| {
+                std::str::from_utf8(value.as_bytes())
+                    .ok()
+                    .and_then(|text| UserId::from_str(text).ok())
+                    .ok_or(ScopeError::InvalidUser)
+            })
+            .transpose()?;
+        let request_id = RequestId(context.request_id.clone().unwrap_or_default());
+        Ok(Self { decision, user_id, request_id })
+    }
+
+    /// The tenant.
+    pub fn tenant_id(&self) -> &TenantId {
+        &self.decision.tenant_id
+    }
+
+    /// The tenant's own user, if the tenant named one.
+    pub fn user_id(&self) -> Option<&UserId> {
+        self.user_id.as_ref()
+    }
+
+    /// The key that was presented.
+    pub fn key_id(&self) -> &KeyId {
+        &self.decision.key_id
+    }
+
+    /// The request.
+    pub fn request_id(&self) -> &RequestId {
+        &self.request_id
+    }
+
+    /// The tenant's tier.
+    pub fn tier(&self) -> Tier {
+        self.decision.tier
+    }
+
+    /// The tenant's limits.
+    pub fn limits(&self) -> &Limits {
+        &self.decision.limits
+    }
+
+    /// The tenant's assistant.
+    pub fn profile(&self) -> &Profile {
+        &self.decision.profile
+    }
+
+    /// The vector cluster that holds the tenant's collection.
+    pub fn cell(&self) -> &str {
+        &self.decision.cell
+    }
+
+    /// The embedding model of the tenant's collection.
+    pub fn embedding(&self) -> &EmbeddingModel {
+        &self.decision.embedding
+    }
+
+    /// The token that reads the tenant's collection.
+    pub fn vector_read(&self) -> &VectorToken {
+        &self.decision.vector_read
+    }
+
+    /// The token that writes the tenant's collection; only keys that may write documents have one.
+    pub fn vector_write(&self) -> Option<&VectorToken> {
+        self.decision.vector_write.as_ref()
+    }
+
+    /// Whether something read from a store belongs to this tenant: the second look.
+    ///
+    /// # Errors
+    /// [`ForeignRecord`] if it does not.
+    pub fn owns(&self, tenant_id: &str) -> Result<(), ForeignRecord> {
+        if tenant_id == self.tenant_id().as_str() { Ok(()) } else { Err(ForeignRecord) }
+    }
+}
+
+/// An operator, known to AWS IAM: the only key to the control plane.
+#[derive(Debug)]
+pub struct Operator {
+    arn: String,
+}
+
+impl Operator {
+    /// The operator whose signature API Gateway verified.
+    ///
+    /// # Errors
+    /// [`ScopeError::Unauthorized`] if the route was not signed.
+    pub fn open(context: &ApiGatewayProxyRequestContext) -> Result<Self, ScopeError> {
+        let arn = context.identity.user_arn.clone().filter(|arn| !arn.is_empty());
+        arn.map(|arn| Self { arn }).ok_or(ScopeError::Unauthorized)
+    }
+
+    /// The operator's ARN.
+    pub fn arn(&self) -> &str {
+        &self.arn
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api_key::{ApiKey, KeyRecord, verify};
+    use crate::random::entropy;
+
+    const NOW: Timestamp = Timestamp::from_millis(1_790_000_000_000);
+
+    fn tenant(id: &str, status: TenantStatus) -> Tenant {
+        Tenant {
+            tenant_id: id.parse().unwrap(),
+            status,
+            epoch: 3,
+            tier: Tier::Free,
+            company_name: "Acme \"&\" Co".into(),
+            assistant_name: "Ada".into(),
+            instructions: String::new(),
+            injection_policy: InjectionPolicy::Flag,
+            limits: Limits::of_tier(Tier::Free),
+            cell: "default".into(),
+            embedding: EmbeddingModel { name: "m".into(), dimensions: 4 },
+            webhook_url: None,
+            created_at: NOW,
+        }
+    }
+
+    fn context(status: TenantStatus, permissions: &[Permission], expires: Option<i64>) -> ApiGatewayProxyRequestContext {
+        let tenant = tenant("acme", status);
+        let key = ApiKey::issue(Tier::Free, tenant.tenant_id.clone(), &mut entropy());
+        let record = KeyRecord::new(
+            &key,
+            permissions.iter().copied().collect(),
+            NOW,
+            expires.map(|ms| NOW.plus_millis(ms)),
+        );
+        let verified = verify(&key, Some(record), Some(status), NOW).unwrap();
+        let token = || VectorToken::new("jwt-secret".into());
+        let decision = Decision::new(&verified, tenant, token(), None).unwrap();
+        let mut context = ApiGatewayProxyRequestContext::default();
+        context.request_id = Some("r-1".into());
+        context.authorizer.fields = decision.to_context().unwrap();
+        context
+    }
+
+    fn open(context: &ApiGatewayProxyRequestContext, at: Timestamp) -> Result<TenantScope, ScopeError> {
+        TenantScope::open(context, &http::HeaderMap::new(), Permission::Chat, at)
+    }
+
+    #[test]
+    fn a_decision_travels_through_the_gateway() {
+        let scope = open(&context(TenantStatus::Active, &[Permission::Chat], None), NOW).unwrap();
+        assert_eq!(scope.tenant_id().as_str(), "acme");
+        assert_eq!(scope.profile().company_name, "Acme \"&\" Co");
+        assert!(scope.vector_write().is_none());
+        assert!(!format!("{scope:?}").contains("jwt-secret"));
+    }
+
+    #[test]
+    fn what_a_cached_decision_cannot_know_is_checked_on_each_request() {
+        let chat = &[Permission::Chat];
+        let refused = |context, at| open(&context, at).unwrap_err();
+        assert_eq!(refused(ApiGatewayProxyRequestContext::default(), NOW), ScopeError::Unauthorized);
+        assert_eq!(refused(context(TenantStatus::Suspended, chat, None), NOW), ScopeError::Suspended);
+        assert_eq!(
+            refused(context(TenantStatus::Active, &[Permission::UsageRead], None), NOW),
+            ScopeError::Lacks(Permission::Chat)
+        );
+        let expiring = context(TenantStatus::Active, chat, Some(10));
+        assert!(open(&expiring, NOW.plus_millis(9)).is_ok());
+        assert_eq!(refused(expiring, NOW.plus_millis(10)), ScopeError::KeyExpired);
+    }
+
+    #[test]
+    fn the_user_is_text_of_bounded_length() {
+        let context = context(TenantStatus::Active, &[Permission::Chat], None);
+        let with = |value: &[u8]| {
+            let mut headers = http::HeaderMap::new();
+            headers.insert(USER_HEADER, http::HeaderValue::from_bytes(value).unwrap());
+            TenantScope::open(&context, &headers, Permission::Chat, NOW)
+        };
+        assert_eq!(with("zoë".as_bytes()).unwrap().user_id().unwrap().as_str(), "zoë");
+        for bad in [&b""[..], &b"\xff"[..], &[b'x'; 257][..]] {
+            assert_eq!(with(bad).unwrap_err(), ScopeError::InvalidUser);
+        }
+    }
+
+    #[test]
+    fn a_key_never_opens_another_tenants_record() {
+        let key = ApiKey::issue(Tier::Free, "acme1".parse().unwrap(), &mut entropy());
+        let record = KeyRecord::new(&key, BTreeSet::new(), NOW, None);
+        let verified = verify(&key, Some(record), Some(TenantStatus::Active), NOW).unwrap();
+        let other = tenant("acme-1", TenantStatus::Active);
+        let token = VectorToken::new(String::new());
+        assert_eq!(Decision::new(&verified, other, token, None).unwrap_err(), ForeignRecord);
+    }
+
+    #[test]
+    fn an_operator_is_one_whom_iam_named() {
+        let mut context = ApiGatewayProxyRequestContext::default();
+        assert!(Operator::open(&context).is_err());
+        context.identity.user_arn = Some(String::new());
+        assert!(Operator::open(&context).is_err());
+        context.identity.user_arn = Some("arn:aws:iam::1:user/op".into());
+        assert_eq!(Operator::open(&context).unwrap().arn(), "arn:aws:iam::1:user/op");
+    }
+}

@@ -1,0 +1,527 @@
+//! The vector store: one Qdrant collection per tenant, dense and BM25 vectors fused by rank.
+//!
+//! A [`Collection`] is opened from a [`TenantScope`] and carries that tenant's own token, so the store
+//! itself refuses every other collection. Connections are shared by all tenants of a cell; the token
+//! goes with each call.
+
+use std::collections::HashMap;
+use std::str::FromStr;
+use std::time::Duration;
+
+use qdrant_client::qdrant::collections_client::CollectionsClient;
+use qdrant_client::qdrant::points_client::PointsClient;
+use qdrant_client::qdrant::{
+    Condition, CreateCollectionBuilder, CreateFieldIndexCollectionBuilder, DeleteCollection,
+    DeletePointsBuilder, Distance, Document as InferredText, FieldType, Filter, Modifier, NamedVectors,
+    OptimizersConfigDiffBuilder, PointId, PointStruct, PointsIdsList, PrefetchQueryBuilder, Query,
+    QueryPointsBuilder, RrfBuilder, ScoredPoint, ScrollPointsBuilder, SparseVectorParamsBuilder,
+    SparseVectorsConfigBuilder, UpsertPointsBuilder, Value, Vector, VectorInput, VectorParamsBuilder,
+    VectorsConfigBuilder, WalConfigDiffBuilder,
+};
+use tonic::metadata::AsciiMetadataValue;
+use tonic::service::Interceptor;
+use tonic::service::interceptor::InterceptedService;
+use tonic::transport::{Channel, ClientTlsConfig, Endpoint};
+use tonic::{Code, Request, Status};
+
+use crate::ids::DocumentId;
+use crate::random;
+use crate::retry::Backoff;
+use crate::scope::{Operator, TenantScope, VectorToken};
+use crate::secret::Secret;
+use crate::tenant::{EmbeddingModel, TenantId};
+
+/// The named vectors of every collection.
+const DENSE: &str = "dense";
+const SPARSE: &str = "sparse";
+/// Computed by the store itself, over all of a collection's texts; a collection is one tenant's, so
+/// its statistics tell nobody of another's.
+const BM25: &str = "qdrant/bm25";
+/// Rank fusion's constant (Cormack, Clarke and Büttcher, 2009).
+const RRF_K: u32 = 60;
+/// Candidates of each method before fusion.
+const CANDIDATES: u64 = 40;
+/// Points in one write.
+const WRITE_BATCH: usize = 256;
+
+const TIMEOUT: Duration = Duration::from_secs(10);
+const BACKOFF: Backoff =
+    Backoff { attempts: 3, base: Duration::from_millis(50), cap: Duration::from_secs(1) };
+
+/// Why the vector store gave no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum VectorError {
+    /// The tenant's cell is not among those configured.
+    #[error("cell {0} is not configured")]
+    UnknownCell(String),
+    /// The key that was presented may not write documents.
+    #[error("the scope holds no token to write with")]
+    ReadOnly,
+    /// The tenant's collection is made for another embedding model than this function's.
+    #[error("the collection holds vectors of {collection}, not of {function}")]
+    WrongModel {
+        /// The collection's.
+        collection: String,
+        /// The function's.
+        function: String,
+    },
+    /// The store failed or refused.
+    #[error("the vector store answered {}: {}", .0.code(), .0.message())]
+    Store(#[source] Box<Status>),
+    /// The store answered something that its protocol does not allow.
+    #[error("the vector store answered without {0}")]
+    Malformed(&'static str),
+}
+
+impl From<Status> for VectorError {
+    fn from(status: Status) -> Self {
+        Self::Store(Box::new(status))
+    }
+}
+
+/// The vector clusters, by name: `name=url`, separated by commas.
+#[derive(Clone, Debug)]
+pub struct Cells(HashMap<String, Channel>);
+
+/// A text that names no clusters.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("wanted name=url, separated by commas; `{0}` is not that")]
+pub struct InvalidCells(String);
+
+impl FromStr for Cells {
+    type Err = InvalidCells;
+
+    /// Parses the list. Connects to none of them yet.
+    fn from_str(text: &str) -> Result<Self, InvalidCells> {
+        let mut cells = HashMap::new();
+        for entry in text.split(',') {
+            let invalid = || InvalidCells(entry.to_owned());
+            let (name, url) = entry.trim().split_once('=').ok_or_else(invalid)?;
+            let mut endpoint = Endpoint::from_shared(url.to_owned()).map_err(|_| invalid())?;
+            if endpoint.uri().host().is_none() || name.is_empty() {
+                return Err(invalid());
+            }
+            if endpoint.uri().scheme_str() == Some("https") {
+                endpoint =
+                    endpoint.tls_config(ClientTlsConfig::new().with_enabled_roots()).map_err(|_| invalid())?;
+            }
+            let channel =
+                endpoint.connect_timeout(Duration::from_secs(2)).timeout(TIMEOUT).tcp_nodelay(true).connect_lazy();
+            if cells.insert(name.to_owned(), channel).is_some() {
+                return Err(invalid());
+            }
+        }
+        Ok(Self(cells))
+    }
+}
+
+/// A passage to store.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NewPoint {
+    /// The passage.
+    pub chunk_id: String,
+    /// Its place in its document.
+    pub index: u32,
+    /// The document's title.
+    pub title: String,
+    /// Where the document came from.
+    pub source: String,
+    /// The passage as it is shown.
+    pub text: String,
+    /// The passage as it is searched by words: its title and headings with it.
+    pub searchable: String,
+    /// The vector of `searchable`.
+    pub vector: Vec<f32>,
+}
+
+/// A passage that was found.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Hit {
+    /// The passage.
+    pub chunk_id: String,
+    /// Its document.
+    pub document_id: DocumentId,
+    /// The document's title.
+    pub title: String,
+    /// Where the document came from.
+    pub source: String,
+    /// Its text.
+    pub text: String,
+    /// How well it matches: comparable within one search alone.
+    pub score: f32,
+}
+
+/// Adds the bearer's token to each call.
+#[derive(Clone)]
+struct Bearer(AsciiMetadataValue);
+
+impl Bearer {
+    fn new(token: &str) -> Result<Self, VectorError> {
+        let mut value = AsciiMetadataValue::try_from(token).map_err(|_| VectorError::Malformed("a usable token"))?;
+        value.set_sensitive(true);
+        Ok(Self(value))
+    }
+}
+
+impl Interceptor for Bearer {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        request.metadata_mut().insert("api-key", self.0.clone());
+        Ok(request)
+    }
+}
+
+type Points = PointsClient<InterceptedService<Channel, Bearer>>;
+
+/// One tenant's collection, opened with that tenant's own token.
+pub struct Collection<'a> {
+    scope: &'a TenantScope,
+    name: String,
+    points: Points,
+}
+
+impl Cells {
+    /// Opens the collection of the scope's tenant to search it with vectors of `model`.
+    ///
+    /// # Errors
+    /// If its cell is not configured, or it holds vectors of another model.
+    pub fn read<'a>(&self, scope: &'a TenantScope, model: &EmbeddingModel) -> Result<Collection<'a>, VectorError> {
+        self.open(scope, scope.vector_read(), model)
+    }
+
+    /// Opens the collection of the scope's tenant to write vectors of `model` to it.
+    ///
+    /// # Errors
+    /// As [`Cells::read`], and if the scope may not write.
+    pub fn write<'a>(&self, scope: &'a TenantScope, model: &EmbeddingModel) -> Result<Collection<'a>, VectorError> {
+        self.open(scope, scope.vector_write().ok_or(VectorError::ReadOnly)?, model)
+    }
+
+    fn open<'a>(
+        &self,
+        scope: &'a TenantScope,
+        token: &VectorToken,
+        model: &EmbeddingModel,
+    ) -> Result<Collection<'a>, VectorError> {
+        let of = |m: &EmbeddingModel| format!("{}/{}", m.name, m.dimensions);
+        if scope.embedding() != model {
+            return Err(VectorError::WrongModel { collection: of(scope.embedding()), function: of(model) });
+        }
+        let channel = self.channel(scope.cell())?;
+        let points = PointsClient::with_interceptor(channel, Bearer::new(token.expose())?)
+            .max_decoding_message_size(64 << 20);
+        Ok(Collection { scope, name: scope.tenant_id().collection(), points })
+    }
+
+    fn channel(&self, cell: &str) -> Result<Channel, VectorError> {
+        self.0.get(cell).cloned().ok_or_else(|| VectorError::UnknownCell(cell.to_owned()))
+    }
+
+    /// The cell that a new tenant is placed in: the first by name.
+    pub fn place(&self) -> Option<&str> {
+        self.0.keys().min().map(String::as_str)
+    }
+
+    /// Makes a tenant's collection. Making it again changes nothing.
+    ///
+    /// # Errors
+    /// If the store does.
+    pub async fn create_collection(
+        &self,
+        _operator: &Operator,
+        root_key: &Secret,
+        cell: &str,
+        tenant: &TenantId,
+        model: &EmbeddingModel,
+    ) -> Result<(), VectorError> {
+        let bearer = Bearer::new(root_key.expose())?;
+        let collections = CollectionsClient::with_interceptor(self.channel(cell)?, bearer.clone());
+        let points = PointsClient::with_interceptor(self.channel(cell)?, bearer);
+        let mut dense = VectorsConfigBuilder::default();
+        dense.add_named_vector_params(
+            DENSE,
+            VectorParamsBuilder::new(u64::from(model.dimensions), Distance::Cosine).on_disk(true),
+        );
+        let mut sparse = SparseVectorsConfigBuilder::default();
+        sparse.add_named_vector_params(SPARSE, SparseVectorParamsBuilder::default().modifier(Modifier::Idf));
+        let request = qdrant_client::qdrant::CreateCollection::from(
+            CreateCollectionBuilder::new(tenant.collection())
+                .vectors_config(dense)
+                .sparse_vectors_config(sparse)
+                .on_disk_payload(true)
+                // A cell holds about a thousand collections, most of them small: one segment and a
+                // short log make an empty one cost a megabyte instead of ten.
+                .optimizers_config(OptimizersConfigDiffBuilder::default().default_segment_number(1))
+                .wal_config(WalConfigDiffBuilder::default().wal_capacity_mb(1)),
+        );
+        let created = retried(|| {
+            let (mut client, request) = (collections.clone(), request.clone());
+            async move { client.create(request).await }
+        })
+        .await;
+        match created {
+            Ok(_) => {}
+            Err(status) if already_exists(&status) => {}
+            Err(status) => return Err(status.into()),
+        }
+        let index = qdrant_client::qdrant::CreateFieldIndexCollection::from(
+            CreateFieldIndexCollectionBuilder::new(tenant.collection(), "document_id", FieldType::Keyword).wait(true),
+        );
+        retried(|| {
+            let (mut client, index) = (points.clone(), index.clone());
+            async move { client.create_field_index(index).await }
+        })
+        .await?;
+        Ok(())
+    }
+
+    /// Drops a tenant's collection. Dropping one that is not there changes nothing.
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub async fn drop_collection(
+        &self,
+        _operator: &Operator,
+        root_key: &Secret,
+        cell: &str,
+        tenant: &TenantId,
+    ) -> Result<(), VectorError> {
+        let collections = CollectionsClient::with_interceptor(self.channel(cell)?, Bearer::new(root_key.expose())?);
+        let request = DeleteCollection { collection_name: tenant.collection(), timeout: None };
+        retried(|| {
+            let (mut client, request) = (collections.clone(), request.clone());
+            async move { client.delete(request).await }
+        })
+        .await?;
+        Ok(())
+    }
+}
+
+/// Older clusters answer `InvalidArgument`, newer ones `AlreadyExists`.
+fn already_exists(status: &Status) -> bool {
+    status.code() == Code::AlreadyExists
+        || (status.code() == Code::InvalidArgument && status.message().contains("already exists"))
+}
+
+impl Collection<'_> {
+    /// The passages that match `text` and its vector best, at most `top_k`, best first.
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub async fn search(&self, text: &str, vector: Vec<f32>, top_k: u32) -> Result<Vec<Hit>, VectorError> {
+        let words = InferredText { text: text.to_owned(), model: BM25.to_owned(), ..Default::default() };
+        let candidates = CANDIDATES.max(u64::from(top_k));
+        let request = qdrant_client::qdrant::QueryPoints::from(
+            QueryPointsBuilder::new(&self.name)
+                .add_prefetch(
+                    PrefetchQueryBuilder::default()
+                        .query(Query::new_nearest(VectorInput::from(vector)))
+                        .using(DENSE)
+                        .limit(candidates),
+                )
+                .add_prefetch(
+                    PrefetchQueryBuilder::default()
+                        .query(Query::new_nearest(VectorInput::from(words)))
+                        .using(SPARSE)
+                        .limit(candidates),
+                )
+                .query(Query::new_rrf(RrfBuilder::with_k(RRF_K)))
+                .limit(u64::from(top_k))
+                .with_payload(true),
+        );
+        let answer = retried(|| {
+            let (mut points, request) = (self.points.clone(), request.clone());
+            async move { points.query(request).await }
+        })
+        .await?;
+        answer.into_inner().result.into_iter().filter_map(|point| self.second_look(point).transpose()).collect()
+    }
+
+    /// A hit, if it is the tenant's own; otherwise it is dropped and the alarm raised.
+    fn second_look(&self, point: ScoredPoint) -> Result<Option<Hit>, VectorError> {
+        let text = |name: &'static str| {
+            point.payload.get(name).and_then(Value::as_str).cloned().ok_or(VectorError::Malformed(name))
+        };
+        if self.scope.owns(&text("tenant_id")?).is_err() {
+            tracing::error!(
+                alert = "isolation_alert",
+                tenant.id = %self.scope.tenant_id(),
+                collection = self.name,
+                "The vector store answered with a point of another tenant; it was dropped"
+            );
+            return Ok(None);
+        }
+        Ok(Some(Hit {
+            chunk_id: text("chunk_id")?,
+            document_id: text("document_id")?.parse().map_err(|_| VectorError::Malformed("document_id"))?,
+            title: text("title")?,
+            source: text("source")?,
+            text: text("text")?,
+            score: point.score,
+        }))
+    }
+
+    /// The ids of the passages that are stored of a document.
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub async fn chunk_ids(&self, document: &DocumentId) -> Result<Vec<String>, VectorError> {
+        let mut ids = Vec::new();
+        let mut offset: Option<PointId> = None;
+        loop {
+            let mut page = ScrollPointsBuilder::new(&self.name)
+                .filter(of_document(document))
+                .limit(1_000)
+                .with_payload(qdrant_client::qdrant::with_payload_selector::SelectorOptions::Include(
+                    vec!["chunk_id".to_owned()].into(),
+                ))
+                .with_vectors(false);
+            if let Some(from) = offset.take() {
+                page = page.offset(from);
+            }
+            let request = qdrant_client::qdrant::ScrollPoints::from(page);
+            let answer = retried(|| {
+                let (mut points, request) = (self.points.clone(), request.clone());
+                async move { points.scroll(request).await }
+            })
+            .await?
+            .into_inner();
+            for point in answer.result {
+                let id = point.payload.get("chunk_id").and_then(Value::as_str).cloned();
+                ids.push(id.ok_or(VectorError::Malformed("chunk_id"))?);
+            }
+            match answer.next_page_offset {
+                Some(next) => offset = Some(next),
+                None => return Ok(ids),
+            }
+        }
+    }
+
+    /// Stores passages of a document; one whose id is there already is replaced. Answered once they
+    /// are found.
+    ///
+    /// # Errors
+    /// If the store fails. Some may be stored then; storing them again mends it.
+    pub async fn upsert(&self, document: &DocumentId, passages: Vec<NewPoint>) -> Result<(), VectorError> {
+        let mut points = passages.into_iter().map(|passage| self.point(document, passage)).peekable();
+        while points.peek().is_some() {
+            let batch: Vec<PointStruct> = points.by_ref().take(WRITE_BATCH).collect();
+            let request = qdrant_client::qdrant::UpsertPoints::from(
+                UpsertPointsBuilder::new(&self.name, batch).wait(true),
+            );
+            retried(|| {
+                let (mut points, request) = (self.points.clone(), request.clone());
+                async move { points.upsert(request).await }
+            })
+            .await?;
+        }
+        Ok(())
+    }
+
+    fn point(&self, document: &DocumentId, passage: NewPoint) -> PointStruct {
+        let words = InferredText { text: passage.searchable, model: BM25.to_owned(), ..Default::default() };
+        let vectors = NamedVectors::default()
+            .add_vector(DENSE, passage.vector)
+            .add_vector(SPARSE, Vector::from(words));
+        let payload: HashMap<String, Value> = [
+            ("tenant_id", Value::from(self.scope.tenant_id().as_str())),
+            ("document_id", Value::from(document.as_str())),
+            ("chunk_index", Value::from(i64::from(passage.index))),
+            ("title", Value::from(passage.title)),
+            ("source", Value::from(passage.source)),
+            ("text", Value::from(passage.text)),
+            ("chunk_id", Value::from(passage.chunk_id.as_str())),
+        ]
+        .map(|(name, value)| (name.to_owned(), value))
+        .into();
+        PointStruct { id: Some(point_id(&passage.chunk_id)), payload, vectors: Some(vectors.into()) }
+    }
+
+    /// Deletes passages. Answered once they are found no more.
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub async fn delete_chunks(&self, chunk_ids: &[String]) -> Result<(), VectorError> {
+        for batch in chunk_ids.chunks(WRITE_BATCH) {
+            let ids = PointsIdsList { ids: batch.iter().map(|id| point_id(id)).collect() };
+            self.delete(DeletePointsBuilder::new(&self.name).points(ids)).await?;
+        }
+        Ok(())
+    }
+
+    /// Deletes all passages of a document. Answered once they are found no more.
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub async fn delete_document(&self, document: &DocumentId) -> Result<(), VectorError> {
+        self.delete(DeletePointsBuilder::new(&self.name).points(of_document(document))).await
+    }
+
+    async fn delete(&self, points: DeletePointsBuilder) -> Result<(), VectorError> {
+        let request = qdrant_client::qdrant::DeletePoints::from(points.wait(true));
+        retried(|| {
+            let (mut points, request) = (self.points.clone(), request.clone());
+            async move { points.delete(request).await }
+        })
+        .await?;
+        Ok(())
+    }
+}
+
+fn of_document(document: &DocumentId) -> Filter {
+    Filter::must([Condition::matches("document_id", document.to_string())])
+}
+
+/// A passage's point: a UUID made of the SHA-256 of its id, so that the same passage is the same point.
+fn point_id(chunk_id: &str) -> PointId {
+    use sha2::{Digest, Sha256};
+    let digest = hex::encode(Sha256::digest(chunk_id.as_bytes()));
+    let part = |from: usize, to: usize| digest.get(from..to).unwrap_or_default();
+    // Version 8: a UUID of the application's own making (RFC 9562).
+    let uuid = format!("{}-{}-8{}-8{}-{}", part(0, 8), part(8, 12), part(13, 16), part(17, 20), part(20, 32));
+    PointId::from(uuid)
+}
+
+/// Repeats a call while the store cannot be reached. All calls here may be repeated: each names what
+/// it wants to be the case.
+async fn retried<T, F>(call: impl Fn() -> F) -> Result<T, Status>
+where
+    F: Future<Output = Result<T, Status>>,
+{
+    let mut failed = 0;
+    loop {
+        let status = match call().await {
+            Ok(answer) => return Ok(answer),
+            Err(status) => status,
+        };
+        failed += 1;
+        // A connection that was cut while the function was frozen shows as `Unknown` or `Unavailable`.
+        let passing = matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Aborted | Code::ResourceExhausted);
+        match BACKOFF.wait(failed, None, &mut random::entropy()) {
+            Some(wait) if passing => {
+                tracing::warn!(attempt = failed, code = %status.code(), "Vector store call failed, trying again");
+                tokio::time::sleep(wait).await;
+            }
+            _ => return Err(status),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn cells_are_named_urls() {
+        let cells: Cells = "b=http://127.0.0.1:1, a=https://host:6334".parse().unwrap();
+        assert_eq!(cells.place(), Some("a"));
+        for bad in ["", "a", "=http://h", "a=", "a=not a url", "a=http://h,a=http://i"] {
+            assert!(bad.parse::<Cells>().is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_passage_is_always_the_same_point_and_never_anothers() {
+        assert_eq!(point_id("d:00"), point_id("d:00"));
+        assert_ne!(point_id("d:00"), point_id("d:01"));
+    }
+}

@@ -1,0 +1,202 @@
+//! Requests from API Gateway and answers to it: what every HTTP function has in common.
+
+use std::str::FromStr;
+use std::time::Duration;
+
+use aws_lambda_events::apigw::ApiGatewayProxyRequestContext;
+use http::{HeaderValue, Response, StatusCode, header};
+use lambda_http::request::RequestContext;
+use lambda_http::{Body, Request, RequestExt};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::time::Instant;
+
+use crate::api_key::Permission;
+use crate::clock::Clock;
+use crate::error::{ApiError, Code};
+use crate::scope::{Operator, RequestId, TenantScope};
+
+/// The header that carries a request's id.
+pub const REQUEST_ID: &str = "x-request-id";
+
+/// Kept free at the end of an invocation, so that there is time to answer that there was none.
+const MARGIN: Duration = Duration::from_millis(1_500);
+
+/// What API Gateway says of a request.
+pub fn context(request: &Request) -> Option<&ApiGatewayProxyRequestContext> {
+    match request.request_context_ref() {
+        Some(RequestContext::ApiGatewayV1(context)) => Some(context),
+        _ => None,
+    }
+}
+
+/// The request's id.
+pub fn request_id(request: &Request) -> RequestId {
+    RequestId::from(context(request).and_then(|c| c.request_id.clone()).unwrap_or_default())
+}
+
+/// The route that API Gateway matched, such as `/v1/documents/{id}`.
+pub fn route(request: &Request) -> &str {
+    context(request).and_then(|c| c.resource_path.as_deref()).unwrap_or_default()
+}
+
+/// Opens the scope of a tenant's request.
+///
+/// # Errors
+/// The refusal that the caller is to see.
+pub fn tenant(request: &Request, permission: Permission, clock: &Clock) -> Result<TenantScope, ApiError> {
+    let context = context(request).ok_or_else(|| ApiError::new(Code::InvalidKey, "not a valid API key"))?;
+    let scope = TenantScope::open(context, request.headers(), permission, clock.now())?;
+    let span = tracing::Span::current();
+    span.record("tenant.id", scope.tenant_id().as_str());
+    span.record("key.id", scope.key_id().as_str());
+    Ok(scope)
+}
+
+/// Opens the control plane for an operator's request.
+///
+/// # Errors
+/// The refusal that the caller is to see.
+pub fn operator(request: &Request) -> Result<Operator, ApiError> {
+    let context = context(request)
+        .ok_or_else(|| ApiError::new(Code::InvalidKey, "the request is not signed by an operator"))?;
+    Ok(Operator::open(context)?)
+}
+
+/// By when the request must be answered: Lambda's deadline, less a margin to answer in.
+pub fn deadline(request: &Request, clock: &Clock) -> Instant {
+    let ends_ms = request.lambda_context_ref().map_or(0, |context| context.deadline);
+    let now_ms = u64::try_from(clock.now().as_millis()).unwrap_or(0);
+    Instant::now() + Duration::from_millis(ends_ms.saturating_sub(now_ms)).saturating_sub(MARGIN)
+}
+
+/// The request's JSON body.
+///
+/// # Errors
+/// 415 if it says that it is something else, 400 if it is not UTF-8, not JSON or not of the shape
+/// wanted; the error names the field.
+pub fn json<T: DeserializeOwned>(request: &Request) -> Result<T, ApiError> {
+    let content_type = request.headers().get(header::CONTENT_TYPE);
+    let essence = content_type.map(|value| {
+        value.to_str().unwrap_or_default().split(';').next().unwrap_or_default().trim().to_ascii_lowercase()
+    });
+    if essence.is_some_and(|essence| essence != "application/json") {
+        return Err(ApiError::new(Code::UnsupportedContentType, "the body must be application/json"));
+    }
+    let text = match request.body() {
+        Body::Empty => "",
+        Body::Text(text) => text,
+        Body::Binary(bytes) => {
+            std::str::from_utf8(bytes).map_err(|_| ApiError::invalid("body", "the body is not UTF-8 text"))?
+        }
+        _ => return Err(ApiError::invalid("body", "the body cannot be read")),
+    };
+    let mut deserializer = serde_json::Deserializer::from_str(text);
+    let value: T = serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
+        let path = error.path().to_string();
+        let param = if path == "." { "body".to_owned() } else { path };
+        ApiError::invalid(param, error.into_inner().to_string())
+    })?;
+    deserializer.end().map_err(|error| ApiError::invalid("body", error.to_string()))?;
+    Ok(value)
+}
+
+/// An identifier of the path. One that cannot be is like one that is not there.
+///
+/// # Errors
+/// 404.
+pub fn path_id<T: FromStr>(request: &Request, name: &str) -> Result<T, ApiError> {
+    let parameters = request.path_parameters_ref();
+    parameters.and_then(|p| p.first(name)).and_then(|text| text.parse().ok()).ok_or_else(ApiError::not_found)
+}
+
+/// A parameter of the query string, if it is there.
+///
+/// # Errors
+/// 400 if it does not parse.
+pub fn query<T: FromStr>(request: &Request, name: &'static str) -> Result<Option<T>, ApiError> {
+    let parameters = request.query_string_parameters_ref();
+    let value = parameters.and_then(|p| p.first(name)).map(str::parse);
+    value.transpose().map_err(|_| ApiError::invalid(name, format!("{name} is malformed")))
+}
+
+/// The size of a page that the query asks for: `limit`, 1 to 100, 20 if it does not say.
+///
+/// # Errors
+/// 400 if it is anything else.
+pub fn page_size(request: &Request) -> Result<u16, ApiError> {
+    match query::<u16>(request, "limit")? {
+        None => Ok(20),
+        Some(limit @ 1..=100) => Ok(limit),
+        Some(_) => Err(ApiError::invalid("limit", "limit must be between 1 and 100")),
+    }
+}
+
+/// An answer of that status with `value` as its JSON body.
+pub fn reply<B: From<String>>(status: StatusCode, value: &impl Serialize) -> Response<B> {
+    let text = match serde_json::to_string(value) {
+        Ok(text) => text,
+        Err(error) => {
+            tracing::error!("An answer does not serialise: {error}");
+            let failure = ApiError::unavailable("the answer");
+            return reply(failure.code.status(), &failure);
+        }
+    };
+    let mut response = Response::new(B::from(text));
+    *response.status_mut() = status;
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    response
+}
+
+/// Runs one request: answers an error in the common shape, stamps the request's id, and writes the
+/// one line that the log has of it.
+pub async fn handle<B: From<String>>(
+    request: Request,
+    clock: &Clock,
+    run: impl AsyncFnOnce(Request) -> Result<Response<B>, ApiError>,
+) -> Response<B> {
+    use tracing::Instrument;
+
+    let started = clock.now();
+    let id = request_id(&request);
+    let span = tracing::info_span!(
+        "request",
+        request.id = %id,
+        http.method = %request.method(),
+        http.route = route(&request),
+        tenant.id = tracing::field::Empty,
+        key.id = tracing::field::Empty,
+    );
+    async {
+        let result = run(request).await;
+        let latency_ms = clock.now().millis_since(started);
+        let mut response = match result {
+            Ok(response) => {
+                tracing::info!(http.status = response.status().as_u16(), latency_ms, "Request answered");
+                response
+            }
+            Err(error) => {
+                let status = error.code.status();
+                tracing::info!(
+                    http.status = status.as_u16(),
+                    latency_ms,
+                    error.code = ?error.code,
+                    error.param = error.param,
+                    "Request refused"
+                );
+                let mut response = reply(status, &error.body(&id));
+                if let Some(seconds) = error.retry_after_ms.map(|ms| ms.div_ceil(1_000)) {
+                    response.headers_mut().insert(header::RETRY_AFTER, seconds.into());
+                }
+                response
+            }
+        };
+        if let Ok(value) = HeaderValue::from_str(&id.to_string()) {
+            response.headers_mut().insert(REQUEST_ID, value);
+        }
+        response
+    }
+    .instrument(span)
+    .await
+}
