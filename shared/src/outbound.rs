@@ -6,6 +6,7 @@ use http::StatusCode;
 use reqwest::{RequestBuilder, Url};
 use tokio::time::{Instant, timeout_at};
 
+use crate::error::{ApiError, Code};
 use crate::random;
 use crate::retry::Backoff;
 
@@ -40,6 +41,29 @@ pub enum OutboundError {
     /// The service answered something that its protocol does not allow.
     #[error("the service answered something unexpected: {0}")]
     Malformed(String),
+}
+
+impl OutboundError {
+    /// What the caller sees where `what` (such as "the model") failed. The failure itself is logged
+    /// here, once.
+    pub fn into_api(self, what: &'static str) -> ApiError {
+        match &self {
+            Self::Connection(source) => tracing::error!("{what}: {self}: {source}"),
+            other => tracing::error!("{what}: {other}"),
+        }
+        match self {
+            Self::Deadline => {
+                ApiError::new(Code::DeadlineExceeded, format!("{what} did not answer within the time allowed"))
+            }
+            Self::Overloaded { retry_after, .. } => ApiError {
+                retry_after_ms: retry_after.map(|wait| u64::try_from(wait.as_millis()).unwrap_or(u64::MAX)),
+                ..ApiError::new(Code::ModelUnavailable, format!("{what} is overloaded; try again"))
+            },
+            Self::Refused { .. } | Self::Failed(_) | Self::Connection(_) | Self::Malformed(_) => {
+                ApiError::new(Code::ModelUnavailable, format!("{what} failed; try again"))
+            }
+        }
+    }
 }
 
 /// A client for all of a function's outbound calls; connections are kept between invocations.

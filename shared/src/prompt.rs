@@ -262,22 +262,23 @@ pub fn screen_passages(passages: Vec<Passage>, policy: InjectionPolicy) -> (Vec<
 /// Reads an answer as it comes: what of it is text for the user, and which passages it cites. What
 /// was not retrieved for this request is not cited, whatever the model says.
 #[derive(Debug)]
-pub struct AnswerReader<'a> {
-    prompt: &'a Prompt,
+pub struct AnswerReader {
+    passages: Vec<Passage>,
+    form: PassageForm,
     cited: Vec<usize>,
     /// The start of a marker, held back until it is whole or turns out to be text.
     held: String,
 }
 
-impl<'a> AnswerReader<'a> {
-    /// A reader of the answer to `prompt`.
-    pub fn new(prompt: &'a Prompt) -> Self {
-        Self { prompt, cited: Vec::new(), held: String::new() }
+impl AnswerReader {
+    /// A reader of the answer to a [`Prompt`] with these passages, given in that form.
+    pub fn new(passages: Vec<Passage>, form: PassageForm) -> Self {
+        Self { passages, form, cited: Vec::new(), held: String::new() }
     }
 
     /// Takes the next piece of the answer's text and returns what of it to show.
     pub fn text(&mut self, delta: &str) -> String {
-        match self.prompt.form {
+        match self.form {
             PassageForm::SearchResults => delta.to_owned(),
             PassageForm::Boundaries => {
                 self.held.push_str(delta);
@@ -288,17 +289,17 @@ impl<'a> AnswerReader<'a> {
 
     /// Takes a citation by the passage's place in the prompt.
     pub fn cite(&mut self, passage: usize) {
-        if passage < self.prompt.passages.len() && !self.cited.contains(&passage) {
+        if passage < self.passages.len() && !self.cited.contains(&passage) {
             self.cited.push(passage);
         }
     }
 
     /// The end of the answer: the last text to show, and the citations in the order they were made.
-    pub fn finish(self) -> (String, Vec<Citation>) {
+    pub fn finish(&mut self) -> (String, Vec<Citation>) {
         let citations = self
             .cited
             .iter()
-            .filter_map(|n| self.prompt.passages.get(*n))
+            .filter_map(|n| self.passages.get(*n))
             .map(|passage| Citation {
                 chunk_id: passage.chunk_id.clone(),
                 document_id: passage.document_id.clone(),
@@ -306,7 +307,7 @@ impl<'a> AnswerReader<'a> {
                 source: passage.source.clone(),
             })
             .collect();
-        (self.held, citations)
+        (std::mem::take(&mut self.held), citations)
     }
 
     /// Shows what is held, markers aside, up to where a marker may have begun.
@@ -511,7 +512,7 @@ mod tests {
     fn only_what_was_retrieved_can_be_cited() {
         let profile = profile("");
         let prompt = build(inputs(&profile, PassageForm::SearchResults), &mut entropy()).unwrap();
-        let mut reader = AnswerReader::new(&prompt);
+        let mut reader = AnswerReader::new(prompt.passages.clone(), prompt.form);
         assert_eq!(reader.text("It is [[P1]]."), "It is [[P1]].");
         for n in [1, 0, 1, 2, 99] {
             reader.cite(n);
@@ -527,7 +528,7 @@ mod tests {
         let prompt = build(inputs(&profile, PassageForm::Boundaries), &mut entropy()).unwrap();
         let answer = "One [[P1]]. Nine [[P9]], an [[aside]] a[0] [[P2]][[P1]] and [[unfinished business";
         for cut in 1..answer.len() {
-            let mut reader = AnswerReader::new(&prompt);
+            let mut reader = AnswerReader::new(prompt.passages.clone(), prompt.form);
             let mut shown = String::new();
             for piece in answer.as_bytes().chunks(cut) {
                 shown.push_str(&reader.text(std::str::from_utf8(piece).unwrap()));

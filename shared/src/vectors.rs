@@ -24,6 +24,7 @@ use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, ClientTlsConfig, Endpoint};
 use tonic::{Code, Request, Status};
 
+use crate::error::ApiError;
 use crate::ids::DocumentId;
 use crate::random;
 use crate::retry::Backoff;
@@ -76,6 +77,14 @@ pub enum VectorError {
 impl From<Status> for VectorError {
     fn from(status: Status) -> Self {
         Self::Store(Box::new(status))
+    }
+}
+
+impl From<VectorError> for ApiError {
+    /// What the caller sees. The failure itself is logged here, once.
+    fn from(error: VectorError) -> Self {
+        tracing::error!("Vector store: {error}");
+        Self::unavailable("the index")
     }
 }
 

@@ -92,13 +92,32 @@ pub fn json<T: DeserializeOwned>(request: &Request) -> Result<T, ApiError> {
         _ => return Err(ApiError::invalid("body", "the body cannot be read")),
     };
     let mut deserializer = serde_json::Deserializer::from_str(text);
-    let value: T = serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
-        let path = error.path().to_string();
-        let param = if path == "." { "body".to_owned() } else { path };
-        ApiError::invalid(param, error.into_inner().to_string())
-    })?;
+    let value: T = serde_path_to_error::deserialize(&mut deserializer).map_err(|e| misshapen(e, "body"))?;
     deserializer.end().map_err(|error| ApiError::invalid("body", error.to_string()))?;
     Ok(value)
+}
+
+/// A part of a JSON body that was taken apart before.
+///
+/// # Errors
+/// 400 if it is not of the shape wanted; the error names the field.
+pub fn value<T: DeserializeOwned>(value: serde_json::Value) -> Result<T, ApiError> {
+    serde_path_to_error::deserialize(value).map_err(|e| misshapen(e, ""))
+}
+
+/// Names the field that does not fit; `whole` is the name of the value itself.
+fn misshapen(error: serde_path_to_error::Error<serde_json::Error>, whole: &str) -> ApiError {
+    let path = error.path().to_string();
+    let message = error.into_inner().to_string();
+    // A field that is missing or unknown has no path of its own, but serde's message quotes it.
+    let quoted = message.split('`').nth(1).filter(|_| message.contains(" field `"));
+    let param = match (path.as_str(), quoted) {
+        (".", Some(field)) => field.to_owned(),
+        (".", None) => whole.to_owned(),
+        (path, Some(field)) if !path.ends_with(field) => format!("{path}.{field}"),
+        (path, _) => path.to_owned(),
+    };
+    ApiError { param: Some(param).filter(|param| !param.is_empty()), ..ApiError::new(Code::InvalidRequest, message) }
 }
 
 /// An identifier of the path. One that cannot be is like one that is not there.

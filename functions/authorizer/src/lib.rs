@@ -1,1 +1,180 @@
-//! stub
+//! Who is asking: turns the `Authorization` header into a decision that API Gateway caches and hands
+//! to every other function.
+
+use aws_lambda_events::apigw::{
+    ApiGatewayCustomAuthorizerPolicy, ApiGatewayCustomAuthorizerRequestTypeRequest,
+    ApiGatewayCustomAuthorizerResponse,
+};
+use aws_lambda_events::iam::{IamPolicyEffect, IamPolicyStatement};
+use lambda_runtime::{Diagnostic, Error};
+use serde_json::Value;
+use shared::api_key::{ApiKey, InvalidKey, Permission, verify};
+use shared::aws::secrets;
+use shared::aws::tenants::TenantStore;
+use shared::clock::Clock;
+use shared::scope::Decision;
+use shared::secret::Secret;
+use shared::vector_token::{Access, mint};
+use shared::{aws, env, tenant::TenantStatus};
+
+/// What the authorizer works with. It alone of the functions on a request's path holds the vector
+/// store's root key.
+#[derive(Debug)]
+pub struct Context {
+    tenants: TenantStore,
+    vector_root_key: Secret,
+    clock: Clock,
+}
+
+impl Context {
+    /// The context that the environment describes.
+    ///
+    /// # Errors
+    /// If a variable or secret is absent or malformed; the error names it.
+    pub async fn from_env() -> Result<Self, Error> {
+        let config = aws::config().await;
+        Ok(Self {
+            tenants: TenantStore::new(&config, env::text("TENANTS_TABLE")?),
+            vector_root_key: secrets::read(&config, "QDRANT_ROOT_KEY_SECRET").await?,
+            clock: Clock::system(),
+        })
+    }
+}
+
+/// Why a request goes no further.
+#[derive(Debug, thiserror::Error)]
+pub enum Refusal {
+    /// The key is not valid. API Gateway answers 401 to this very text.
+    #[error("Unauthorized")]
+    Unauthorized,
+    /// It could not be found out. API Gateway answers with its authorizer failure.
+    #[error("the key could not be checked")]
+    Unknown,
+}
+
+impl From<InvalidKey> for Refusal {
+    fn from(_: InvalidKey) -> Self {
+        Self::Unauthorized
+    }
+}
+
+impl From<Refusal> for Diagnostic {
+    fn from(refusal: Refusal) -> Self {
+        Self { error_type: format!("{refusal:?}"), error_message: refusal.to_string() }
+    }
+}
+
+/// Decides about one request. The answer holds nothing that depends on more than the key, because
+/// API Gateway gives the same answer to every request with it, on every route, for minutes.
+///
+/// # Errors
+/// [`Refusal`].
+pub async fn authorize(
+    context: &Context,
+    event: ApiGatewayCustomAuthorizerRequestTypeRequest,
+) -> Result<ApiGatewayCustomAuthorizerResponse<Value>, Refusal> {
+    let presented = bearer(&event)?;
+    let claimed = context.tenants.claimed_by(&presented).await.map_err(|error| {
+        tracing::error!("Key look-up failed: {error}");
+        Refusal::Unknown
+    })?;
+    let now = context.clock.now();
+    let key = verify(&presented, claimed.key, claimed.tenant.as_ref().map(|t| t.status), now)?;
+    let tenant = claimed.tenant.ok_or(Refusal::Unauthorized)?;
+
+    let token = |access| {
+        mint(&context.vector_root_key, &tenant.tenant_id, access, now).map_err(|error| {
+            tracing::error!("Vector token could not be minted: {error}");
+            Refusal::Unknown
+        })
+    };
+    let writes = tenant.status == TenantStatus::Active
+        && key.record().permissions.contains(&Permission::DocumentsWrite);
+    let (read, write) = (token(Access::Read)?, if writes { Some(token(Access::Write)?) } else { None });
+    let principal = format!("{}/{}", tenant.tenant_id, key.record().key_id);
+    tracing::info!(tenant.id = %tenant.tenant_id, key.id = %key.record().key_id, "Key verified");
+    let decision = Decision::new(&key, tenant, read, write).map_err(|error| {
+        tracing::error!(alert = "isolation_alert", "Key look-up answered with {error}");
+        Refusal::Unknown
+    })?;
+    let fields = decision.to_context().map_err(|error| {
+        tracing::error!("Decision does not serialise: {error}");
+        Refusal::Unknown
+    })?;
+    Ok(allow(principal, &event, Value::Object(fields.into_iter().collect())))
+}
+
+fn bearer(event: &ApiGatewayCustomAuthorizerRequestTypeRequest) -> Result<ApiKey, Refusal> {
+    let header = event.headers.get("authorization").and_then(|value| value.to_str().ok());
+    let (scheme, key) = header.and_then(|h| h.split_once(' ')).ok_or(Refusal::Unauthorized)?;
+    if !scheme.eq_ignore_ascii_case("bearer") {
+        return Err(Refusal::Unauthorized);
+    }
+    Ok(key.trim().parse::<ApiKey>()?)
+}
+
+/// Allows every tenant route of the stage, since the answer is cached for all of them. Each function
+/// checks the key's scope itself; operator routes have no authorizer, so nothing here opens them.
+fn allow(
+    principal: String,
+    event: &ApiGatewayCustomAuthorizerRequestTypeRequest,
+    context: Value,
+) -> ApiGatewayCustomAuthorizerResponse<Value> {
+    let method = event.method_arn.as_deref().unwrap_or_default();
+    // arn:aws:execute-api:<region>:<account>:<api>/<stage>/<method>/<path>
+    let stage: Vec<&str> = method.splitn(3, '/').take(2).collect();
+    let mut statement = IamPolicyStatement::default();
+    statement.action = vec!["execute-api:Invoke".to_owned()];
+    statement.effect = IamPolicyEffect::Allow;
+    statement.resource = vec![format!("{}/*/v1/*", stage.join("/"))];
+    let mut policy = ApiGatewayCustomAuthorizerPolicy::default();
+    policy.version = Some("2012-10-17".to_owned());
+    policy.statement = vec![statement];
+    let mut response = ApiGatewayCustomAuthorizerResponse::default();
+    response.principal_id = Some(principal);
+    response.policy_document = policy;
+    response.context = context;
+    response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn event(authorization: Option<&str>) -> ApiGatewayCustomAuthorizerRequestTypeRequest {
+        let mut event = ApiGatewayCustomAuthorizerRequestTypeRequest::default();
+        event.method_arn = Some("arn:aws:execute-api:eu-west-1:123456789012:abc/v1/POST/v1/chat".into());
+        if let Some(value) = authorization {
+            event.headers.insert("authorization", value.parse().unwrap());
+        }
+        event
+    }
+
+    #[test]
+    fn only_a_well_formed_bearer_key_is_looked_up() {
+        for bad in [None, Some(""), Some("Bearer"), Some("Bearer x"), Some("Basic eDp5"), Some("ten_pro_acme_x_y")] {
+            assert!(bearer(&event(bad)).is_err(), "{bad:?}");
+        }
+        let key = ApiKey::issue(
+            shared::tenant::Tier::Free,
+            "acme".parse().unwrap(),
+            &mut shared::random::entropy(),
+        );
+        assert!(bearer(&event(Some(&format!("bearer {}", key.expose())))).is_ok());
+    }
+
+    #[test]
+    fn the_policy_covers_the_tenant_routes_of_the_stage_alone() {
+        let response = allow("p".into(), &event(None), Value::Null);
+        assert_eq!(
+            response.policy_document.statement[0].resource,
+            ["arn:aws:execute-api:eu-west-1:123456789012:abc/v1/*/v1/*"]
+        );
+    }
+
+    #[test]
+    fn a_refusal_says_what_api_gateway_wants_to_read() {
+        assert_eq!(Diagnostic::from(Refusal::Unauthorized).error_message, "Unauthorized");
+        assert_ne!(Diagnostic::from(Refusal::Unknown).error_message, "Unauthorized");
+    }
+}

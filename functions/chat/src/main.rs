@@ -1,2 +1,18 @@
-//! stub
-fn main() {}
+//! The chat function's binary: telemetry, context, run.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+
+use chat::{Context, handle};
+use lambda_http::{Error, run_with_streaming_response, service_fn};
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> Result<(), Error> {
+    shared::telemetry::init();
+    let context = Arc::new(Context::from_env().await?);
+    run_with_streaming_response(service_fn(|request| {
+        let context = Arc::clone(&context);
+        async move { Ok::<_, Infallible>(handle(context, request).await) }
+    }))
+    .await
+}

@@ -1,1 +1,99 @@
-//! stub
+//! The operators' control plane: tenants are made and looked up here.
+
+mod create;
+mod read;
+
+use http::{Method, Response};
+use lambda_http::{Body, Error, Request};
+use serde::Serialize;
+use shared::aws::tenants::TenantStore;
+use shared::aws::{self, secrets};
+use shared::clock::Clock;
+use shared::error::ApiError;
+use shared::limits::Limits;
+use shared::random::{Entropy, entropy};
+use shared::secret::Secret;
+use shared::tenant::{EmbeddingModel, InjectionPolicy, Tenant, TenantId, TenantStatus, Tier};
+use shared::vectors::Cells;
+use shared::{env, web};
+
+/// What the function works with.
+pub struct Context {
+    tenants: TenantStore,
+    cells: Cells,
+    vector_root_key: Secret,
+    embedding: EmbeddingModel,
+    clock: Clock,
+    entropy: Entropy,
+}
+
+impl Context {
+    /// The context that the environment describes.
+    ///
+    /// # Errors
+    /// If a variable or secret is absent or malformed; the error names it.
+    pub async fn from_env() -> Result<Self, Error> {
+        let config = aws::config().await;
+        Ok(Self {
+            tenants: TenantStore::new(&config, env::text("TENANTS_TABLE")?),
+            cells: env::parsed("QDRANT_CELLS")?,
+            vector_root_key: secrets::read(&config, "QDRANT_ROOT_KEY_SECRET").await?,
+            embedding: EmbeddingModel {
+                name: env::text("EMBEDDINGS_MODEL")?,
+                dimensions: env::parsed("EMBEDDINGS_DIMENSIONS")?,
+            },
+            clock: Clock::system(),
+            entropy: entropy(),
+        })
+    }
+}
+
+/// Answers one request.
+pub async fn handle(context: &Context, request: Request) -> Response<Body> {
+    web::handle(request, &context.clock, async |request| {
+        match (request.method(), web::route(&request)) {
+            (&Method::POST, "/admin/tenants") => create::handle(context, request).await,
+            (&Method::GET, "/admin/tenants") => read::list(context, request).await,
+            (&Method::GET, "/admin/tenants/{id}") => read::one(context, request).await,
+            _ => Err(ApiError::not_found()),
+        }
+    })
+    .await
+}
+
+/// A tenant as operators see it.
+#[derive(Debug, Serialize)]
+struct View {
+    tenant_id: TenantId,
+    status: TenantStatus,
+    tier: Tier,
+    company_name: String,
+    assistant_name: String,
+    instructions: String,
+    injection_policy: InjectionPolicy,
+    limits: Limits,
+    cell: String,
+    embedding: EmbeddingModel,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    webhook_url: Option<String>,
+    created_at: String,
+}
+
+impl From<Tenant> for View {
+    fn from(tenant: Tenant) -> Self {
+        Self {
+            tenant_id: tenant.tenant_id,
+            status: tenant.status,
+            tier: tenant.tier,
+            company_name: tenant.company_name,
+            assistant_name: tenant.assistant_name,
+            instructions: tenant.instructions,
+            injection_policy: tenant.injection_policy,
+            limits: tenant.limits,
+            cell: tenant.cell,
+            embedding: tenant.embedding,
+            webhook_url: tenant.webhook_url,
+            created_at: tenant.created_at.to_string(),
+        }
+    }
+}

@@ -12,6 +12,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_dynamo::aws_sdk_dynamodb_1::{from_item, to_item};
 
+use crate::error::{ApiError, Code};
 use crate::item_key::{PARTITION, SORT};
 use crate::tenant::TenantId;
 
@@ -44,6 +45,22 @@ pub enum StoreError {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+}
+
+impl From<StoreError> for ApiError {
+    /// What the caller sees. The failure itself is logged here, once.
+    fn from(error: StoreError) -> Self {
+        match error {
+            StoreError::Conflict => {
+                Self::new(Code::Conflict, "somebody else changed it at the same time; read it again and repeat")
+            }
+            StoreError::InvalidCursor => Self::invalid("cursor", "cursor is none that a list gave"),
+            StoreError::Corrupt { ref source, .. } | StoreError::Unavailable { ref source, .. } => {
+                tracing::error!("{error}: {source}");
+                Self::unavailable("the store")
+            }
+        }
+    }
 }
 
 pub(super) type Item = HashMap<String, AttributeValue>;

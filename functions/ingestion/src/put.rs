@@ -1,0 +1,341 @@
+//! `POST /v1/documents`: one document or several. Each stands alone: a bad one is reported with its
+//! reason, the others are stored.
+
+use std::collections::HashSet;
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use futures_util::StreamExt;
+use http::{Response, StatusCode};
+use lambda_http::{Body, Request};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+use shared::api_key::Permission;
+use shared::chunk::{Chunk, chunk};
+use shared::document::{ContentType, Document, DocumentStatus, derived_id, fingerprint};
+use shared::error::{ApiError, Code};
+use shared::ids::DocumentId;
+use shared::scope::TenantScope;
+use shared::vectors::NewPoint;
+use shared::web;
+use tokio::time::Instant;
+
+use crate::{Context, extract};
+
+/// The most documents in one request.
+const MOST_DOCUMENTS: usize = 100;
+/// The longest content of one document, in bytes of text.
+const MOST_CONTENT_BYTES: usize = 5 << 20;
+/// The longest title and the longest source, in bytes.
+const MOST_TITLE_BYTES: usize = 1_000;
+/// The most notes, in bytes of JSON.
+const MOST_METADATA_BYTES: usize = 16 << 10;
+/// How many documents of a request are worked on at the same time.
+const AT_ONCE: usize = 4;
+
+/// The body: `{"documents":[…]}`, or one document by itself.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Incoming {
+    Many { documents: Vec<Value> },
+    One(Value),
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NewDocument {
+    id: Option<String>,
+    title: String,
+    #[serde(default)]
+    source: String,
+    content: Option<String>,
+    content_base64: Option<String>,
+    content_type: Option<String>,
+    #[serde(default)]
+    metadata: Map<String, Value>,
+}
+
+/// A document that may be stored.
+struct Valid {
+    id: DocumentId,
+    title: String,
+    source: String,
+    content: String,
+    content_type: ContentType,
+    metadata: Map<String, Value>,
+}
+
+/// What became of one document, in the order in which they were sent.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Outcome {
+    Stored {
+        id: DocumentId,
+        version: u64,
+        status: DocumentStatus,
+        chunks: u32,
+        sha256: String,
+    },
+    Failed {
+        #[serde(skip_serializing_if = "Option::is_none")]
+        id: Option<String>,
+        status: DocumentStatus,
+        error: ApiError,
+    },
+}
+
+#[derive(Serialize)]
+struct Answer {
+    documents: Vec<Outcome>,
+}
+
+pub(crate) async fn handle(context: &Context, request: Request) -> Result<Response<Body>, ApiError> {
+    let deadline = web::deadline(&request, &context.clock);
+    let scope = web::tenant(&request, Permission::DocumentsWrite, &context.clock)?;
+    let documents = match web::json(&request)? {
+        Incoming::Many { documents } => documents,
+        Incoming::One(document) => vec![document],
+    };
+    drop(request);
+    if documents.is_empty() {
+        return Err(ApiError::invalid("documents", "documents is empty"));
+    }
+    if documents.len() > MOST_DOCUMENTS {
+        let message = format!("{} documents at once are more than {MOST_DOCUMENTS}", documents.len());
+        return Err(ApiError::new(Code::TooLarge, message).with_param("documents"));
+    }
+    let mut seen = HashSet::new();
+    let checked: Vec<(Option<String>, Result<Valid, ApiError>)> = documents
+        .into_iter()
+        .enumerate()
+        .map(|(n, value)| {
+            let id = value.get("id").and_then(Value::as_str).map(|id| id.chars().take(128).collect());
+            let valid = validate(value).and_then(|valid| {
+                if seen.insert(valid.id.clone()) {
+                    Ok(valid)
+                } else {
+                    Err(ApiError::invalid("id", format!("`{}` occurs twice in this request", valid.id)))
+                }
+            });
+            (id, valid.map_err(|error| placed(error, n)))
+        })
+        .collect();
+    let outcomes: Vec<(Option<String>, Result<Document, ApiError>)> = futures_util::stream::iter(checked)
+        .map(|(id, valid)| async {
+            let stored = match valid {
+                Ok(valid) => store(context, &scope, valid, deadline).await,
+                Err(error) => Err(error),
+            };
+            (id, stored)
+        })
+        .buffered(AT_ONCE)
+        .collect()
+        .await;
+    // Where nothing was stored, the request as a whole failed, for the first document's reason.
+    if let Some((_, Err(error))) = outcomes.first()
+        && outcomes.iter().all(|(_, stored)| stored.is_err())
+    {
+        return Err(error.clone());
+    }
+    let documents = outcomes.into_iter().map(|(id, stored)| Outcome::new(id, stored)).collect();
+    Ok(web::reply(StatusCode::CREATED, &Answer { documents }))
+}
+
+impl Outcome {
+    fn new(id: Option<String>, stored: Result<Document, ApiError>) -> Self {
+        match stored {
+            Ok(document) => Self::Stored {
+                id: document.id,
+                version: document.version,
+                status: document.status,
+                chunks: document.chunks,
+                sha256: document.sha256,
+            },
+            Err(error) => Self::Failed { id, status: DocumentStatus::Failed, error },
+        }
+    }
+}
+
+/// The same error, said of the `n`th document.
+fn placed(mut error: ApiError, n: usize) -> ApiError {
+    error.param = Some(match error.param {
+        Some(param) => format!("documents[{n}].{param}"),
+        None => format!("documents[{n}]"),
+    });
+    error
+}
+
+fn validate(value: Value) -> Result<Valid, ApiError> {
+    let document: NewDocument = web::value(value)?;
+    let text = |name: &'static str, text: &str, least: usize| {
+        if text.trim().len() < least || text.len() > MOST_TITLE_BYTES {
+            return Err(ApiError::invalid(name, format!("{name} must have {least} to {MOST_TITLE_BYTES} bytes")));
+        }
+        Ok(())
+    };
+    text("title", &document.title, 1)?;
+    text("source", &document.source, 0)?;
+    let metadata_bytes = serde_json::to_string(&document.metadata).map_or(usize::MAX, |json| json.len());
+    if metadata_bytes > MOST_METADATA_BYTES {
+        let message = format!("metadata is longer than {MOST_METADATA_BYTES} bytes");
+        return Err(ApiError::new(Code::TooLarge, message).with_param("metadata"));
+    }
+    let content_type = match &document.content_type {
+        None => ContentType::Plain,
+        Some(media_type) => ContentType::parse(media_type).ok_or_else(|| {
+            let message = "content_type must be text/plain, text/markdown or text/html";
+            ApiError::new(Code::UnsupportedContentType, message).with_param("content_type")
+        })?,
+    };
+    let (param, content) = match (document.content, document.content_base64) {
+        (Some(content), None) => ("content", content),
+        (None, Some(encoded)) => {
+            let bytes = STANDARD
+                .decode(encoded)
+                .map_err(|error| ApiError::invalid("content_base64", format!("not base64: {error}")))?;
+            let text = String::from_utf8(bytes)
+                .map_err(|_| ApiError::invalid("content_base64", "the content is not UTF-8 text"))?;
+            ("content_base64", text)
+        }
+        _ => return Err(ApiError::invalid("content", "give either content or content_base64")),
+    };
+    if content.trim().is_empty() {
+        return Err(ApiError::invalid(param, format!("{param} is empty")));
+    }
+    if content.len() > MOST_CONTENT_BYTES {
+        let message = format!("{param} is longer than {MOST_CONTENT_BYTES} bytes");
+        return Err(ApiError::new(Code::TooLarge, message).with_param(param));
+    }
+    let id = match document.id {
+        Some(id) => id.parse().map_err(|e: shared::ids::InvalidId| ApiError::invalid("id", e.to_string()))?,
+        None => derived_id(&document.title, &document.source, &content),
+    };
+    Ok(Valid {
+        id,
+        title: document.title,
+        source: document.source,
+        content,
+        content_type,
+        metadata: document.metadata,
+    })
+}
+
+/// Stores one document: its record as `processing`, its passages, its record as `ready`. The same
+/// content again changes nothing; a crash anywhere is mended by sending it again.
+async fn store(
+    context: &Context,
+    scope: &TenantScope,
+    valid: Valid,
+    deadline: Instant,
+) -> Result<Document, ApiError> {
+    let sha256 = hex::encode(digest(&valid));
+    let known = context.documents.get(scope, &valid.id).await?;
+    if let Some(known) = &known
+        && known.sha256 == sha256
+        && known.status == DocumentStatus::Ready
+    {
+        return Ok(known.clone());
+    }
+    let chunks = chunk(&valid.id, &extract::blocks(&valid.content, valid.content_type));
+    if chunks.is_empty() {
+        return Err(ApiError::invalid("content", "the document holds no text"));
+    }
+    let now = context.clock.now();
+    // The same content again is the same version, even where an earlier attempt did not end.
+    let version = known.as_ref().map_or(1, |d| if d.sha256 == sha256 { d.version } else { d.version + 1 });
+    let mut document = Document {
+        tenant_id: scope.tenant_id().clone(),
+        id: valid.id,
+        version,
+        status: DocumentStatus::Processing,
+        chunks: u32::try_from(chunks.len()).unwrap_or(u32::MAX),
+        sha256,
+        title: valid.title,
+        source: valid.source,
+        content_type: valid.content_type,
+        metadata: valid.metadata,
+        created_at: known.as_ref().map_or(now, |d| d.created_at),
+        updated_at: now,
+    };
+    context.documents.put(scope, &document, known.as_ref()).await?;
+    match index(context, scope, &document, chunks, deadline).await {
+        Ok(()) => {
+            let processing = document.clone();
+            document.status = DocumentStatus::Ready;
+            context.documents.put(scope, &document, Some(&processing)).await?;
+            Ok(document)
+        }
+        Err(error) => {
+            let processing = document.clone();
+            document.status = DocumentStatus::Failed;
+            if let Err(second) = context.documents.put(scope, &document, Some(&processing)).await {
+                tracing::warn!(document.id = %document.id, "Document stays marked as processing: {second}");
+            }
+            Err(error)
+        }
+    }
+}
+
+/// Everything that makes a document what it is.
+fn digest(valid: &Valid) -> [u8; 32] {
+    let content_type = serde_json::to_string(&valid.content_type).unwrap_or_default();
+    let metadata = serde_json::to_string(&valid.metadata).unwrap_or_default();
+    fingerprint(&[&valid.title, &valid.source, &valid.content, &content_type, &metadata])
+}
+
+/// Embeds and stores a document's passages, then takes away those of its earlier version that are
+/// passages no more.
+async fn index(
+    context: &Context,
+    scope: &TenantScope,
+    document: &Document,
+    chunks: Vec<Chunk>,
+    deadline: Instant,
+) -> Result<(), ApiError> {
+    let collection = context.cells.write(scope, context.embeddings.model())?;
+    let stale: Vec<String> = {
+        let now: HashSet<&str> = chunks.iter().map(|c| c.id.as_str()).collect();
+        let stored = collection.chunk_ids(&document.id).await?;
+        stored.into_iter().filter(|id| !now.contains(id.as_str())).collect()
+    };
+    let searchable: Vec<String> = chunks.iter().map(|c| searchable(document, c)).collect();
+    let embedded =
+        context.embeddings.embed(&searchable, deadline).await.map_err(|e| e.into_api("the embedding model"))?;
+    let points = chunks
+        .into_iter()
+        .zip(searchable)
+        .zip(embedded.vectors)
+        .map(|((chunk, searchable), vector)| NewPoint {
+            chunk_id: chunk.id,
+            index: chunk.index,
+            title: document.title.clone(),
+            source: document.source.clone(),
+            text: chunk.text,
+            searchable,
+            vector,
+        })
+        .collect();
+    collection.upsert(&document.id, points).await?;
+    collection.delete_chunks(&stale).await?;
+    tracing::info!(
+        document.id = %document.id,
+        document.version = document.version,
+        document.chunks = document.chunks,
+        tokens.embedding = embedded.tokens.0,
+        "Document indexed"
+    );
+    Ok(())
+}
+
+/// A passage as it is searched: with its document's title and the headings above it, so that a passage
+/// that does not repeat its subject is found by it.
+fn searchable(document: &Document, chunk: &Chunk) -> String {
+    let mut text = document.title.clone();
+    if !chunk.heading.is_empty() && chunk.heading != document.title {
+        text.push_str("\n");
+        text.push_str(&chunk.heading);
+    }
+    text.push_str("\n\n");
+    text.push_str(&chunk.text);
+    text
+}

@@ -1,0 +1,71 @@
+//! `GET /v1/documents` and `GET /v1/documents/{id}`.
+
+use http::{Response, StatusCode};
+use lambda_http::{Body, Request};
+use serde::Serialize;
+use serde_json::{Map, Value};
+use shared::api_key::Permission;
+use shared::document::{ContentType, Document, DocumentStatus};
+use shared::error::ApiError;
+use shared::ids::DocumentId;
+use shared::web;
+
+use crate::Context;
+
+/// A document as callers see it.
+#[derive(Debug, Serialize)]
+pub(crate) struct View {
+    id: DocumentId,
+    version: u64,
+    status: DocumentStatus,
+    chunks: u32,
+    sha256: String,
+    title: String,
+    source: String,
+    content_type: ContentType,
+    #[serde(skip_serializing_if = "Map::is_empty")]
+    metadata: Map<String, Value>,
+    created_at: String,
+    updated_at: String,
+}
+
+impl From<Document> for View {
+    fn from(document: Document) -> Self {
+        Self {
+            id: document.id,
+            version: document.version,
+            status: document.status,
+            chunks: document.chunks,
+            sha256: document.sha256,
+            title: document.title,
+            source: document.source,
+            content_type: document.content_type,
+            metadata: document.metadata,
+            created_at: document.created_at.to_string(),
+            updated_at: document.updated_at.to_string(),
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct List {
+    documents: Vec<View>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cursor: Option<DocumentId>,
+}
+
+pub(crate) async fn list(context: &Context, request: Request) -> Result<Response<Body>, ApiError> {
+    let scope = web::tenant(&request, Permission::DocumentsRead, &context.clock)?;
+    let limit = web::page_size(&request)?;
+    let after: Option<String> = web::query(&request, "cursor")?;
+    let (documents, cursor) = context.documents.list(&scope, limit, after.as_deref()).await?;
+    let documents = documents.into_iter().map(View::from).collect();
+    Ok(web::reply(StatusCode::OK, &List { documents, cursor }))
+}
+
+pub(crate) async fn one(context: &Context, request: Request) -> Result<Response<Body>, ApiError> {
+    let scope = web::tenant(&request, Permission::DocumentsRead, &context.clock)?;
+    let id: DocumentId = web::path_id(&request, "id")?;
+    let document = context.documents.get(&scope, &id).await?.ok_or_else(ApiError::not_found)?;
+    Ok(web::reply(StatusCode::OK, &View::from(document)))
+}
