@@ -1,5 +1,7 @@
 //! The local stack: small servers that speak the protocols of the cloud services the functions use.
 
+pub mod lexis;
+pub mod offline_embeddings;
 pub mod s3;
 pub mod secrets;
 pub mod serving;
