@@ -2,6 +2,7 @@
 
 pub mod lexis;
 pub mod offline_embeddings;
+pub mod offline_model;
 pub mod s3;
 pub mod secrets;
 pub mod serving;
