@@ -136,7 +136,7 @@ mod tests {
         let mut start = 0;
         let pieces: Vec<&str> = token_ends(text)
             .map(|end| {
-                let piece = text[start..end].trim_start();
+                let piece = text.get(start..end).unwrap().trim_start();
                 start = end;
                 piece
             })
@@ -144,7 +144,7 @@ mod tests {
         assert_eq!(pieces, ["Rete", "ntio", "n", ":", "7", "year", "s", ",", "naïv", "e", "\u{2014}", "ok"]);
         assert_eq!(count_tokens(" \n\t"), 0);
         for (n, end) in token_ends(text).enumerate() {
-            assert_eq!(count_tokens(&text[..end]), n as u64 + 1);
+            assert_eq!(count_tokens(text.split_at(end).0), n as u64 + 1);
         }
     }
 

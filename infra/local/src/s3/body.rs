@@ -221,11 +221,7 @@ impl Digests {
             .or(sums.checksum_sha1)
             .or(sums.checksum_sha256)
             .unwrap_or_default();
-        (
-            self.size,
-            self.md5.finalize().into(),
-            Checksum { algorithm: self.algorithm, value, composite: false },
-        )
+        (self.size, self.md5.finalize(), Checksum { algorithm: self.algorithm, value, composite: false })
     }
 }
 
@@ -249,8 +245,7 @@ pub(super) fn multipart_etag<'a>(parts: impl ExactSizeIterator<Item = &'a str>) 
     for part in parts {
         md5.update(&hex::decode(part).ok()?);
     }
-    let digest: [u8; 16] = md5.finalize().into();
-    Some(format!("{}-{count}", hex::encode(digest)))
+    Some(format!("{}-{count}", hex::encode(md5.finalize())))
 }
 
 /// Writes a request's body to `path` and checks it against what the sender says. Without a

@@ -57,7 +57,7 @@ pub(super) enum Period {
 }
 
 impl DefaultRetention {
-    pub(super) fn from_creation(self, created: OffsetDateTime) -> Retention {
+    pub(super) fn starting(self, created: OffsetDateTime) -> Retention {
         let days = match self.period {
             Period::Days(days) => i64::from(days),
             Period::Years(years) => i64::from(years) * 365,

@@ -723,7 +723,7 @@ fn admit(bucket: &Bucket, write: &Write, now: OffsetDateTime) -> S3Result<Protec
         ));
     }
     Ok(Protection {
-        retention: write.lock.retention.or_else(|| default.map(|default| default.from_creation(now))),
+        retention: write.lock.retention.or_else(|| default.map(|default| default.starting(now))),
         legal_hold: write.lock.legal_hold,
     })
 }

@@ -33,6 +33,8 @@ struct Server {
     secret: String,
 }
 
+type Pairs = Vec<(String, String)>;
+
 struct Reply {
     status: u16,
     headers: reqwest::header::HeaderMap,
@@ -101,7 +103,7 @@ impl Server {
         headers: &[(&str, &str)],
         body: &[u8],
         at: SignatureLocation,
-    ) -> (Vec<(String, String)>, Vec<(String, String)>) {
+    ) -> (Pairs, Pairs) {
         let identity = Credentials::new(KEY, self.secret.clone(), None, None, "test").into();
         let mut settings = SigningSettings::default();
         settings.percent_encoding_mode = PercentEncodingMode::Single;
@@ -112,6 +114,9 @@ impl Server {
             signable = SignableBody::UnsignedPayload;
         } else {
             settings.payload_checksum_kind = PayloadChecksumKind::XAmzSha256;
+        }
+        if headers.iter().any(|(name, _)| *name == "x-amz-trailer") {
+            signable = SignableBody::StreamingUnsignedPayloadTrailer;
         }
         settings.signature_location = at;
         #[expect(
@@ -274,6 +279,21 @@ async fn wrong_digests_store_nothing() {
     server.put("/plain/key", &[("x-amz-checksum-crc32", &crc)], "hello").await.refused(400, "BadDigest");
     let crc = STANDARD.encode(0x3610_a686_u32.to_be_bytes());
     server.put("/plain/key", &[("x-amz-checksum-crc32", &crc)], "hello").await.expect(200);
+
+    // How the AWS SDKs send by default: in chunks, with the checksum behind the body.
+    let headers = [
+        ("content-encoding", "aws-chunked"),
+        ("x-amz-decoded-content-length", "5"),
+        ("x-amz-sdk-checksum-algorithm", "CRC32"),
+        ("x-amz-trailer", "x-amz-checksum-crc32"),
+    ];
+    let chunked = |sum: &str| format!("5\r\nhello\r\n0\r\nx-amz-checksum-crc32:{sum}\r\n\r\n");
+    server.put("/plain/trailed", &headers, chunked("AAAAAA==")).await.refused(400, "BadDigest");
+    let put = server.put("/plain/trailed", &headers, chunked(&crc)).await.expect(200);
+    assert_eq!(put.header("x-amz-checksum-crc32"), Some(crc.as_str()));
+    let get = server.get("/plain/trailed").await.expect(200);
+    assert_eq!((get.text().as_str(), get.header("content-encoding")), ("hello", None));
+
     assert_eq!(std::fs::read_dir(directory.path().join("staging")).unwrap().count(), 0);
     server.get("/plain?acl").await.refused(501, "NotImplemented");
 }
@@ -615,7 +635,7 @@ async fn parts_become_one_object() {
             server.put(&format!("/large/key?partNumber={number}&uploadId={id}"), &[], body).await.expect(200);
         tags.push(put.header("etag").unwrap().to_owned());
     }
-    assert_eq!(server.get("/large?uploads").await.expect(200).all("UploadId"), [id.clone()]);
+    assert_eq!(server.get("/large?uploads").await.expect(200).all("UploadId"), std::slice::from_ref(&id));
     let complete = |order: [usize; 2]| {
         let parts: String = order
             .iter()
