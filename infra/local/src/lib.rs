@@ -1,1 +1,8 @@
-//! stub
+//! The local stack: small servers that speak the protocols of the cloud services the functions use.
+
+pub mod lexis;
+pub mod offline_embeddings;
+pub mod offline_model;
+pub mod s3;
+pub mod secrets;
+pub mod serving;
