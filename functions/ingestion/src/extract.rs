@@ -1,5 +1,6 @@
 //! Text out of documents, as blocks that the chunker cuts along. Pure.
 
+use html2text::render::TextDecorator;
 use pulldown_cmark::{Event, HeadingLevel, Options, Parser, Tag, TagEnd};
 use shared::chunk::Block;
 use shared::document::ContentType;
@@ -171,12 +172,71 @@ fn html(text: &str) -> Vec<Block> {
 }
 
 fn rendered(html: &str) -> Option<String> {
-    match html2text::config::plain_no_decorate().string_from_read(html.as_bytes(), NO_WRAP) {
+    match html2text::config::with_decorator(Reader).string_from_read(html.as_bytes(), NO_WRAP) {
         Ok(text) => Some(text),
         Err(error) => {
             tracing::warn!("HTML could not be rendered: {error}");
             None
         }
+    }
+}
+
+/// Renders the words alone; of the marks, only those of headings and list items.
+#[derive(Clone)]
+struct Reader;
+
+impl TextDecorator for Reader {
+    type Annotation = ();
+
+    fn decorate_link_start(&mut self, _url: &str) -> (String, ()) {
+        (String::new(), ())
+    }
+    fn decorate_link_end(&mut self) -> String {
+        String::new()
+    }
+    fn decorate_em_start(&self) -> (String, ()) {
+        (String::new(), ())
+    }
+    fn decorate_em_end(&self) -> String {
+        String::new()
+    }
+    fn decorate_strong_start(&self) -> (String, ()) {
+        (String::new(), ())
+    }
+    fn decorate_strong_end(&self) -> String {
+        String::new()
+    }
+    fn decorate_strikeout_start(&self) -> (String, ()) {
+        (String::new(), ())
+    }
+    fn decorate_strikeout_end(&self) -> String {
+        String::new()
+    }
+    fn decorate_code_start(&self) -> (String, ()) {
+        (String::new(), ())
+    }
+    fn decorate_code_end(&self) -> String {
+        String::new()
+    }
+    fn decorate_preformat_first(&self) {}
+    fn decorate_preformat_cont(&self) {}
+    fn decorate_image(&mut self, _src: &str, title: &str) -> (String, ()) {
+        (title.to_owned(), ())
+    }
+    fn header_prefix(&self, level: usize) -> String {
+        format!("{} ", "#".repeat(level))
+    }
+    fn quote_prefix(&self) -> String {
+        "> ".to_owned()
+    }
+    fn unordered_item_prefix(&self) -> String {
+        "- ".to_owned()
+    }
+    fn ordered_item_prefix(&self, i: i64) -> String {
+        format!("{i}. ")
+    }
+    fn make_subblock_decorator(&self) -> Self {
+        Self
     }
 }
 
@@ -220,7 +280,7 @@ mod tests {
                     <body><h2>Leave</h2><p>You have <b>25</b> days &amp; more.</p><p>Ask<br><a href=/x>Ann</a>.<ul><li>one<li>two</ul></body>";
         assert_eq!(
             blocks(text, ContentType::Html),
-            [heading(2, "Leave"), paragraph("You have 25 days & more."), paragraph("Ask\nAnn."), paragraph("* one\n* two")]
+            [heading(2, "Leave"), paragraph("You have 25 days & more."), paragraph("Ask\nAnn.\n- one\n- two")]
         );
     }
 
