@@ -6,3 +6,4 @@ pub mod offline_model;
 pub mod s3;
 pub mod secrets;
 pub mod serving;
+pub mod template;

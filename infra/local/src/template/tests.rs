@@ -1,0 +1,197 @@
+use super::*;
+
+fn real(overrides: &[(&str, &str)]) -> Result<Template, TemplateError> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../template.yaml");
+    let overrides = overrides.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+    Template::load(&path, &overrides)
+}
+
+fn stack() -> Template {
+    real(&[("QdrantCells", "default=http://127.0.0.1:6334")]).unwrap()
+}
+
+fn small(yaml: &str) -> Result<Template, TemplateError> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("template.yaml");
+    let api = "
+  Api:
+    Type: AWS::Serverless::Api
+    Properties:
+      StageName: live
+      DefinitionBody: {paths: {}, components: {securitySchemes: {}}}
+";
+    std::fs::write(&path, format!("{yaml}{api}")).unwrap();
+    Template::load(&path, &BTreeMap::new())
+}
+
+#[test]
+fn every_route_leads_to_a_function_with_a_binary() {
+    let template = stack();
+    let routes: Vec<String> = template
+        .api
+        .routes
+        .iter()
+        .map(|route| {
+            let function = template.function(&route.function).unwrap();
+            assert!(!function.binary.is_empty());
+            assert!(route.timeout < function.timeout, "{}: the gateway gives up first", route.path);
+            let auth = match &route.auth {
+                RouteAuth::Open => "open",
+                RouteAuth::Iam => "iam",
+                RouteAuth::Authorizer(name) => name.as_str(),
+            };
+            let mode = if route.streaming { "stream" } else { "buffered" };
+            format!("{} {} {} {auth} {mode}", route.method, route.path, function.binary)
+        })
+        .collect();
+    let mut routes = routes;
+    routes.sort();
+    assert_eq!(
+        routes,
+        [
+            "DELETE /v1/documents/{id} ingestion tenant buffered",
+            "GET /admin/tenants provisioning iam buffered",
+            "GET /admin/tenants/{id} provisioning iam buffered",
+            "GET /v1/documents ingestion tenant buffered",
+            "GET /v1/documents/{id} ingestion tenant buffered",
+            "POST /admin/tenants provisioning iam buffered",
+            "POST /v1/chat chat tenant stream",
+            "POST /v1/documents ingestion tenant buffered",
+            "POST /v1/search ingestion tenant buffered",
+        ]
+    );
+    let authorizer = &template.api.authorizers["tenant"];
+    assert_eq!(authorizer.identity_header, "authorization");
+    assert_eq!(authorizer.ttl, Duration::from_secs(300));
+    assert_eq!(template.function(&authorizer.function).unwrap().binary, "authorizer");
+}
+
+#[test]
+fn functions_get_their_environment_and_secrets_by_name_alone() {
+    let template = stack();
+    let keys = |id: &str| template.function(id).unwrap().environment.keys().cloned().collect::<Vec<_>>();
+    assert_eq!(keys("Authorizer"), ["LOG_LEVEL", "QDRANT_ROOT_KEY_SECRET", "TENANTS_TABLE"]);
+    let chat = template.function("Chat").unwrap();
+    assert_eq!(chat.name, "bulkhead-chat");
+    assert_eq!(chat.timeout, Duration::from_secs(120));
+    assert_eq!(chat.memory_mb, 512);
+    assert_eq!(chat.environment["CONVERSATIONS_TABLE"], "bulkhead-conversations");
+    assert_eq!(chat.environment["QDRANT_CELLS"], "default=http://127.0.0.1:6334");
+    assert_eq!(chat.environment["EMBEDDINGS_DIMENSIONS"], "1536");
+    assert_eq!(chat.environment["AWS_LAMBDA_HTTP_IGNORE_STAGE_IN_PATH"], "true");
+
+    // A function that names a secret names one that the template creates.
+    let secrets: Vec<&str> = template.secrets.iter().map(|s| s.name.as_str()).collect();
+    assert_eq!(secrets.len(), 3);
+    for function in &template.functions {
+        for (name, value) in function.environment.iter().filter(|(name, _)| name.ends_with("_SECRET")) {
+            assert!(secrets.contains(&value.as_str()), "{}: {name}={value}", function.logical_id);
+        }
+    }
+}
+
+#[test]
+fn tables_and_buckets_are_as_declared() {
+    let template = stack();
+    let audit = template.tables.iter().find(|t| t.logical_id == "Audit").unwrap();
+    assert_eq!(audit.name, "bulkhead-audit");
+    assert_eq!(audit.hash_key, KeyAttribute { name: "tenant_id".into(), kind: "S".into() });
+    assert_eq!(audit.range_key, Some(KeyAttribute { name: "sk".into(), kind: "S".into() }));
+    assert_eq!(audit.ttl_attribute.as_deref(), Some("expires_at"));
+    assert_eq!(audit.stream_view.as_deref(), Some("NEW_IMAGE"));
+    let meters = template.tables.iter().find(|t| t.logical_id == "Meters").unwrap();
+    assert_eq!((&meters.range_key, &meters.ttl_attribute), (&None, &None));
+    assert_eq!(template.tables.len(), 6);
+
+    let bucket = template.buckets.iter().find(|b| b.logical_id == "AuditBucket").unwrap();
+    assert_eq!(bucket.name, "bulkhead-audit-000000000000");
+    assert!(bucket.versioned && bucket.object_lock);
+    assert_eq!(bucket.default_retention, Some(Retention { mode: "COMPLIANCE".into(), days: 2557 }));
+    assert_eq!(template.outputs["AuditBucketName"], bucket.name);
+}
+
+#[test]
+fn what_the_gateway_says_by_itself_has_the_shape_of_every_error() {
+    let codes = include_str!("../../../openapi.yaml");
+    for (kind, response) in &stack().api.gateway_responses {
+        let body = response.body.as_ref().unwrap();
+        let body = body.replace("$context.error.messageString", "\"text\"");
+        let body: Value = serde_json::from_str(&body).unwrap();
+        let code = body["error"]["code"].as_str().unwrap();
+        assert!(codes.contains(&format!("                - {code}\n")), "{kind}: {code}");
+        assert!(body["error"]["message"].is_string());
+        assert_eq!(body["request_id"], "$context.requestId");
+        assert_eq!(response.headers["x-request-id"], "context.requestId");
+    }
+}
+
+#[test]
+fn parameters_are_checked() {
+    let problem = |overrides: &[(&str, &str)]| real(overrides).unwrap_err().to_string();
+    assert_eq!(problem(&[]), "Parameters.QdrantCells: has no default, and no value is given");
+    for bad in ["", "default", "default=ftp://x", "a=http://x,", "a=http://x b=http://y", "A=http://x"] {
+        assert!(problem(&[("QdrantCells", bad)]).starts_with("Parameters.QdrantCells: `"), "{bad}");
+    }
+    let cells = ("QdrantCells", "a=http://x:1,b=https://y:2");
+    assert!(real(&[cells]).is_ok());
+    assert!(problem(&[cells, ("LogLevel", "loud")]).contains("not one of the allowed values"));
+    assert!(problem(&[cells, ("AuthorizerCacheSeconds", "3601")]).contains("out of range"));
+    assert!(problem(&[cells, ("Typo", "1")]).contains("is not declared"));
+    let template = real(&[cells, ("AuthorizerCacheSeconds", "0")]).unwrap();
+    assert_eq!(template.api.authorizers["tenant"].ttl, Duration::ZERO);
+}
+
+#[test]
+fn intrinsics_are_evaluated() {
+    let template = small(
+        r#"
+Parameters:
+  Size: {Type: Number, Default: 2}
+Conditions:
+  Small: !Equals [!Ref Size, "2"]
+  Big: !Not [!Condition Small]
+Resources:
+  Gone:
+    Type: AWS::S3::Bucket
+    Condition: Big
+  Bucket:
+    Type: AWS::S3::Bucket
+    Properties:
+      BucketName: !Join ["-", [!Sub "${AWS::StackName}", !Sub ["${x}${!y}", {x: !Ref Size}]]]
+      ObjectLockEnabled: !If [Big, true, !Ref AWS::NoValue]
+  Function:
+    Type: AWS::Serverless::Function
+    Metadata: {BuildProperties: {Binary: b}}
+    Properties:
+      Environment: {Variables: {ARN: !GetAtt Bucket.Arn, LONG: {"Fn::GetAtt": [Bucket, Arn]}, SIZE: 7}}
+"#,
+    )
+    .unwrap();
+    assert_eq!(template.buckets.len(), 1);
+    assert_eq!(template.buckets[0].name, "bulkhead-2${y}");
+    assert!(!template.buckets[0].object_lock);
+    let function = &template.functions[0];
+    assert_eq!(function.name, "bulkhead-Function");
+    assert_eq!(function.environment["ARN"], "arn:aws:s3:::bulkhead-2${y}");
+    assert_eq!(function.environment["ARN"], function.environment["LONG"]);
+    assert_eq!(function.environment["SIZE"], "7");
+}
+
+#[test]
+fn what_cannot_be_evaluated_is_named() {
+    let problem = |value: &str| {
+        let yaml = format!(
+            "Resources:\n  B:\n    Type: AWS::S3::Bucket\n    Properties:\n      BucketName: {value}\n"
+        );
+        small(&yaml).unwrap_err().to_string()
+    };
+    const AT: &str = "Resources.B.Properties.BucketName: ";
+    assert_eq!(
+        problem("!Ref Nope"),
+        format!("{AT}`Nope` is neither a parameter nor a resource of the template")
+    );
+    assert_eq!(problem("!ImportValue x"), format!("{AT}`Fn::ImportValue` is not known to the local stack"));
+    assert!(problem("!GetAtt B.Colour").contains("too deeply, or refers to itself"));
+    assert!(problem("!Ref B").contains("too deeply, or refers to itself"));
+    assert!(problem("!Sub '${open'").contains("without its `}`"));
+}
