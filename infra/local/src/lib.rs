@@ -6,4 +6,5 @@ pub mod offline_model;
 pub mod s3;
 pub mod secrets;
 pub mod serving;
+pub mod sigv4;
 pub mod template;
