@@ -1,5 +1,6 @@
 //! The local stack: small servers that speak the protocols of the cloud services the functions use.
 
+pub mod gateway;
 pub mod lambda;
 pub mod lexis;
 pub mod offline_embeddings;
