@@ -329,8 +329,12 @@ async fn a_stream_arrives_as_it_is_written() {
 async fn a_function_whose_reader_has_gone_runs_to_its_end() {
     let stack = Stack::new(function(5_000)).await;
     let marker = stack.folder.path().join("marker");
+    let busy = stack.call("echo").await.unwrap()["pid"].clone();
     let response = stack.stream(&format!("stream {}", marker.display())).await.unwrap();
     drop(response);
+    // Past the first chunk that nobody takes: it is still the same invocation's process.
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_ne!(stack.call("echo").await.unwrap()["pid"], busy);
     eventually(|| marker.exists()).await;
     stack.lambda.shutdown().await;
 }
