@@ -5,6 +5,7 @@ pub mod lambda;
 pub mod lexis;
 pub mod offline_embeddings;
 pub mod offline_model;
+pub mod qdrant;
 pub mod s3;
 pub mod secrets;
 pub mod serving;
