@@ -1,1 +1,405 @@
-//! stub
+//! The rig of the end-to-end tests: a whole stack of real binaries, spoken to as clients do.
+//!
+//! [`Stack::start`] runs the very program that a newcomer runs, on ports and a directory of its own,
+//! and stops it at the end. Nothing here calls a handler.
+
+#![expect(clippy::expect_used, clippy::unwrap_used, clippy::panic, reason = "a rig fails by panicking")]
+
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use reqwest::{Client, Method, RequestBuilder, Response, StatusCode};
+use serde_json::{Value, json};
+use tokio::process::{Child, Command};
+
+/// How long a stack may take to answer. Generous: machines differ, and this is no measurement.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// How a stack is started.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Milliseconds between two words of the offline model.
+    pub model_delay_ms: u64,
+    /// Whether the two tenants that a newcomer gets are left out.
+    pub no_seed: bool,
+    /// A data directory to use; its own otherwise.
+    pub data: Option<PathBuf>,
+}
+
+/// A running stack.
+pub struct Stack {
+    child: Child,
+    directory: tempfile::TempDir,
+    ready: Value,
+    http: Client,
+}
+
+/// A tenant and its key.
+#[derive(Clone, Debug)]
+pub struct Tenant {
+    url: String,
+    http: Client,
+    /// The tenant's id.
+    pub id: String,
+    /// Its key.
+    pub key: String,
+    /// The user that its requests name.
+    pub user: Option<String>,
+}
+
+/// An answer, read whole.
+#[derive(Clone, Debug)]
+pub struct Answer {
+    /// The status.
+    pub status: StatusCode,
+    /// The headers.
+    pub headers: reqwest::header::HeaderMap,
+    /// The body as text.
+    pub text: String,
+}
+
+/// A server-sent event.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Event {
+    /// Its name.
+    pub name: String,
+    /// Its data.
+    pub data: Value,
+}
+
+/// Builds everything once per test binary and says where it is. `cargo test` builds the tests alone;
+/// the same selection of packages and targets keeps cargo from compiling anything twice.
+fn binaries() -> &'static Path {
+    static DIRECTORY: OnceLock<PathBuf> = OnceLock::new();
+    DIRECTORY.get_or_init(|| {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace's root");
+        let status = local::cargo::command()
+            .args(["build", "--quiet", "--workspace", "--bins", "--tests"])
+            .current_dir(root)
+            .status()
+            .expect("cargo runs");
+        assert!(status.success(), "the workspace does not build");
+        let test = std::env::current_exe().expect("this test's own path");
+        // target/debug/deps/<test>
+        test.ancestors().nth(2).expect("the target directory").to_owned()
+    })
+}
+
+impl Stack {
+    /// Starts a stack with the two tenants that a newcomer gets, `acme` and `globex`.
+    pub async fn start() -> Self {
+        Self::start_with(Options::default()).await
+    }
+
+    /// Starts a stack.
+    ///
+    /// # Panics
+    /// If it does not answer in time; its log is printed.
+    pub async fn start_with(options: Options) -> Self {
+        let directory = tempfile::tempdir().expect("a directory");
+        let ready_file = directory.path().join("ready.json");
+        let log = directory.path().join("stack.log");
+        let output = std::fs::File::create(&log).expect("a log");
+        let binaries = binaries();
+        let mut command = Command::new(binaries.join("local"));
+        command
+            .args(["--port", "0", "--functions"])
+            .arg(binaries)
+            .arg("--data")
+            .arg(options.data.clone().unwrap_or_else(|| directory.path().join("data")))
+            .arg("--ready-file")
+            .arg(&ready_file)
+            .args(["--model-delay-ms", &options.model_delay_ms.to_string()])
+            // Real keys in the environment must not make a test call real services.
+            .env_remove("ANTHROPIC_API_KEY")
+            .env_remove("EMBEDDINGS_API_KEY")
+            .stdin(Stdio::null())
+            .stdout(output.try_clone().expect("a second handle"))
+            .stderr(output)
+            .kill_on_drop(true);
+        if options.no_seed {
+            command.arg("--no-seed");
+        }
+        let mut child = command.spawn().expect("the stack starts");
+        let waiting = async {
+            loop {
+                if let Ok(text) = std::fs::read_to_string(&ready_file) {
+                    break serde_json::from_str(&text).expect("the ready file is JSON");
+                }
+                if let Some(status) = child.try_wait().expect("the stack's state") {
+                    panic!("the stack ended with {status}:\n{}", std::fs::read_to_string(&log).unwrap());
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        let ready = tokio::time::timeout(PATIENCE, waiting).await.unwrap_or_else(|_| {
+            panic!("the stack does not answer:\n{}", std::fs::read_to_string(&log).unwrap())
+        });
+        Self { child, directory, ready, http: client() }
+    }
+
+    /// What the stack says of itself once it answers.
+    pub fn ready(&self) -> &Value {
+        &self.ready
+    }
+
+    /// The gateway's base address.
+    pub fn url(&self) -> &str {
+        text(&self.ready, "url")
+    }
+
+    /// One of the tenants that the stack made by itself.
+    pub fn tenant(&self, id: &str) -> Tenant {
+        let tenants = self.ready["tenants"].as_array().expect("tenants");
+        let tenant = tenants.iter().find(|t| t["tenant_id"] == id).expect("a seeded tenant");
+        self.tenant_with_key(id, text(tenant, "api_key"))
+    }
+
+    /// A tenant whose key is known.
+    pub fn tenant_with_key(&self, id: &str, key: &str) -> Tenant {
+        Tenant {
+            url: self.url().to_owned(),
+            http: self.http.clone(),
+            id: id.to_owned(),
+            key: key.to_owned(),
+            user: None,
+        }
+    }
+
+    /// Provisions a tenant as an operator does.
+    pub async fn provision(&self, body: Value) -> Tenant {
+        let answer = self.admin(Method::POST, "/admin/tenants", Some(&body)).await;
+        assert_eq!(answer.status, StatusCode::CREATED, "{}", answer.text);
+        let created = answer.json();
+        self.tenant_with_key(text(&created, "tenant_id"), text(&created, "api_key"))
+    }
+
+    /// Sends an operator's request, signed.
+    pub async fn admin(&self, method: Method, path: &str, body: Option<&Value>) -> Answer {
+        let body = body.map(|b| b.to_string()).unwrap_or_default();
+        self.admin_raw(method, path, body.into_bytes()).await
+    }
+
+    /// Sends an operator's request, signed, with any bytes as its body.
+    pub async fn admin_raw(&self, method: Method, path: &str, body: Vec<u8>) -> Answer {
+        let admin = &self.ready["admin"];
+        let url = format!("{}{path}", self.url());
+        let operator = local::sigv4::Credentials {
+            access_key_id: text(admin, "access_key_id").to_owned(),
+            secret_access_key: text(admin, "secret_access_key").to_owned(),
+            region: text(admin, "region").to_owned(),
+            user_arn: String::new(),
+        };
+        let headers = [("content-type", "application/json")];
+        let now = local::serving::system_clock();
+        let signed = local::sigv4::sign(&operator, &method, &url, &headers, &body, now).expect("a signature");
+        let mut request = self.http.request(method, url).header("content-type", "application/json").body(body);
+        for (name, value) in signed {
+            request = request.header(name, value);
+        }
+        Answer::read(request.send().await.expect("the gateway answers")).await
+    }
+
+    /// Kills the processes of a function, whatever they are doing.
+    pub async fn kill(&self, function: &str) {
+        let url = format!("{}/functions/{function}/kill", text(&self.ready, "control_url"));
+        let answer = self.http.post(url).send().await.expect("the control address answers");
+        assert!(answer.status().is_success(), "{}", answer.status());
+    }
+
+    /// Tells the offline model to misbehave.
+    pub async fn model_fault(&self, fault: Value) {
+        let url = format!("{}/_faults", text(&self.ready, "model_url"));
+        let answer = self.http.post(url).json(&fault).send().await.expect("the model answers");
+        assert!(answer.status().is_success(), "{}", answer.text().await.unwrap());
+    }
+
+    /// What the offline model was last sent.
+    pub async fn last_model_request(&self) -> Value {
+        let url = format!("{}/_requests?last=1", text(&self.ready, "model_url"));
+        let all: Value = self.http.get(url).send().await.unwrap().json().await.unwrap();
+        all[0]["body"].clone()
+    }
+
+    /// Everything that the stack and its functions have logged so far.
+    pub fn logs(&self) -> String {
+        let mut all = std::fs::read_to_string(self.directory.path().join("stack.log")).unwrap_or_default();
+        let logs = PathBuf::from(text(&self.ready, "log_directory"));
+        for entry in std::fs::read_dir(logs).into_iter().flatten().flatten() {
+            all.push_str(&std::fs::read_to_string(entry.path()).unwrap_or_default());
+        }
+        all
+    }
+
+    /// The data directory.
+    pub fn data(&self) -> PathBuf {
+        Path::new(text(&self.ready, "log_directory")).parent().expect("the data directory").to_owned()
+    }
+
+    /// The processes that the stack has started.
+    pub fn children(&self) -> Vec<u32> {
+        let pid = self.child.id().expect("a running stack");
+        let children = std::fs::read_dir(format!("/proc/{pid}/task")).expect("the stack's threads").flatten();
+        children
+            .filter_map(|task| std::fs::read_to_string(task.path().join("children")).ok())
+            .flat_map(|text| text.split_whitespace().filter_map(|pid| pid.parse().ok()).collect::<Vec<u32>>())
+            .collect()
+    }
+
+    /// Asks the stack to end, and waits until it has.
+    pub async fn stop(mut self) -> std::process::ExitStatus {
+        let pid = self.child.id().expect("a running stack").to_string();
+        let kill = std::process::Command::new("kill").args(["-TERM", &pid]).status().expect("kill runs");
+        assert!(kill.success());
+        tokio::time::timeout(PATIENCE, self.child.wait()).await.expect("the stack ends").expect("its status")
+    }
+}
+
+/// Runs the stack's program with these arguments, expects it to fail, and returns what it says.
+pub async fn run_local(arguments: &[&str]) -> String {
+    let output = Command::new(binaries().join("local"))
+        .arg("--functions")
+        .arg(binaries())
+        .args(arguments)
+        .kill_on_drop(true)
+        .output();
+    let output = tokio::time::timeout(PATIENCE, output).await.expect("it ends").expect("it runs");
+    assert!(!output.status.success());
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// A client that waits as long as a person would.
+pub fn client() -> Client {
+    Client::builder().timeout(Duration::from_secs(120)).build().expect("a client")
+}
+
+fn text<'a>(value: &'a Value, name: &str) -> &'a str {
+    value[name].as_str().unwrap_or_else(|| panic!("no text `{name}` in {value}"))
+}
+
+impl Tenant {
+    /// The same tenant, speaking for one of its users.
+    pub fn as_user(&self, user: &str) -> Self {
+        Self { user: Some(user.to_owned()), ..self.clone() }
+    }
+
+    /// A request with this tenant's key.
+    pub fn request(&self, method: Method, path: &str) -> RequestBuilder {
+        let request = self.http.request(method, format!("{}{path}", self.url)).bearer_auth(&self.key);
+        match &self.user {
+            Some(user) => request.header("x-user-id", user),
+            None => request,
+        }
+    }
+
+    /// Posts JSON.
+    pub async fn post(&self, path: &str, body: &Value) -> Answer {
+        Answer::read(self.request(Method::POST, path).json(body).send().await.expect("an answer")).await
+    }
+
+    /// Gets a path.
+    pub async fn get(&self, path: &str) -> Answer {
+        Answer::read(self.request(Method::GET, path).send().await.expect("an answer")).await
+    }
+
+    /// Deletes a path.
+    pub async fn delete(&self, path: &str) -> Answer {
+        Answer::read(self.request(Method::DELETE, path).send().await.expect("an answer")).await
+    }
+
+    /// Stores a plain-text document and expects it to be ready.
+    pub async fn store(&self, id: &str, title: &str, content: &str) -> Value {
+        let answer = self.post("/v1/documents", &json!({"id": id, "title": title, "content": content})).await;
+        assert_eq!(answer.status, StatusCode::CREATED, "{}", answer.text);
+        let document = answer.json()["documents"][0].clone();
+        assert_eq!(document["status"], "ready", "{document}");
+        document
+    }
+
+    /// Asks, and expects an answer.
+    pub async fn ask(&self, message: &str) -> Value {
+        self.chat(json!({"message": message})).await.expect_status(StatusCode::OK).json()
+    }
+
+    /// Posts to the chat route.
+    pub async fn chat(&self, body: Value) -> Answer {
+        self.post("/v1/chat", &body).await
+    }
+
+    /// Asks for a streamed answer; the response is unread.
+    pub async fn open_stream(&self, mut body: Value) -> Response {
+        body["stream"] = true.into();
+        self.request(Method::POST, "/v1/chat").json(&body).send().await.expect("an answer")
+    }
+
+    /// Searches, and expects an answer.
+    pub async fn search(&self, query: &str, top_k: u32) -> Vec<Value> {
+        let answer = self.post("/v1/search", &json!({"query": query, "top_k": top_k})).await;
+        answer.expect_status(StatusCode::OK).json()["hits"].as_array().expect("hits").clone()
+    }
+}
+
+impl Answer {
+    /// Reads a response to its end.
+    pub async fn read(response: Response) -> Self {
+        let (status, headers) = (response.status(), response.headers().clone());
+        let text = response.text().await.expect("a whole body");
+        Self { status, headers, text }
+    }
+
+    /// The body as JSON.
+    pub fn json(&self) -> Value {
+        serde_json::from_str(&self.text).unwrap_or_else(|e| panic!("{e}: {} {}", self.status, self.text))
+    }
+
+    /// This answer, which must have that status.
+    #[track_caller]
+    pub fn expect_status(self, status: StatusCode) -> Self {
+        assert_eq!(self.status, status, "{}", self.text);
+        self
+    }
+
+    /// This answer must be the error object with that status and code; returns its `error`.
+    #[track_caller]
+    pub fn expect_error(&self, status: u16, code: &str) -> Value {
+        assert_eq!(self.status.as_u16(), status, "{}", self.text);
+        let body = self.json();
+        assert_eq!(body["error"]["code"], code, "{body}");
+        assert!(body["error"]["message"].as_str().is_some_and(|m| !m.is_empty()), "{body}");
+        assert!(body["request_id"].as_str().is_some_and(|id| !id.is_empty()), "{body}");
+        assert!(self.headers.contains_key("x-request-id"), "{:?}", self.headers);
+        assert_eq!(body.as_object().map(|o| o.len()), Some(2), "{body}");
+        body["error"].clone()
+    }
+}
+
+/// Reads the next event of a stream; `None` at its end. `buffer` holds what came of the one after.
+pub async fn next_event(response: &mut Response, buffer: &mut Vec<u8>) -> Option<Event> {
+    loop {
+        if let Some(end) = buffer.windows(2).position(|pair| pair == b"\n\n") {
+            let frame: Vec<u8> = buffer.drain(..end + 2).collect();
+            let (mut name, mut data) = (String::new(), String::new());
+            for line in std::str::from_utf8(&frame).expect("events are UTF-8").lines() {
+                if let Some(value) = line.strip_prefix("event: ") {
+                    name = value.to_owned();
+                } else if let Some(value) = line.strip_prefix("data: ") {
+                    data.push_str(value);
+                }
+            }
+            return Some(Event { name, data: serde_json::from_str(&data).expect("data is JSON") });
+        }
+        buffer.extend(response.chunk().await.expect("the stream goes on")?);
+    }
+}
+
+/// Reads all events of a stream.
+pub async fn all_events(mut response: Response) -> Vec<Event> {
+    let (mut buffer, mut events) = (Vec::new(), Vec::new());
+    while let Some(event) = next_event(&mut response, &mut buffer).await {
+        events.push(event);
+    }
+    assert!(buffer.is_empty(), "an unfinished event: {}", String::from_utf8_lossy(&buffer));
+    events
+}

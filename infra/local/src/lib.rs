@@ -1,6 +1,9 @@
 //! The local stack: small servers that speak the protocols of the cloud services the functions use.
 
+pub mod cargo;
+pub mod dynamodb;
 pub mod gateway;
+pub mod identity;
 pub mod lambda;
 pub mod lexis;
 pub mod offline_embeddings;
@@ -10,4 +13,5 @@ pub mod s3;
 pub mod secrets;
 pub mod serving;
 pub mod sigv4;
+pub mod stack;
 pub mod template;

@@ -68,6 +68,14 @@ struct Secret {
     versions: BTreeMap<String, SecretVersion>,
 }
 
+impl Secret {
+    /// Whether the current version is that text.
+    fn holds(&self, text: &str) -> bool {
+        let mut current = self.versions.values().filter(|version| version.stages.iter().any(|s| s == CURRENT));
+        current.any(|version| matches!(&version.value, SecretValue::Text(value) if value == text))
+    }
+}
+
 #[derive(Clone, PartialEq, Serialize, Deserialize)]
 struct SecretVersion {
     #[serde(with = "time::serde::rfc3339")]
@@ -222,12 +230,12 @@ impl Secrets {
         })))
     }
 
-    /// Creates a secret unless one of that name exists, and says whether it did. One that awaits
-    /// its deletion exists.
-    pub fn seed(&self, name: &str, value: &str) -> Result<bool, Error> {
+    /// Makes a secret hold `value`, as an operator does who sets up an account. One that holds it
+    /// already stays as it is.
+    pub fn set(&self, name: &str, value: &str) -> Result<(), Error> {
         let mut secrets = self.lock();
-        if secrets.contains_key(name) {
-            return Ok(false);
+        if secrets.get(name).is_some_and(|secret| secret.holds(value)) {
+            return Ok(());
         }
         let mut changed = secrets.clone();
         changed.insert(
@@ -236,7 +244,7 @@ impl Secrets {
         );
         self.save(&changed).map_err(|source| Error { path: self.0.path.clone(), source })?;
         *secrets = changed;
-        Ok(true)
+        Ok(())
     }
 
     fn now(&self) -> OffsetDateTime {
@@ -707,10 +715,10 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("secrets.json");
         let server = Server::start(&path).await;
-        assert!(server.secrets.seed("bulkhead/vector", "root").unwrap());
-        assert!(!server.secrets.seed("bulkhead/vector", "other").unwrap());
+        server.secrets.set("bulkhead/vector", "root").unwrap();
+        server.secrets.set("bulkhead/vector", "root").unwrap();
         for n in 0..3 {
-            server.secrets.seed(&format!("bulkhead/tenant/acme/{n}"), "s").unwrap();
+            server.secrets.set(&format!("bulkhead/tenant/acme/{n}"), "s").unwrap();
         }
         drop(server);
         let server = Server::start(&path).await;

@@ -18,6 +18,7 @@ mod store;
 #[cfg(test)]
 mod tests;
 
+use crate::template;
 use std::collections::HashMap;
 use std::future::Future;
 use std::path::PathBuf;
@@ -44,6 +45,14 @@ pub enum Error {
         /// What went wrong.
         source: std::io::Error,
     },
+    /// A bucket could not be set up.
+    #[error("bucket {name} cannot be set up: {reason}")]
+    Bucket {
+        /// The bucket.
+        name: String,
+        /// What went wrong.
+        reason: String,
+    },
     /// The listener failed.
     #[error("cannot serve S3")]
     Serve(#[source] std::io::Error),
@@ -56,6 +65,8 @@ pub struct Options {
     pub directory: PathBuf,
     /// Access keys and their secrets. Requests signed with any other are refused.
     pub credentials: Vec<(String, String)>,
+    /// Buckets that are there from the start, set up as the template says.
+    pub buckets: Vec<template::Bucket>,
     /// Told of each object written or removed, after it has happened.
     pub events: Option<UnboundedSender<ObjectEvent>>,
 }
@@ -96,6 +107,10 @@ pub async fn serve(
         .map_err(std::io::Error::other)
         .and_then(|result| result)
         .map_err(|source| Error::Open { directory, source })?;
+    for bucket in &options.buckets {
+        let set_up = store.set_up(bucket, now());
+        set_up.map_err(|error| Error::Bucket { name: bucket.name.clone(), reason: error.to_string() })?;
+    }
     let service = service::Service::new(Arc::new(store), Arc::new(now), options.events);
     let mut builder = S3ServiceBuilder::new(service);
     builder.set_auth(Keys(options.credentials.into_iter().collect()));

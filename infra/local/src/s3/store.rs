@@ -28,6 +28,7 @@ use time::OffsetDateTime;
 use super::body::{self, Algorithm, Checksum, Staged};
 use super::listing::{self, Page};
 use super::rules::{self, DefaultRetention, Protection, Retention};
+use crate::template;
 use crate::serving::{replace_file, unique_id};
 
 /// The id of the version that a bucket without versioning keeps.
@@ -330,6 +331,28 @@ impl Store {
         write_json(&directory.join("bucket.json"), &config)?;
         buckets.insert(name.to_owned(), Bucket { config, keys: BTreeMap::new() });
         Ok(())
+    }
+
+    /// Makes a bucket unless it is there, and gives it the template's configuration.
+    pub(super) fn set_up(&self, wanted: &template::Bucket, now: OffsetDateTime) -> S3Result<()> {
+        if !self.lock().contains_key(&wanted.name) {
+            self.create_bucket(&wanted.name, wanted.object_lock, now)?;
+        }
+        let default_retention = match &wanted.default_retention {
+            Some(retention) => {
+                let mode = rules::Mode::parse(&retention.mode).ok_or_else(no_lock)?;
+                let days = u16::try_from(retention.days).unwrap_or(u16::MAX);
+                Some(DefaultRetention { mode, period: rules::Period::Days(days) })
+            }
+            None => None,
+        };
+        self.configure(&wanted.name, |config| {
+            if wanted.versioned {
+                config.versioning = Versioning::Enabled;
+            }
+            config.default_retention = default_retention;
+            Ok(())
+        })
     }
 
     pub(super) fn delete_bucket(&self, name: &str) -> S3Result<()> {

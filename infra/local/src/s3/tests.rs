@@ -81,6 +81,7 @@ impl Server {
         let options = Options {
             directory: directory.to_owned(),
             credentials: vec![(KEY.to_owned(), SECRET.to_owned())],
+            buckets: vec![],
             events: Some(events),
         };
         let clock = Arc::clone(&seconds);

@@ -1,0 +1,81 @@
+//! DynamoDB and its streams, on SQLite: the tables of the template, made where they are not yet.
+
+use std::future::Future;
+use std::path::Path;
+
+use dynoxide::Database;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+
+use crate::template::Table;
+
+/// Why the tables cannot be served.
+#[derive(Debug, thiserror::Error)]
+#[error("the tables cannot be served: {0}")]
+pub struct Error(String);
+
+/// Opens the database and makes the tables that it lacks.
+///
+/// # Errors
+/// If the file cannot be used or a table is refused.
+pub fn open(path: &Path, tables: &[Table]) -> Result<Database, Error> {
+    let path = path.to_str().ok_or_else(|| Error("the path of the data directory is not UTF-8".into()))?;
+    let database = Database::new(path).map_err(failed)?;
+    for table in tables {
+        let describe = request(json!({ "TableName": table.name }))?;
+        if database.describe_table(describe).is_ok() {
+            continue;
+        }
+        database.create_table(request(create_table(table))?).map_err(failed)?;
+        if let Some(attribute) = &table.ttl_attribute {
+            let ttl = json!({
+                "TableName": table.name,
+                "TimeToLiveSpecification": { "AttributeName": attribute, "Enabled": true }
+            });
+            database.update_time_to_live(request(ttl)?).map_err(failed)?;
+        }
+    }
+    Ok(database)
+}
+
+/// Serves the database until `shutdown` resolves.
+///
+/// # Errors
+/// If the listener fails.
+pub async fn serve(
+    listener: TcpListener,
+    database: Database,
+    shutdown: impl Future<Output = ()> + Send + 'static,
+) -> Result<(), Error> {
+    dynoxide::server::serve_with_shutdown(listener, database, shutdown).await.map_err(Error)
+}
+
+fn create_table(table: &Table) -> Value {
+    let keys = [(Some(&table.hash_key), "HASH"), (table.range_key.as_ref(), "RANGE")];
+    let keys = keys.into_iter().filter_map(|(key, kind)| key.map(|key| (key, kind)));
+    let (mut schema, mut attributes) = (Vec::new(), Vec::new());
+    for (key, kind) in keys {
+        schema.push(json!({ "AttributeName": key.name, "KeyType": kind }));
+        attributes.push(json!({ "AttributeName": key.name, "AttributeType": key.kind }));
+    }
+    let mut create = json!({
+        "TableName": table.name,
+        "BillingMode": "PAY_PER_REQUEST",
+        "KeySchema": schema,
+        "AttributeDefinitions": attributes,
+    });
+    if let (Some(view), Some(fields)) = (&table.stream_view, create.as_object_mut()) {
+        let stream = json!({ "StreamEnabled": true, "StreamViewType": view });
+        fields.insert("StreamSpecification".to_owned(), stream);
+    }
+    create
+}
+
+fn request<T: DeserializeOwned>(value: Value) -> Result<T, Error> {
+    serde_json::from_value(value).map_err(failed)
+}
+
+fn failed(error: impl std::fmt::Display) -> Error {
+    Error(error.to_string())
+}
