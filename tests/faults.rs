@@ -80,7 +80,7 @@ async fn an_answer_that_breaks_off_ends_in_an_error_and_is_not_kept() {
 
 #[tokio::test]
 async fn a_client_that_hangs_up_does_not_stop_the_answer() {
-    let (stack, acme) = stack(100).await;
+    let (_stack, acme) = stack(100).await;
     let mut response = acme.open_stream(json!({"message": QUESTION})).await;
     let mut buffer = Vec::new();
     let meta = tests::next_event(&mut response, &mut buffer).await.unwrap();
@@ -108,7 +108,10 @@ async fn a_taken_port_and_a_used_directory_are_said_in_one_sentence() {
     let port = stack.url().rsplit(':').next().unwrap();
     let said = tests::run_local(&["--port", port, "--data", data.path().to_str().unwrap()]).await;
     assert!(said.contains(&format!("port {port} cannot be used")), "{said}");
-    assert!(said.contains("--port") && said.lines().filter(|l| l.starts_with("error:")).count() == 1, "{said}");
+    assert!(
+        said.contains("--port") && said.lines().filter(|l| l.starts_with("error:")).count() == 1,
+        "{said}"
+    );
     let said = tests::run_local(&["--port", "0", "--data", stack.data().to_str().unwrap()]).await;
     assert!(said.contains("another stack is running on"), "{said}");
 }

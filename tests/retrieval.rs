@@ -3,6 +3,13 @@
 //! The documents are the Markdown read-mes and the licence texts that ship inside the crates that this
 //! workspace depends on, so that every machine that builds it has them.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    reason = "a test fails by panicking"
+)]
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
@@ -14,7 +21,10 @@ use tests::{Stack, Tenant};
 const QUESTIONS: [(&str, &str); 20] = [
     ("Which crate offers pre-allocated storage for a uniform data type?", "slab-readme"),
     ("How are the literal characters { and } included in a static route?", "matchit-readme"),
-    ("Which hash function performs badly on larger inputs and gives no protection against collision attacks?", "fnv-readme"),
+    (
+        "Which hash function performs badly on larger inputs and gives no protection against collision attacks?",
+        "fnv-readme",
+    ),
     ("How can up to a small number of items be stored on the stack?", "smallvec-readme"),
     ("How do I turn a sequential iterator into a parallel one?", "rayon-readme"),
     ("How can memory be zeroed securely without the compiler optimizing it away?", "zeroize-readme"),
@@ -28,10 +38,19 @@ const QUESTIONS: [(&str, &str); 20] = [
     ("Which algorithm quickly converts floating point numbers to decimal strings?", "ryu-readme"),
     ("What does the Community Data License Agreement say about using Results?", "webpki-root-certs-license"),
     ("Which text dedicates software to the public domain, free and unencumbered?", "memchr-unlicense"),
-    ("Must altered source versions be plainly marked, and may their origin be misrepresented?", "foldhash-license"),
+    (
+        "Must altered source versions be plainly marked, and may their origin be misrepresented?",
+        "foldhash-license",
+    ),
     ("When do patent licenses terminate if patent litigation is instituted?", "itoa-license-apache"),
-    ("May the name of a copyright holder be used in advertising these Data Files or Software?", "unicode-ident-license-unicode"),
-    ("How does a service in tower represent an asynchronous function from a request to a response?", "tower-readme"),
+    (
+        "May the name of a copyright holder be used in advertising these Data Files or Software?",
+        "unicode-ident-license-unicode",
+    ),
+    (
+        "How does a service in tower represent an asynchronous function from a request to a response?",
+        "tower-readme",
+    ),
 ];
 
 /// The files that the questions are about, and others to lose them among.
@@ -113,7 +132,9 @@ async fn the_document_that_holds_the_answer_is_cited_and_no_tenant_sees_anothers
     let ids = |list: &Value| -> Vec<String> {
         list.as_array().unwrap().iter().map(|c| c["document_id"].as_str().unwrap().to_owned()).collect()
     };
-    let owned = |documents: &[(&String, &(PathBuf, &'static str))], id: &str| documents.iter().any(|(own, _)| *own == id);
+    let owned = |documents: &[(&String, &(PathBuf, &'static str))], id: &str| {
+        documents.iter().any(|(own, _)| *own == id)
+    };
     let mut cited = 0;
     for (question, expected) in QUESTIONS {
         let answer = acme.ask(question).await;

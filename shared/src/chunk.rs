@@ -57,7 +57,7 @@ pub fn chunk(document: &DocumentId, blocks: &[Block]) -> Vec<Chunk> {
     for block in blocks {
         match block {
             Block::Heading { level, text } => cutter.heading(*level, text),
-            Block::Paragraph(text) => cutter.add(text, "\n\n", |text| sentences(text)),
+            Block::Paragraph(text) => cutter.add(text, "\n\n", sentences),
             Block::Whole(text) => cutter.add(text, "\n\n", |text| text.split_inclusive('\n').collect()),
         }
     }
@@ -238,7 +238,12 @@ mod tests {
 
     #[test]
     fn short_sections_stay_together_and_long_ones_do_not() {
-        let short = [heading(1, "A"), Block::Paragraph("One.".into()), heading(1, "B"), Block::Paragraph("Two.".into())];
+        let short = [
+            heading(1, "A"),
+            Block::Paragraph("One.".into()),
+            heading(1, "B"),
+            Block::Paragraph("Two.".into()),
+        ];
         assert_eq!(chunk(&document(), &short).len(), 1);
         let long = [heading(1, "A"), paragraph(20), heading(1, "B"), paragraph(20)];
         let chunks = chunk(&document(), &long);

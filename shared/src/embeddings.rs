@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, timeout_at};
 
 use crate::outbound::{self, OutboundError};
-use crate::tenant::EmbeddingModel;
 use crate::secret::Secret;
+use crate::tenant::EmbeddingModel;
 use crate::units::Tokens;
 
 /// Texts in one call; the service takes 2,048, but fewer keep a repeated call cheap.

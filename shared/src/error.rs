@@ -91,7 +91,10 @@ impl ApiError {
 
     /// 503: something behind us failed. What it was goes to the log, not to the caller.
     pub fn unavailable(what: &'static str) -> Self {
-        Self::new(Code::Unavailable, format!("{what} cannot be reached right now; nothing was changed, try again"))
+        Self::new(
+            Code::Unavailable,
+            format!("{what} cannot be reached right now; nothing was changed, try again"),
+        )
     }
 
     /// The same error, said of `param`.

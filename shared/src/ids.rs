@@ -95,10 +95,12 @@ identifier!(
 );
 
 identifier!(
-    /// A tenant's own user, as the tenant names it: any text of 1 to 256 bytes, kept exactly.
+    /// A tenant's own user, as the tenant names it: any text of 1 to 256 bytes, kept exactly. It never
+    /// holds U+FFFD, which is what something on the way puts for bytes that are no text: two users
+    /// must not become one.
     UserId,
-    "a user id has 1 to 256 bytes",
-    |text| (1..=256).contains(&text.len())
+    "a user id has 1 to 256 bytes of UTF-8",
+    |text| (1..=256).contains(&text.len()) && !text.contains(char::REPLACEMENT_CHARACTER)
 );
 
 #[cfg(test)]

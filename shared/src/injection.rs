@@ -36,7 +36,10 @@ const PATTERNS: &[(&str, &str)] = &[
     ("override", "ignore|ignorez|oublie|oubliez ~3 consignes|instructions ~1 precedentes|anterieures"),
     ("override", "ignora|olvida|omite ~3 instrucciones|reglas|indicaciones"),
     ("override", "ignora|dimentica ~3 istruzioni|regole"),
-    ("new-instructions", "new|updated|real|actual|following|secret instructions|instruction|directive|orders :"),
+    (
+        "new-instructions",
+        "new|updated|real|actual|following|secret instructions|instruction|directive|orders :",
+    ),
     ("new-instructions", "instead|now follow|obey ~2 these|new|following ~1 instructions|rules|orders"),
     ("role", "system|assistant|developer|admin : ~2 you|your|ignore|override|new"),
     ("role", "you are now ~3 unrestricted|unfiltered|jailbroken|dan|free|uncensored|evil"),
@@ -186,7 +189,8 @@ fn join_spaced_letters(words: Vec<Word>) -> Vec<Word> {
 /// What `c` reads as: nothing if it is invisible.
 fn fold(c: char) -> impl Iterator<Item = char> {
     let plain: String = c.nfkd().filter(|c| !is_combining_mark(*c)).flat_map(char::to_lowercase).collect();
-    let alike: String = skeleton(&plain).filter(|c| !is_combining_mark(*c)).flat_map(char::to_lowercase).collect();
+    let alike: String =
+        skeleton(&plain).filter(|c| !is_combining_mark(*c)).flat_map(char::to_lowercase).collect();
     alike
         .chars()
         .map(|c| match c {

@@ -83,7 +83,12 @@ impl Limits {
         const MOST_TOKENS: u64 = 1_000_000_000_000;
         set("requests_per_minute", &mut self.requests_per_minute, changes.requests_per_minute, 1_000_000)?;
         set("tokens_per_day", &mut self.tokens_per_day, changes.tokens_per_day, MOST_TOKENS)?;
-        set("monthly_token_budget", &mut self.monthly_token_budget, changes.monthly_token_budget, MOST_TOKENS)?;
+        set(
+            "monthly_token_budget",
+            &mut self.monthly_token_budget,
+            changes.monthly_token_budget,
+            MOST_TOKENS,
+        )?;
         set("max_context_tokens", &mut self.max_context_tokens, changes.max_context_tokens, 10_000_000)?;
         // A lease in the meter takes about 60 bytes, and the meter must stay one write unit for most.
         set("max_concurrent", &mut self.max_concurrent, changes.max_concurrent, 1_000)?;

@@ -239,10 +239,8 @@ mod tests {
     use super::*;
 
     fn answer(events: &[&str]) -> Answer {
-        let events: Vec<_> = events
-            .iter()
-            .map(|data| Ok(Event { data: (*data).to_owned(), ..Default::default() }))
-            .collect();
+        let events: Vec<_> =
+            events.iter().map(|data| Ok(Event { data: (*data).to_owned(), ..Default::default() })).collect();
         Answer {
             events: Box::pin(futures_util::stream::iter(events)),
             deadline: Instant::now() + Duration::from_secs(5),

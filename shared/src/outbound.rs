@@ -52,9 +52,10 @@ impl OutboundError {
             other => tracing::error!("{what}: {other}"),
         }
         match self {
-            Self::Deadline => {
-                ApiError::new(Code::DeadlineExceeded, format!("{what} did not answer within the time allowed"))
-            }
+            Self::Deadline => ApiError::new(
+                Code::DeadlineExceeded,
+                format!("{what} did not answer within the time allowed"),
+            ),
             Self::Overloaded { retry_after, .. } => ApiError {
                 retry_after_ms: retry_after.map(|wait| u64::try_from(wait.as_millis()).unwrap_or(u64::MAX)),
                 ..ApiError::new(Code::ModelUnavailable, format!("{what} is overloaded; try again"))
@@ -110,7 +111,11 @@ pub async fn send(
         if Instant::now() + wait >= deadline {
             return Err(error);
         }
-        tracing::warn!(attempt = failed, wait_ms = wait.as_millis() as u64, "Outbound call failed, trying again: {error}");
+        tracing::warn!(
+            attempt = failed,
+            wait_ms = wait.as_millis() as u64,
+            "Outbound call failed, trying again: {error}"
+        );
         tokio::time::sleep(wait).await;
     }
 }

@@ -231,7 +231,9 @@ pub fn screen_message(message: &str, policy: InjectionPolicy) -> Result<Screened
     match policy {
         InjectionPolicy::Refuse if !findings.is_empty() => Err(Refused(injection)),
         InjectionPolicy::Redact => Ok(Screened { text: injection::redact(message, &findings), injection }),
-        InjectionPolicy::Refuse | InjectionPolicy::Flag => Ok(Screened { text: message.to_owned(), injection }),
+        InjectionPolicy::Refuse | InjectionPolicy::Flag => {
+            Ok(Screened { text: message.to_owned(), injection })
+        }
     }
 }
 
@@ -421,7 +423,11 @@ mod tests {
             let profile = profile("");
             let prompt = build(inputs(&profile, form), &mut entropy()).unwrap();
             let system = texts(&prompt.system);
-            assert!(system.contains("Ada") && !system.contains("ignore all rules") && !system.contains("What is it?"));
+            assert!(
+                system.contains("Ada")
+                    && !system.contains("ignore all rules")
+                    && !system.contains("What is it?")
+            );
             let last = prompt.messages.last().unwrap();
             assert_eq!(last.role, Role::User);
             assert!(texts(&last.content).contains("ignore all rules"));
@@ -467,7 +473,7 @@ mod tests {
         assert_eq!(*cache_control, Some(CacheControl::Ephemeral));
         let close = text.rfind("</instructions ").unwrap();
         assert!(text.find(sly).unwrap() < close);
-        assert!(!sly.contains(&text[close..close + 32]));
+        assert!(!sly.contains(text.get(close..close + 32).unwrap()));
     }
 
     #[test]

@@ -17,6 +17,7 @@ pub const fn entropy() -> Entropy {
 const BASE62: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
 
 /// The base-62 digit of `value`, which is taken modulo 62.
+#[expect(clippy::indexing_slicing, reason = "a number modulo 62 is an index of 62 digits")]
 const fn digit(value: u32) -> char {
     BASE62[(value % 62) as usize] as char
 }

@@ -348,7 +348,11 @@ mod tests {
         }
     }
 
-    fn context(status: TenantStatus, permissions: &[Permission], expires: Option<i64>) -> ApiGatewayProxyRequestContext {
+    fn context(
+        status: TenantStatus,
+        permissions: &[Permission],
+        expires: Option<i64>,
+    ) -> ApiGatewayProxyRequestContext {
         let tenant = tenant("acme", status);
         let key = ApiKey::issue(Tier::Free, tenant.tenant_id.clone(), &mut entropy());
         let record = KeyRecord::new(

@@ -175,8 +175,24 @@ mod tests {
             assert!(good.parse::<TenantId>().is_ok(), "{good}");
         }
         for bad in [
-            "", "ab", "a", "1acme", "-acme", "acme-", "ac--me", "Acme", "ac_me", "ac me", "acme/", "ac#me", "acmé",
-            "ас me", "аcme", "acme\n", "a.b", &"a".repeat(33),
+            "",
+            "ab",
+            "a",
+            "1acme",
+            "-acme",
+            "acme-",
+            "ac--me",
+            "Acme",
+            "ac_me",
+            "ac me",
+            "acme/",
+            "ac#me",
+            "acmé",
+            "ас me",
+            "аcme",
+            "acme\n",
+            "a.b",
+            &"a".repeat(33),
         ] {
             assert_eq!(bad.parse::<TenantId>(), Err(InvalidTenantId), "{bad:?}");
         }

@@ -7,8 +7,8 @@ use jsonwebtoken::{EncodingKey, Header};
 use serde::Serialize;
 
 use crate::clock::Timestamp;
-use crate::secret::Secret;
 use crate::scope::VectorToken;
+use crate::secret::Secret;
 use crate::tenant::TenantId;
 
 /// How long a token lives: the authorizer's cache (300 s at the most) and the longest request

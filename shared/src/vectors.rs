@@ -111,11 +111,15 @@ impl FromStr for Cells {
                 return Err(invalid());
             }
             if endpoint.uri().scheme_str() == Some("https") {
-                endpoint =
-                    endpoint.tls_config(ClientTlsConfig::new().with_enabled_roots()).map_err(|_| invalid())?;
+                endpoint = endpoint
+                    .tls_config(ClientTlsConfig::new().with_enabled_roots())
+                    .map_err(|_| invalid())?;
             }
-            let channel =
-                endpoint.connect_timeout(Duration::from_secs(2)).timeout(TIMEOUT).tcp_nodelay(true).connect_lazy();
+            let channel = endpoint
+                .connect_timeout(Duration::from_secs(2))
+                .timeout(TIMEOUT)
+                .tcp_nodelay(true)
+                .connect_lazy();
             if cells.insert(name.to_owned(), channel).is_some() {
                 return Err(invalid());
             }
@@ -166,7 +170,8 @@ struct Bearer(AsciiMetadataValue);
 
 impl Bearer {
     fn new(token: &str) -> Result<Self, VectorError> {
-        let mut value = AsciiMetadataValue::try_from(token).map_err(|_| VectorError::Malformed("a usable token"))?;
+        let mut value =
+            AsciiMetadataValue::try_from(token).map_err(|_| VectorError::Malformed("a usable token"))?;
         value.set_sensitive(true);
         Ok(Self(value))
     }
@@ -193,7 +198,11 @@ impl Cells {
     ///
     /// # Errors
     /// If its cell is not configured, or it holds vectors of another model.
-    pub fn read<'a>(&self, scope: &'a TenantScope, model: &EmbeddingModel) -> Result<Collection<'a>, VectorError> {
+    pub fn read<'a>(
+        &self,
+        scope: &'a TenantScope,
+        model: &EmbeddingModel,
+    ) -> Result<Collection<'a>, VectorError> {
         self.open(scope, scope.vector_read(), model)
     }
 
@@ -201,7 +210,11 @@ impl Cells {
     ///
     /// # Errors
     /// As [`Cells::read`], and if the scope may not write.
-    pub fn write<'a>(&self, scope: &'a TenantScope, model: &EmbeddingModel) -> Result<Collection<'a>, VectorError> {
+    pub fn write<'a>(
+        &self,
+        scope: &'a TenantScope,
+        model: &EmbeddingModel,
+    ) -> Result<Collection<'a>, VectorError> {
         self.open(scope, scope.vector_write().ok_or(VectorError::ReadOnly)?, model)
     }
 
@@ -273,7 +286,8 @@ impl Cells {
             Err(status) => return Err(status.into()),
         }
         let index = qdrant_client::qdrant::CreateFieldIndexCollection::from(
-            CreateFieldIndexCollectionBuilder::new(tenant.collection(), "document_id", FieldType::Keyword).wait(true),
+            CreateFieldIndexCollectionBuilder::new(tenant.collection(), "document_id", FieldType::Keyword)
+                .wait(true),
         );
         retried(|| {
             let (mut client, index) = (points.clone(), index.clone());
@@ -294,7 +308,8 @@ impl Cells {
         cell: &str,
         tenant: &TenantId,
     ) -> Result<(), VectorError> {
-        let collections = CollectionsClient::with_interceptor(self.channel(cell)?, Bearer::new(root_key.expose())?);
+        let collections =
+            CollectionsClient::with_interceptor(self.channel(cell)?, Bearer::new(root_key.expose())?);
         let request = DeleteCollection { collection_name: tenant.collection(), timeout: None };
         retried(|| {
             let (mut client, request) = (collections.clone(), request.clone());
@@ -342,7 +357,12 @@ impl Collection<'_> {
             async move { points.query(request).await }
         })
         .await?;
-        answer.into_inner().result.into_iter().filter_map(|point| self.second_look(point).transpose()).collect()
+        answer
+            .into_inner()
+            .result
+            .into_iter()
+            .filter_map(|point| self.second_look(point).transpose())
+            .collect()
     }
 
     /// A hit, if it is the tenant's own; otherwise it is dropped and the alarm raised.
@@ -428,9 +448,8 @@ impl Collection<'_> {
 
     fn point(&self, document: &DocumentId, passage: NewPoint) -> PointStruct {
         let words = InferredText { text: passage.searchable, model: BM25.to_owned(), ..Default::default() };
-        let vectors = NamedVectors::default()
-            .add_vector(DENSE, passage.vector)
-            .add_vector(SPARSE, Vector::from(words));
+        let vectors =
+            NamedVectors::default().add_vector(DENSE, passage.vector).add_vector(SPARSE, Vector::from(words));
         let payload: HashMap<String, Value> = [
             ("tenant_id", Value::from(self.scope.tenant_id().as_str())),
             ("document_id", Value::from(document.as_str())),
@@ -504,7 +523,10 @@ where
         };
         failed += 1;
         // A connection that was cut while the function was frozen shows as `Unknown` or `Unavailable`.
-        let passing = matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Aborted | Code::ResourceExhausted);
+        let passing = matches!(
+            status.code(),
+            Code::Unavailable | Code::Unknown | Code::Aborted | Code::ResourceExhausted
+        );
         match BACKOFF.wait(failed, None, &mut random::entropy()) {
             Some(wait) if passing => {
                 tracing::warn!(attempt = failed, code = %status.code(), "Vector store call failed, trying again");

@@ -117,7 +117,10 @@ fn misshapen(error: serde_path_to_error::Error<serde_json::Error>, whole: &str) 
         (path, Some(field)) if !path.ends_with(field) => format!("{path}.{field}"),
         (path, _) => path.to_owned(),
     };
-    ApiError { param: Some(param).filter(|param| !param.is_empty()), ..ApiError::new(Code::InvalidRequest, message) }
+    ApiError {
+        param: Some(param).filter(|param| !param.is_empty()),
+        ..ApiError::new(Code::InvalidRequest, message)
+    }
 }
 
 /// An identifier of the path. One that cannot be is like one that is not there.

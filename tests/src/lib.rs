@@ -3,7 +3,13 @@
 //! [`Stack::start`] runs the very program that a newcomer runs, on ports and a directory of its own,
 //! and stops it at the end. Nothing here calls a handler.
 
-#![expect(clippy::expect_used, clippy::unwrap_used, clippy::panic, reason = "a rig fails by panicking")]
+#![expect(
+    clippy::expect_used,
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a rig fails by panicking"
+)]
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -195,7 +201,8 @@ impl Stack {
         let headers = [("content-type", "application/json")];
         let now = local::serving::system_clock();
         let signed = local::sigv4::sign(&operator, &method, &url, &headers, &body, now).expect("a signature");
-        let mut request = self.http.request(method, url).header("content-type", "application/json").body(body);
+        let mut request =
+            self.http.request(method, url).header("content-type", "application/json").body(body);
         for (name, value) in signed {
             request = request.header(name, value);
         }

@@ -152,7 +152,9 @@ mod tests {
 
     #[test]
     fn only_a_well_formed_bearer_key_is_looked_up() {
-        for bad in [None, Some(""), Some("Bearer"), Some("Bearer x"), Some("Basic eDp5"), Some("ten_pro_acme_x_y")] {
+        for bad in
+            [None, Some(""), Some("Bearer"), Some("Bearer x"), Some("Basic eDp5"), Some("ten_pro_acme_x_y")]
+        {
             assert!(bearer(&event(bad)).is_err(), "{bad:?}");
         }
         let key = ApiKey::issue(

@@ -14,7 +14,7 @@ use shared::units::{NanoUsd, Tokens};
 use tokio::time::Instant;
 
 use crate::Context;
-use crate::question::Question;
+use crate::question::{Question, searched};
 
 /// An answer on its way.
 pub(crate) struct Answering {
@@ -74,12 +74,13 @@ pub(crate) async fn begin(
     deadline: Instant,
 ) -> Result<Answering, ApiError> {
     let collection = context.cells.read(scope, context.embeddings.model())?;
-    let text = [question.message.text.clone()];
+    let text = [searched(&question.message.text)];
     let (history, embedded) = tokio::try_join!(history(context, scope, &question, started), async {
         context.embeddings.embed(&text, deadline).await.map_err(|e| e.into_api("the embedding model"))
     })?;
     let vector = embedded.vectors.into_iter().next().unwrap_or_default();
-    let hits = collection.search(&question.message.text, vector, question.top_k).await?;
+    let [text] = text;
+    let hits = collection.search(&text, vector, question.top_k).await?;
     let passages = hits
         .into_iter()
         .map(|hit| Passage {

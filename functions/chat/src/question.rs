@@ -6,6 +6,7 @@ use shared::ids::ConversationId;
 use shared::pricing::{self, ChatModel};
 use shared::prompt::{Screened, screen_message};
 use shared::scope::TenantScope;
+use shared::units::Tokens;
 
 /// The longest message, in bytes. The tenant's context limit is usually reached before.
 const MOST_MESSAGE_BYTES: usize = 1 << 20;
@@ -77,9 +78,21 @@ impl Question {
             None => DEFAULT_MAX_TOKENS.min(limits.max_context_tokens / 4).min(most),
             Some(n) if (1..=most).contains(&n) => n,
             Some(_) => {
-                return Err(ApiError::invalid("max_tokens", format!("max_tokens must be between 1 and {most}")));
+                return Err(ApiError::invalid(
+                    "max_tokens",
+                    format!("max_tokens must be between 1 and {most}"),
+                ));
             }
         };
+        // Before anything is spent on it. What the rest of the prompt needs is known, and refused, later.
+        let needs = Tokens::estimate(&body.message) + Tokens(max_tokens);
+        if needs > Tokens(limits.max_context_tokens) {
+            let message = format!(
+                "message and answer need about {} tokens; this tenant's context has {}",
+                needs.0, limits.max_context_tokens
+            );
+            return Err(ApiError::new(Code::TooLarge, message).with_param("message"));
+        }
         let top_k = match body.top_k {
             None => DEFAULT_TOP_K,
             Some(n) if (1..=MOST_TOP_K).contains(&n) => n,
@@ -87,8 +100,9 @@ impl Question {
                 return Err(ApiError::invalid("top_k", format!("top_k must be between 1 and {MOST_TOP_K}")));
             }
         };
-        let message = screen_message(&body.message, scope.profile().injection_policy)
-            .map_err(|refused| ApiError::new(Code::InjectionRefused, refused.to_string()).with_param("message"))?;
+        let message = screen_message(&body.message, scope.profile().injection_policy).map_err(|refused| {
+            ApiError::new(Code::InjectionRefused, refused.to_string()).with_param("message")
+        })?;
         Ok(Self {
             message,
             conversation: conversation.transpose()?,
@@ -101,7 +115,34 @@ impl Question {
     }
 }
 
+/// What is searched for a message: all of it, or of a long one its beginning and its end, where people
+/// put what they ask. Within what embedding models take, since a token is at least a byte.
+pub(crate) fn searched(message: &str) -> String {
+    const MOST_BYTES: usize = 8_000;
+    if message.len() <= MOST_BYTES {
+        return message.to_owned();
+    }
+    let head = message.floor_char_boundary(MOST_BYTES / 2);
+    let tail = message.ceil_char_boundary(message.len() - MOST_BYTES / 2);
+    let (head, tail) = (message.get(..head), message.get(tail..));
+    format!("{}\n{}", head.unwrap_or_default(), tail.unwrap_or_default())
+}
+
 /// A caller's word as an error repeats it: short.
 fn shown(text: &str) -> String {
     text.chars().take(64).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_message_is_searched_by_its_ends() {
+        assert_eq!(searched("short"), "short");
+        let long = format!("begins é{}é ends", "x".repeat(20_000));
+        let searched = searched(&long);
+        assert!(searched.starts_with("begins é") && searched.ends_with("é ends"));
+        assert!(searched.len() <= 8_001);
+    }
 }

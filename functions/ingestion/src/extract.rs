@@ -254,7 +254,10 @@ mod tests {
 
     #[test]
     fn plain_text_is_paragraphs_whatever_its_line_ends() {
-        assert_eq!(blocks("a\r\nb\r\n\r\nc\r\rd", ContentType::Plain), [paragraph("a\nb"), paragraph("c"), paragraph("d")]);
+        assert_eq!(
+            blocks("a\r\nb\r\n\r\nc\r\rd", ContentType::Plain),
+            [paragraph("a\nb"), paragraph("c"), paragraph("d")]
+        );
     }
 
     #[test]
@@ -280,14 +283,20 @@ mod tests {
                     <body><h2>Leave</h2><p>You have <b>25</b> days &amp; more.</p><p>Ask<br><a href=/x>Ann</a>.<ul><li>one<li>two</ul></body>";
         assert_eq!(
             blocks(text, ContentType::Html),
-            [heading(2, "Leave"), paragraph("You have 25 days & more."), paragraph("Ask\nAnn.\n- one\n- two")]
+            [
+                heading(2, "Leave"),
+                paragraph("You have 25 days & more."),
+                paragraph("Ask\nAnn.\n- one\n- two")
+            ]
         );
     }
 
     #[test]
     fn broken_markup_is_read_without_complaint() {
         for content_type in [ContentType::Markdown, ContentType::Html] {
-            for text in ["<p><b>open", "<<<>>>", "&#x110000;", "| a |\n|--", "```", "\u{0}x", &"<div>".repeat(5_000)] {
+            for text in
+                ["<p><b>open", "<<<>>>", "&#x110000;", "| a |\n|--", "```", "\u{0}x", &"<div>".repeat(5_000)]
+            {
                 let _ = blocks(text, content_type);
             }
         }

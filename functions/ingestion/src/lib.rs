@@ -54,15 +54,13 @@ impl Context {
 
 /// Answers one request.
 pub async fn handle(context: &Context, request: Request) -> Response<Body> {
-    web::handle(request, &context.clock, async |request| {
-        match (request.method(), web::route(&request)) {
-            (&Method::POST, "/v1/documents") => put::handle(context, request).await,
-            (&Method::GET, "/v1/documents") => read::list(context, request).await,
-            (&Method::GET, "/v1/documents/{id}") => read::one(context, request).await,
-            (&Method::DELETE, "/v1/documents/{id}") => delete::handle(context, request).await,
-            (&Method::POST, "/v1/search") => search::handle(context, request).await,
-            _ => Err(ApiError::not_found()),
-        }
+    web::handle(request, &context.clock, async |request| match (request.method(), web::route(&request)) {
+        (&Method::POST, "/v1/documents") => put::handle(context, request).await,
+        (&Method::GET, "/v1/documents") => read::list(context, request).await,
+        (&Method::GET, "/v1/documents/{id}") => read::one(context, request).await,
+        (&Method::DELETE, "/v1/documents/{id}") => delete::handle(context, request).await,
+        (&Method::POST, "/v1/search") => search::handle(context, request).await,
+        _ => Err(ApiError::not_found()),
     })
     .await
 }

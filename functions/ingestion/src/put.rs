@@ -105,7 +105,7 @@ pub(crate) async fn handle(context: &Context, request: Request) -> Result<Respon
         return Err(ApiError::new(Code::TooLarge, message).with_param("documents"));
     }
     let mut seen = HashSet::new();
-    let checked: Vec<(Option<String>, Result<Valid, ApiError>)> = documents
+    let checked: Vec<(usize, Option<String>, Result<Valid, ApiError>)> = documents
         .into_iter()
         .enumerate()
         .map(|(n, value)| {
@@ -117,16 +117,17 @@ pub(crate) async fn handle(context: &Context, request: Request) -> Result<Respon
                     Err(ApiError::invalid("id", format!("`{}` occurs twice in this request", valid.id)))
                 }
             });
-            (id, valid.map_err(|error| placed(error, n)))
+            (n, id, valid)
         })
         .collect();
+    let scope = &scope;
     let outcomes: Vec<(Option<String>, Result<Document, ApiError>)> = futures_util::stream::iter(checked)
-        .map(|(id, valid)| async {
+        .map(|(n, id, valid)| async move {
             let stored = match valid {
-                Ok(valid) => store(context, &scope, valid, deadline).await,
+                Ok(valid) => store(context, scope, valid, deadline).await,
                 Err(error) => Err(error),
             };
-            (id, stored)
+            (id, stored.map_err(|error| placed(error, n)))
         })
         .buffered(AT_ONCE)
         .collect()
@@ -169,7 +170,10 @@ fn validate(value: Value) -> Result<Valid, ApiError> {
     let document: NewDocument = web::value(value)?;
     let text = |name: &'static str, text: &str, least: usize| {
         if text.trim().len() < least || text.len() > MOST_TITLE_BYTES {
-            return Err(ApiError::invalid(name, format!("{name} must have {least} to {MOST_TITLE_BYTES} bytes")));
+            return Err(ApiError::invalid(
+                name,
+                format!("{name} must have {least} to {MOST_TITLE_BYTES} bytes"),
+            ));
         }
         Ok(())
     };
@@ -299,8 +303,11 @@ async fn index(
         stored.into_iter().filter(|id| !now.contains(id.as_str())).collect()
     };
     let searchable: Vec<String> = chunks.iter().map(|c| searchable(document, c)).collect();
-    let embedded =
-        context.embeddings.embed(&searchable, deadline).await.map_err(|e| e.into_api("the embedding model"))?;
+    let embedded = context
+        .embeddings
+        .embed(&searchable, deadline)
+        .await
+        .map_err(|e| e.into_api("the embedding model"))?;
     let points = chunks
         .into_iter()
         .zip(searchable)
@@ -332,7 +339,7 @@ async fn index(
 fn searchable(document: &Document, chunk: &Chunk) -> String {
     let mut text = document.title.clone();
     if !chunk.heading.is_empty() && chunk.heading != document.title {
-        text.push_str("\n");
+        text.push('\n');
         text.push_str(&chunk.heading);
     }
     text.push_str("\n\n");

@@ -103,7 +103,10 @@ fn validate(context: &Context, body: NewTenant) -> Result<Tenant, ApiError> {
     if let Some(url) = &body.webhook_url
         && !(url.starts_with("https://") && url.len() <= 2_000 && url.parse::<http::Uri>().is_ok())
     {
-        return Err(ApiError::invalid("webhook_url", "webhook_url must be an https URL of at most 2000 bytes"));
+        return Err(ApiError::invalid(
+            "webhook_url",
+            "webhook_url must be an https URL of at most 2000 bytes",
+        ));
     }
     let limits = Limits::of_tier(body.tier)
         .with(body.limits)

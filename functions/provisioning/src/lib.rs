@@ -50,13 +50,11 @@ impl Context {
 
 /// Answers one request.
 pub async fn handle(context: &Context, request: Request) -> Response<Body> {
-    web::handle(request, &context.clock, async |request| {
-        match (request.method(), web::route(&request)) {
-            (&Method::POST, "/admin/tenants") => create::handle(context, request).await,
-            (&Method::GET, "/admin/tenants") => read::list(context, request).await,
-            (&Method::GET, "/admin/tenants/{id}") => read::one(context, request).await,
-            _ => Err(ApiError::not_found()),
-        }
+    web::handle(request, &context.clock, async |request| match (request.method(), web::route(&request)) {
+        (&Method::POST, "/admin/tenants") => create::handle(context, request).await,
+        (&Method::GET, "/admin/tenants") => read::list(context, request).await,
+        (&Method::GET, "/admin/tenants/{id}") => read::one(context, request).await,
+        _ => Err(ApiError::not_found()),
     })
     .await
 }

@@ -15,7 +15,10 @@ pub fn command() -> Command {
         if text.starts_with("CARGO_PKG_")
             || text.starts_with("CARGO_BIN_")
             || text.starts_with("CARGO_MANIFEST_")
-            || matches!(&*text, "CARGO" | "CARGO_CRATE_NAME" | "CARGO_MAKEFLAGS" | "CARGO_TARGET_TMPDIR" | "OUT_DIR")
+            || matches!(
+                &*text,
+                "CARGO" | "CARGO_CRATE_NAME" | "CARGO_MAKEFLAGS" | "CARGO_TARGET_TMPDIR" | "OUT_DIR"
+            )
         {
             command.env_remove(&name);
         }

@@ -1,6 +1,10 @@
 //! `cargo run -p local`: the whole of Bulkhead on this machine.
 
-#![expect(clippy::print_stdout, clippy::print_stderr, reason = "this program speaks to a person at a terminal")]
+#![expect(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "this program speaks to a person at a terminal"
+)]
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -143,7 +147,8 @@ fn workspace() -> PathBuf {
 /// Builds the functions beside this program, with the same profile. Named together with this package,
 /// they get the features that they were compiled with already.
 fn build(workspace: &Path) -> Result<PathBuf, String> {
-    let program = std::env::current_exe().map_err(|e| format!("this program does not know its own path: {e}"))?;
+    let program =
+        std::env::current_exe().map_err(|e| format!("this program does not know its own path: {e}"))?;
     let folder = program.parent().unwrap_or(workspace).to_owned();
     let mut cargo = local::cargo::command();
     cargo.arg("build").current_dir(workspace);

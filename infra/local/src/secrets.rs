@@ -71,7 +71,8 @@ struct Secret {
 impl Secret {
     /// Whether the current version is that text.
     fn holds(&self, text: &str) -> bool {
-        let mut current = self.versions.values().filter(|version| version.stages.iter().any(|s| s == CURRENT));
+        let mut current =
+            self.versions.values().filter(|version| version.stages.iter().any(|s| s == CURRENT));
         current.any(|version| matches!(&version.value, SecretValue::Text(value) if value == text))
     }
 }

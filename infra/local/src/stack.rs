@@ -209,7 +209,8 @@ impl Stack {
         std::fs::create_dir_all(&config.data).map_err(|source| file(&config.data, source))?;
         let lock = lock(&config.data)?;
         let (gateway_listener, url) = listen(config.port).await?;
-        let mut identity = Identity::open(&config.data).map_err(|source| file(&in_data("identity.json"), source))?;
+        let mut identity =
+            Identity::open(&config.data).map_err(|source| file(&in_data("identity.json"), source))?;
 
         let mut back = Services::new();
         let (dynamodb_listener, dynamodb_url) = listen(0).await?;
@@ -260,7 +261,9 @@ impl Stack {
             }
         }
 
-        let failed = |service| move |error: &dyn std::fmt::Display| StackError::Service { service, reason: error.to_string() };
+        let failed = |service| {
+            move |error: &dyn std::fmt::Display| StackError::Service { service, reason: error.to_string() }
+        };
         let database = dynamodb::open(&in_data("dynamodb.sqlite"), &template.tables)
             .map_err(|e| failed("DynamoDB")(&e))?;
         let stopped = back.stopped();
@@ -327,7 +330,10 @@ impl Stack {
             Gateway::serve(gateway_listener, template.api.clone(), Arc::clone(&lambda), operators, stopped);
         front.run("the gateway", gateway);
         let stopped = front.stopped();
-        front.run("the control address", Gateway::serve_control(control_listener, Arc::clone(&lambda), stopped));
+        front.run(
+            "the control address",
+            Gateway::serve_control(control_listener, Arc::clone(&lambda), stopped),
+        );
 
         if config.seed && identity.tenants.is_empty() {
             for (tenant, tier, company) in SEEDED {
@@ -424,9 +430,7 @@ async fn seed(
     let text = response.text().await.map_err(|e| failed(e.to_string()))?;
     let answer: Value = serde_json::from_str(&text).unwrap_or_default();
     match answer.get("api_key").and_then(Value::as_str) {
-        Some(api_key) => {
-            Ok(SeededTenant { tenant_id: tenant.to_owned(), api_key: api_key.to_owned() })
-        }
+        Some(api_key) => Ok(SeededTenant { tenant_id: tenant.to_owned(), api_key: api_key.to_owned() }),
         None => Err(failed(text)),
     }
 }

@@ -51,9 +51,10 @@ impl From<StoreError> for ApiError {
     /// What the caller sees. The failure itself is logged here, once.
     fn from(error: StoreError) -> Self {
         match error {
-            StoreError::Conflict => {
-                Self::new(Code::Conflict, "somebody else changed it at the same time; read it again and repeat")
-            }
+            StoreError::Conflict => Self::new(
+                Code::Conflict,
+                "somebody else changed it at the same time; read it again and repeat",
+            ),
             StoreError::InvalidCursor => Self::invalid("cursor", "cursor is none that a list gave"),
             StoreError::Corrupt { ref source, .. } | StoreError::Unavailable { ref source, .. } => {
                 tracing::error!("{error}: {source}");

@@ -46,7 +46,12 @@ impl TenantStore {
     ///
     /// # Errors
     /// [`StoreError::Conflict`] if the tenant exists.
-    pub async fn create(&self, _operator: &Operator, tenant: &Tenant, key: &KeyRecord) -> Result<(), StoreError> {
+    pub async fn create(
+        &self,
+        _operator: &Operator,
+        tenant: &Tenant,
+        key: &KeyRecord,
+    ) -> Result<(), StoreError> {
         let items =
             [self.0.item(tenant, item_key::TENANT)?, self.0.item(key, &item_key::api_key(&key.key_id))?];
         let mut transaction = self.0.client.transact_write_items();

@@ -86,7 +86,9 @@ impl Keys {
         let text = |name: &str| metadata.get(name).and_then(|value| value.to_str().ok());
         let presented = text("api-key")
             .or_else(|| text("authorization").and_then(|value| value.strip_prefix("Bearer ")))
-            .ok_or_else(|| Status::unauthenticated("Must provide an API key or an Authorization bearer token"))?;
+            .ok_or_else(|| {
+                Status::unauthenticated("Must provide an API key or an Authorization bearer token")
+            })?;
         // Comparing digests tells nothing of where two keys differ.
         if Sha256::digest(presented) == Sha256::digest(&self.root) {
             return Ok(Access::Manage);

@@ -12,9 +12,9 @@ use qdrant_edge::external::ordered_float::OrderedFloat;
 use qdrant_edge::external::uuid::Uuid;
 use qdrant_edge::{
     Distance, EdgeConfig, EdgeConfigBuilder, EdgeSparseVectorParamsBuilder, EdgeVectorParamsBuilder, Filter,
-    Fusion, Modifier, NamedQuery, OperationError, Payload, PointId, PointStructPersisted, Prefetch, QueryEnum,
-    QueryRequest, ScoringQuery, SparseVector, VectorInternal, VectorPersisted, VectorStructPersisted, WalOptions,
-    WithPayloadInterface,
+    Fusion, Modifier, NamedQuery, OperationError, Payload, PointId, PointStructPersisted, Prefetch,
+    QueryEnum, QueryRequest, ScoringQuery, SparseVector, VectorInternal, VectorPersisted,
+    VectorStructPersisted, WalOptions, WithPayloadInterface,
 };
 use serde_json::{Map, Value, json};
 use tonic::Status;
@@ -33,7 +33,9 @@ pub(super) fn status(error: OperationError) -> Status {
         OperationError::ServiceError { .. }
         | OperationError::InconsistentStorage { .. }
         | OperationError::OutOfMemory { .. } => Status::internal(format!("Service internal error: {error}")),
-        OperationError::Cancelled { .. } | OperationError::Timeout { .. } => Status::cancelled(error.to_string()),
+        OperationError::Cancelled { .. } | OperationError::Timeout { .. } => {
+            Status::cancelled(error.to_string())
+        }
         _ => Status::invalid_argument(format!("Wrong input: {error}")),
     }
 }
@@ -189,7 +191,9 @@ fn stored_vector(vector: wire::Vector) -> Result<VectorPersisted, Status> {
     let (data, indices) = (vector.data, vector.indices);
     match vector.vector {
         Some(Vector::Dense(dense)) => Ok(VectorPersisted::Dense(dense.data)),
-        Some(Vector::Sparse(sparse)) => sparse_vector(sparse.indices, sparse.values).map(VectorPersisted::Sparse),
+        Some(Vector::Sparse(sparse)) => {
+            sparse_vector(sparse.indices, sparse.values).map(VectorPersisted::Sparse)
+        }
         Some(Vector::Document(document)) => {
             bm25(&document).map(|model| VectorPersisted::Sparse(model.embed_document(&document.text)))
         }
@@ -263,8 +267,12 @@ fn scoring(query: wire::Query, using: Option<String>) -> Result<ScoringQuery, St
         Variant::Nearest(input) => {
             let query = match input.variant.ok_or_else(|| missing("query.nearest"))? {
                 Input::Dense(dense) => VectorInternal::Dense(dense.data),
-                Input::Sparse(sparse) => VectorInternal::Sparse(sparse_vector(sparse.indices, sparse.values)?),
-                Input::Document(document) => VectorInternal::Sparse(bm25(&document)?.embed_query(&document.text)),
+                Input::Sparse(sparse) => {
+                    VectorInternal::Sparse(sparse_vector(sparse.indices, sparse.values)?)
+                }
+                Input::Document(document) => {
+                    VectorInternal::Sparse(bm25(&document)?.embed_query(&document.text))
+                }
                 _ => return Err(unsupported("this kind of query vector")),
             };
             Ok(ScoringQuery::Vector(QueryEnum::Nearest(NamedQuery { query, using })))
@@ -299,7 +307,9 @@ pub(super) fn with_payload(
         Some(SelectorOptions::Include(include)) => {
             let paths = include.fields.iter().map(|field| field.parse());
             WithPayloadInterface::Fields(
-                paths.collect::<Result<_, _>>().map_err(|()| Status::invalid_argument("with_payload: bad path"))?,
+                paths
+                    .collect::<Result<_, _>>()
+                    .map_err(|()| Status::invalid_argument("with_payload: bad path"))?,
             )
         }
         Some(SelectorOptions::Exclude(_)) => return Err(unsupported("with_payload.exclude")),
@@ -318,7 +328,9 @@ pub(super) fn filter(wire: wire::Filter) -> Result<Filter, Status> {
 }
 
 fn filter_json(filter: wire::Filter) -> Result<Value, Status> {
-    let all = |conditions: Vec<wire::Condition>| conditions.into_iter().map(condition).collect::<Result<Vec<_>, _>>();
+    let all = |conditions: Vec<wire::Condition>| {
+        conditions.into_iter().map(condition).collect::<Result<Vec<_>, _>>()
+    };
     let mut json = Map::new();
     for (name, conditions) in
         [("must", filter.must), ("should", filter.should), ("must_not", filter.must_not)]
@@ -329,7 +341,10 @@ fn filter_json(filter: wire::Filter) -> Result<Value, Status> {
     }
     if let Some(min_should) = filter.min_should {
         let conditions = all(min_should.conditions)?;
-        json.insert("min_should".to_owned(), json!({"conditions": conditions, "min_count": min_should.min_count}));
+        json.insert(
+            "min_should".to_owned(),
+            json!({"conditions": conditions, "min_count": min_should.min_count}),
+        );
     }
     Ok(Value::Object(json))
 }

@@ -98,7 +98,10 @@ macro_rules! unimplemented_calls {
 
 #[tonic::async_trait]
 impl Qdrant for Service {
-    async fn health_check(&self, _: Request<HealthCheckRequest>) -> Result<Response<HealthCheckReply>, Status> {
+    async fn health_check(
+        &self,
+        _: Request<HealthCheckRequest>,
+    ) -> Result<Response<HealthCheckReply>, Status> {
         Ok(Response::new(HealthCheckReply {
             title: "qdrant - vector search engine (local stack)".to_owned(),
             version: "1.17.1".to_owned(),
@@ -133,7 +136,10 @@ impl Collections for Service {
         Ok(Response::new(GetCollectionInfoResponse { result: Some(result), time }))
     }
 
-    async fn list(&self, request: Request<ListCollectionsRequest>) -> Result<Response<ListCollectionsResponse>, Status> {
+    async fn list(
+        &self,
+        request: Request<ListCollectionsRequest>,
+    ) -> Result<Response<ListCollectionsResponse>, Status> {
         let started = Instant::now();
         // Whoever has a valid key may ask; the answer holds what that key may see.
         let access: Access = self.keys.identify(request.metadata())?;
@@ -145,7 +151,10 @@ impl Collections for Service {
         }))
     }
 
-    async fn create(&self, request: Request<CreateCollection>) -> Result<Response<CollectionOperationResponse>, Status> {
+    async fn create(
+        &self,
+        request: Request<CreateCollection>,
+    ) -> Result<Response<CollectionOperationResponse>, Status> {
         let started = Instant::now();
         let request = self.admit(request, |_| Needs::Manage)?;
         let config = convert::config(&request)?;
@@ -153,7 +162,10 @@ impl Collections for Service {
         Ok(Response::new(CollectionOperationResponse { result: true, time: started.elapsed().as_secs_f64() }))
     }
 
-    async fn delete(&self, request: Request<DeleteCollection>) -> Result<Response<CollectionOperationResponse>, Status> {
+    async fn delete(
+        &self,
+        request: Request<DeleteCollection>,
+    ) -> Result<Response<CollectionOperationResponse>, Status> {
         let started = Instant::now();
         let request = self.admit(request, |_| Needs::Manage)?;
         let result = self.blocking(move |store| store.delete(&request.collection_name)).await?;
@@ -186,7 +198,10 @@ impl Collections for Service {
 
 #[tonic::async_trait]
 impl Points for Service {
-    async fn upsert(&self, request: Request<UpsertPoints>) -> Result<Response<PointsOperationResponse>, Status> {
+    async fn upsert(
+        &self,
+        request: Request<UpsertPoints>,
+    ) -> Result<Response<PointsOperationResponse>, Status> {
         let request = self.admit(request, |r| Needs::Write(&r.collection_name))?;
         if request.update_filter.is_some() || request.update_mode.is_some() {
             return Err(Status::invalid_argument("conditional upserts are not served by the local store"));
@@ -196,7 +211,10 @@ impl Points for Service {
         self.update(request.collection_name, UpdateOperation::PointOperation(operation)).await
     }
 
-    async fn delete(&self, request: Request<DeletePoints>) -> Result<Response<PointsOperationResponse>, Status> {
+    async fn delete(
+        &self,
+        request: Request<DeletePoints>,
+    ) -> Result<Response<PointsOperationResponse>, Status> {
         let request = self.admit(request, |r| Needs::Write(&r.collection_name))?;
         let operation = match request.points.and_then(|p| p.points_selector_one_of) {
             Some(PointsSelectorOneOf::Points(list)) => {

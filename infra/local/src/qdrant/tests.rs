@@ -73,7 +73,8 @@ async fn create(client: &Qdrant, name: &str) {
 
 fn point(id: u64, vector: Vec<f32>, text: &str) -> PointStruct {
     let words = Document { text: text.into(), model: "qdrant/bm25".into(), ..Default::default() };
-    let vectors = NamedVectors::default().add_vector("dense", vector).add_vector("sparse", Vector::from(words));
+    let vectors =
+        NamedVectors::default().add_vector("dense", vector).add_vector("sparse", Vector::from(words));
     let payload: Payload = json!({"doc": format!("d{}", id % 2), "n": id, "text": text}).try_into().unwrap();
     PointStruct::new(id, vectors, payload)
 }
@@ -90,7 +91,9 @@ async fn fill(client: &Qdrant, name: &str) {
 fn hybrid(name: &str, vector: Vec<f32>, text: &str) -> QueryPointsBuilder {
     let words = Document { text: text.into(), model: "qdrant/bm25".into(), ..Default::default() };
     QueryPointsBuilder::new(name)
-        .add_prefetch(PrefetchQueryBuilder::default().query(Query::new_nearest(vector)).using("dense").limit(10u64))
+        .add_prefetch(
+            PrefetchQueryBuilder::default().query(Query::new_nearest(vector)).using("dense").limit(10u64),
+        )
         .add_prefetch(
             PrefetchQueryBuilder::default()
                 .query(Query::new_nearest(VectorInput::from(words)))
@@ -120,7 +123,8 @@ async fn dense_and_words_are_fused_by_rank() {
     // Words alone find what the vector does not.
     let found = client.query(hybrid("c", vec![0.0, 1.0, 0.0], "annual leave")).await.unwrap().result;
     assert!(ids(found).contains(&1));
-    let only = hybrid("c", vec![0.0, 1.0, 0.0], "soup").filter(Filter::must([Condition::matches("doc", "d1".to_owned())]));
+    let only = hybrid("c", vec![0.0, 1.0, 0.0], "soup")
+        .filter(Filter::must([Condition::matches("doc", "d1".to_owned())]));
     let found = ids(client.query(only).await.unwrap().result);
     assert!(found.iter().all(|n| n % 2 == 1), "{found:?}");
 }
@@ -132,7 +136,8 @@ async fn points_are_counted_scrolled_read_and_deleted() {
     let client = server.client(ROOT);
     create(&client, "c").await;
     fill(&client, "c").await;
-    let count = async || client.count(CountPointsBuilder::new("c").exact(true)).await.unwrap().result.unwrap().count;
+    let count =
+        async || client.count(CountPointsBuilder::new("c").exact(true)).await.unwrap().result.unwrap().count;
     assert_eq!(count().await, 3);
     let page = client.scroll(ScrollPointsBuilder::new("c").limit(2)).await.unwrap();
     assert_eq!(page.result.len(), 2);
@@ -183,8 +188,10 @@ async fn tokens_open_what_they_name() {
     create(&root, "own").await;
     create(&root, "other").await;
     let soon = 4_000_000_000_i64;
-    let list = |name: &str, access: &str| json!({"exp": soon, "access": [{"collection": name, "access": access}]});
-    let search = async |client: &Qdrant, name: &str| client.query(hybrid(name, vec![1.0, 0.0, 0.0], "x")).await;
+    let list =
+        |name: &str, access: &str| json!({"exp": soon, "access": [{"collection": name, "access": access}]});
+    let search =
+        async |client: &Qdrant, name: &str| client.query(hybrid(name, vec![1.0, 0.0, 0.0], "x")).await;
     let write = async |client: &Qdrant, name: &str| {
         client.upsert_points(UpsertPointsBuilder::new(name, vec![point(1, vec![1.0, 0.0, 0.0], "x")])).await
     };
@@ -232,9 +239,11 @@ async fn what_cannot_be_is_refused() {
     let long = hybrid("c", vec![1.0; 9], "x");
     assert_eq!(code(client.query(long).await), Code::InvalidArgument);
     let words = Document { text: "x".into(), model: "other/model".into(), ..Default::default() };
-    let unknown = QueryPointsBuilder::new("c").query(Query::new_nearest(VectorInput::from(words))).using("sparse");
+    let unknown =
+        QueryPointsBuilder::new("c").query(Query::new_nearest(VectorInput::from(words))).using("sparse");
     assert_eq!(code(client.query(unknown).await), Code::InvalidArgument);
     assert_eq!(code(client.query(hybrid("none", vec![1.0, 0.0, 0.0], "x")).await), Code::NotFound);
-    let fused = client.query(QueryPointsBuilder::new("c").query(Query::new_sample(qdrant_client::qdrant::Sample::Random)));
+    let fused = client
+        .query(QueryPointsBuilder::new("c").query(Query::new_sample(qdrant_client::qdrant::Sample::Random)));
     assert_eq!(code(fused.await), Code::InvalidArgument);
 }

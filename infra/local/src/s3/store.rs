@@ -28,8 +28,8 @@ use time::OffsetDateTime;
 use super::body::{self, Algorithm, Checksum, Staged};
 use super::listing::{self, Page};
 use super::rules::{self, DefaultRetention, Protection, Retention};
-use crate::template;
 use crate::serving::{replace_file, unique_id};
+use crate::template;
 
 /// The id of the version that a bucket without versioning keeps.
 const NULL: &str = "null";

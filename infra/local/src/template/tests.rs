@@ -97,7 +97,7 @@ fn tables_and_buckets_are_as_declared() {
     assert_eq!(audit.name, "bulkhead-audit");
     assert_eq!(audit.hash_key, KeyAttribute { name: "tenant_id".into(), kind: "S".into() });
     assert_eq!(audit.range_key, Some(KeyAttribute { name: "sk".into(), kind: "S".into() }));
-    assert_eq!(audit.ttl_attribute.as_deref(), Some("expires_at"));
+    assert_eq!(audit.ttl_attribute.as_deref(), Some("expires_at_s"));
     assert_eq!(audit.stream_view.as_deref(), Some("NEW_IMAGE"));
     let meters = template.tables.iter().find(|t| t.logical_id == "Meters").unwrap();
     assert_eq!((&meters.range_key, &meters.ttl_attribute), (&None, &None));
