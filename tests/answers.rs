@@ -1,6 +1,6 @@
 //! The path of one request: from a document to a streamed, cited answer, and never across tenants.
 
-#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use reqwest::StatusCode;
 use serde_json::{Value, json};

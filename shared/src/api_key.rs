@@ -340,7 +340,9 @@ mod tests {
                 }
             }
         }
-        for bad in ["", "ten", "ten_pro_acme", &format!("{text} "), text.get(1..).unwrap(), &text.to_uppercase()] {
+        for bad in
+            ["", "ten", "ten_pro_acme", &format!("{text} "), text.get(1..).unwrap(), &text.to_uppercase()]
+        {
             assert!(bad.parse::<ApiKey>().is_err(), "{bad}");
         }
     }
