@@ -304,3 +304,38 @@ async fn operators_provision_and_read_tenants() {
     assert!(system.contains("Peter") && system.contains("Answer in rhyme."), "{system}");
     assert!(!stack.logs().contains(key), "the key stands in a log");
 }
+
+#[tokio::test]
+async fn services_elsewhere_are_called_where_they_are_given() {
+    let elsewhere = Stack::start().await;
+    let url = |name: &str| elsewhere.ready()[name].as_str().unwrap().to_owned();
+    let services = Some((url("model_url"), url("embeddings_url")));
+    let stack = Stack::start_with(Options { services, ..Default::default() }).await;
+    let acme = stack.tenant("acme");
+    acme.store("handbook", "Staff handbook", LEAVE).await;
+    acme.ask("How many days of annual leave, asked through a service elsewhere?").await;
+    let sent = elsewhere.last_model_request().await;
+    assert!(sent["messages"].to_string().contains("asked through a service elsewhere"), "{sent}");
+    assert_eq!(stack.ready()["model_url"], elsewhere.ready()["model_url"]);
+}
+
+#[tokio::test]
+async fn a_document_deleted_while_it_is_stored_is_found_by_nobody() {
+    let stack = Stack::start().await;
+    let acme = stack.tenant("acme");
+    let content = "The pelican sails at dawn over the estuary. ".repeat(4_000);
+    for _ in 0..5 {
+        let storing = tokio::spawn({
+            let (acme, content) = (acme.clone(), content.clone());
+            let body = json!({"id": "pelican", "title": "Pelican", "content": content});
+            async move { acme.post("/v1/documents", &body).await }
+        });
+        // As soon as it is there, whatever its state.
+        while acme.delete("/v1/documents/pelican").await.status != StatusCode::NO_CONTENT {}
+        let stored = storing.await.unwrap();
+        assert!(matches!(stored.status.as_u16(), 201 | 409), "{}", stored.text);
+        let hits = acme.search("pelican", 10).await;
+        let listed = acme.get("/v1/documents/pelican").await.status;
+        assert_eq!((hits.len(), listed), (0, StatusCode::NOT_FOUND));
+    }
+}

@@ -266,6 +266,41 @@ async fn bad_keys() {
 }
 
 #[tokio::test]
+async fn a_key_is_refused_from_the_moment_it_expires_though_its_decision_is_cached() {
+    let stack = Stack::start().await;
+    let mut rng = shared::random::entropy();
+    let now = shared::clock::Clock::system().now();
+    let mut issue = async |expires_in_ms: i64| {
+        let key = shared::api_key::ApiKey::issue(
+            shared::tenant::Tier::Professional,
+            "acme".parse().unwrap(),
+            &mut rng,
+        );
+        let item = json!({
+            "tenant_id": {"S": "acme"},
+            "sk": {"S": shared::item_key::api_key(key.key_id())},
+            "key_id": {"S": key.key_id().as_str()},
+            "secret_hash": {"S": String::from(key.secret_hash())},
+            "permissions": {"L": [{"S": "chat"}]},
+            "created_at": {"N": now.as_millis().to_string()},
+            "expires_at": {"N": now.plus_millis(expires_in_ms).as_millis().to_string()},
+        });
+        stack.put_item("tenants", item).await;
+        stack.tenant_with_key("acme", &key.expose())
+    };
+    let expired = issue(-1).await;
+    expired.chat(json!({"message": "x"})).await.expect_error(401, "invalid_key");
+    let expiring = issue(4_000).await;
+    expiring.ask("x").await;
+    // It may chat and nothing else, whatever the cached decision was first made for.
+    expiring.get("/v1/documents").await.expect_error(403, "insufficient_scope");
+    while shared::clock::Clock::system().now() <= now.plus_millis(4_000) {
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+    expiring.chat(json!({"message": "x"})).await.expect_error(401, "invalid_key");
+}
+
+#[tokio::test]
 async fn bad_tenants() {
     let stack = Stack::start_with(Options { no_seed: true, ..Default::default() }).await;
     let good = || json!({"tenant_id": "acme", "tier": "free", "company_name": "Acme"});

@@ -55,7 +55,7 @@ pub struct Turn {
     /// The injection patterns that were found, by name.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub injection: Vec<String>,
-    /// When it is gone: seconds since the epoch, for DynamoDB's TTL. Readers look at it too, because
+    /// When it is gone: seconds since the epoch, for DynamoDB's TTL (the template names the attribute). Readers look at it too, because
     /// TTL deletes days late.
     pub expires_at_s: i64,
 }

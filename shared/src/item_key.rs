@@ -12,8 +12,6 @@ use crate::ids::{ConversationId, DocumentId, MessageId};
 pub const PARTITION: &str = "tenant_id";
 /// The sort key attribute of every table that has one.
 pub const SORT: &str = "sk";
-/// The attribute that DynamoDB's TTL reads: seconds since the epoch.
-pub const EXPIRES: &str = "expires_at_s";
 
 /// Table `tenants`: the tenant's record.
 pub const TENANT: &str = "CONFIG";

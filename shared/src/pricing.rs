@@ -25,16 +25,6 @@ pub struct Usage {
     pub cache_creation_input_tokens: Tokens,
 }
 
-impl Usage {
-    /// All tokens, of every kind.
-    pub fn total(&self) -> Tokens {
-        self.input_tokens
-            + self.output_tokens
-            + self.cache_read_input_tokens
-            + self.cache_creation_input_tokens
-    }
-}
-
 /// How a model is given the passages it may cite.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -1,7 +1,7 @@
 //! Units that must not be confused, each a type.
 
 use std::iter::Sum;
-use std::ops::{Add, AddAssign, Sub};
+use std::ops::Add;
 
 use serde::{Deserialize, Serialize};
 
@@ -11,11 +11,6 @@ use serde::{Deserialize, Serialize};
 pub struct Tokens(pub u64);
 
 impl Tokens {
-    /// A bound that `text` cannot exceed: every token of a byte-level tokenizer is at least one byte.
-    pub const fn bound(text: &str) -> Self {
-        Self(text.len() as u64)
-    }
-
     /// What `text` is likely to need, rounded up: three bytes a token, which errs on the high side for
     /// the languages and markup seen in documents. Used to pack a prompt, never to charge.
     pub const fn estimate(text: &str) -> Self {
@@ -57,18 +52,5 @@ impl Add for NanoUsd {
     type Output = Self;
     fn add(self, other: Self) -> Self {
         Self(self.0.saturating_add(other.0))
-    }
-}
-
-impl AddAssign for NanoUsd {
-    fn add_assign(&mut self, other: Self) {
-        *self = *self + other;
-    }
-}
-
-impl Sub for NanoUsd {
-    type Output = Self;
-    fn sub(self, other: Self) -> Self {
-        Self(self.0.saturating_sub(other.0))
     }
 }

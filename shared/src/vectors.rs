@@ -11,12 +11,12 @@ use std::time::Duration;
 use qdrant_client::qdrant::collections_client::CollectionsClient;
 use qdrant_client::qdrant::points_client::PointsClient;
 use qdrant_client::qdrant::{
-    Condition, CreateCollectionBuilder, CreateFieldIndexCollectionBuilder, DeleteCollection,
-    DeletePointsBuilder, Distance, Document as InferredText, FieldType, Filter, Modifier, NamedVectors,
-    OptimizersConfigDiffBuilder, PointId, PointStruct, PointsIdsList, PrefetchQueryBuilder, Query,
-    QueryPointsBuilder, RrfBuilder, ScoredPoint, ScrollPointsBuilder, SparseVectorParamsBuilder,
-    SparseVectorsConfigBuilder, UpsertPointsBuilder, Value, Vector, VectorInput, VectorParamsBuilder,
-    VectorsConfigBuilder, WalConfigDiffBuilder,
+    Condition, CreateCollectionBuilder, CreateFieldIndexCollectionBuilder, DeletePointsBuilder, Distance,
+    Document as InferredText, FieldType, Filter, Modifier, NamedVectors, OptimizersConfigDiffBuilder,
+    PointId, PointStruct, PointsIdsList, PrefetchQueryBuilder, Query, QueryPointsBuilder, RrfBuilder,
+    ScoredPoint, ScrollPointsBuilder, SparseVectorParamsBuilder, SparseVectorsConfigBuilder,
+    UpsertPointsBuilder, Value, Vector, VectorInput, VectorParamsBuilder, VectorsConfigBuilder,
+    WalConfigDiffBuilder,
 };
 use tonic::metadata::AsciiMetadataValue;
 use tonic::service::Interceptor;
@@ -292,28 +292,6 @@ impl Cells {
         retried(|| {
             let (mut client, index) = (points.clone(), index.clone());
             async move { client.create_field_index(index).await }
-        })
-        .await?;
-        Ok(())
-    }
-
-    /// Drops a tenant's collection. Dropping one that is not there changes nothing.
-    ///
-    /// # Errors
-    /// If the store fails.
-    pub async fn drop_collection(
-        &self,
-        _operator: &Operator,
-        root_key: &Secret,
-        cell: &str,
-        tenant: &TenantId,
-    ) -> Result<(), VectorError> {
-        let collections =
-            CollectionsClient::with_interceptor(self.channel(cell)?, Bearer::new(root_key.expose())?);
-        let request = DeleteCollection { collection_name: tenant.collection(), timeout: None };
-        retried(|| {
-            let (mut client, request) = (collections.clone(), request.clone());
-            async move { client.delete(request).await }
         })
         .await?;
         Ok(())

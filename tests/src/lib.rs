@@ -32,6 +32,8 @@ pub struct Options {
     pub no_seed: bool,
     /// A data directory to use; its own otherwise.
     pub data: Option<PathBuf>,
+    /// Services elsewhere to call instead of the offline ones: the model's and the embeddings'.
+    pub services: Option<(String, String)>,
 }
 
 /// A running stack.
@@ -121,12 +123,18 @@ impl Stack {
             // Real keys in the environment must not make a test call real services.
             .env_remove("ANTHROPIC_API_KEY")
             .env_remove("EMBEDDINGS_API_KEY")
+            .env_remove("EMBEDDINGS_URL")
+            .env_remove("MODEL_URL")
             .stdin(Stdio::null())
             .stdout(output.try_clone().expect("a second handle"))
             .stderr(output)
             .kill_on_drop(true);
         if options.no_seed {
             command.arg("--no-seed");
+        }
+        if let Some((model, embeddings)) = &options.services {
+            command.args(["--model-url", model, "--embeddings-url", embeddings]);
+            command.env("ANTHROPIC_API_KEY", "offline").env("EMBEDDINGS_API_KEY", "some-key");
         }
         let mut child = command.spawn().expect("the stack starts");
         let waiting = async {
@@ -207,6 +215,19 @@ impl Stack {
             request = request.header(name, value);
         }
         Answer::read(request.send().await.expect("the gateway answers")).await
+    }
+
+    /// Writes an item into a table, past the functions: for states that no route makes.
+    pub async fn put_item(&self, table: &str, item: Value) {
+        let request = self.http.post(text(&self.ready, "dynamodb_url"));
+        let request = request
+            .header("x-amz-target", "DynamoDB_20120810.PutItem")
+            .header("content-type", "application/x-amz-json-1.0")
+            .header("authorization", "AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/dynamodb/aws4_request, SignedHeaders=host, Signature=0")
+            .header("x-amz-date", "20260101T000000Z")
+            .body(json!({"TableName": format!("bulkhead-{table}"), "Item": item}).to_string());
+        let answer = Answer::read(request.send().await.expect("the table answers")).await;
+        assert!(answer.status.is_success(), "{}", answer.text);
     }
 
     /// Kills the processes of a function, whatever they are doing.

@@ -11,6 +11,7 @@ use lambda_http::{Body, Request};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use shared::api_key::Permission;
+use shared::aws::StoreError;
 use shared::chunk::{Chunk, chunk};
 use shared::document::{ContentType, Document, DocumentStatus, derived_id, fingerprint};
 use shared::error::{ApiError, Code};
@@ -266,8 +267,14 @@ async fn store(
         Ok(()) => {
             let processing = document.clone();
             document.status = DocumentStatus::Ready;
-            context.documents.put(scope, &document, Some(&processing)).await?;
-            Ok(document)
+            match context.documents.put(scope, &document, Some(&processing)).await {
+                Ok(()) => Ok(document),
+                Err(StoreError::Conflict) => {
+                    overtaken(context, scope, &document.id).await?;
+                    Err(StoreError::Conflict.into())
+                }
+                Err(error) => Err(error.into()),
+            }
         }
         Err(error) => {
             let processing = document.clone();
@@ -278,6 +285,15 @@ async fn store(
             Err(error)
         }
     }
+}
+
+/// Somebody else changed the document while its passages were stored. If it was deleted, they must
+/// not stay behind: what has been deleted is found by nobody.
+async fn overtaken(context: &Context, scope: &TenantScope, id: &DocumentId) -> Result<(), ApiError> {
+    if context.documents.get(scope, id).await?.is_none() {
+        context.cells.write(scope, context.embeddings.model())?.delete_document(id).await?;
+    }
+    Ok(())
 }
 
 /// Everything that makes a document what it is.

@@ -20,6 +20,9 @@ use tracing_subscriber::util::SubscriberInitExt;
 /// The functions that the template names.
 const FUNCTIONS: [&str; 4] = ["authorizer", "chat", "ingestion", "provisioning"];
 
+/// What is sent where a service of one's own wants no key; the protocols want a header all the same.
+const NO_KEY: &str = "none";
+
 /// Runs Bulkhead on this machine: the functions as they are deployed, and in place of the cloud's
 /// services small servers that speak the same protocols.
 #[derive(Debug, Parser)]
@@ -45,7 +48,7 @@ struct Arguments {
     #[arg(long, env = "ANTHROPIC_API_KEY", hide_env_values = true)]
     model_key: Option<String>,
     /// An embeddings service of OpenAI's protocol, instead of the offline one
-    #[arg(long, env = "EMBEDDINGS_URL", requires = "embeddings_key")]
+    #[arg(long, env = "EMBEDDINGS_URL")]
     embeddings_url: Option<String>,
     /// The embeddings service's key
     #[arg(long, env = "EMBEDDINGS_API_KEY", hide_env_values = true)]
@@ -96,10 +99,10 @@ async fn run(arguments: Arguments) -> Result<(), String> {
     let model = match (arguments.model_url, arguments.model_key) {
         (None, None) => None,
         (url, Some(key)) => Some(Endpoint { url: url.unwrap_or_else(anthropic), key }),
-        // A service on this machine may want no key; the protocol wants a header all the same.
-        (Some(url), None) => Some(Endpoint { url, key: "none".to_owned() }),
+        (Some(url), None) => Some(Endpoint { url, key: NO_KEY.to_owned() }),
     };
-    let embeddings = arguments.embeddings_url.zip(arguments.embeddings_key).map(|(url, key)| {
+    let embeddings = arguments.embeddings_url.map(|url| {
+        let key = arguments.embeddings_key.unwrap_or_else(|| NO_KEY.to_owned());
         (Endpoint { url, key }, arguments.embeddings_model, arguments.embeddings_dimensions)
     });
     let offline = model.is_none();
