@@ -4,6 +4,8 @@
 //! HS256 over the root key's bytes, and **one without `access` may do everything**, which is why
 //! nobody here may ever mint such a token.
 
+use std::collections::HashSet;
+
 use jsonwebtoken::{Algorithm, DecodingKey, Validation};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
@@ -57,7 +59,10 @@ enum Mode {
 
 #[derive(Deserialize)]
 struct Claims {
-    access: Option<AccessClaim>,
+    /// Not an `Option`: `null` must be a malformed claim, as it is to the real server, and not count
+    /// as absent, which opens everything.
+    #[serde(default = "unlimited")]
+    access: AccessClaim,
     value_exists: Option<serde_json::Value>,
 }
 
@@ -66,6 +71,11 @@ struct Claims {
 enum AccessClaim {
     Global(GlobalAccess),
     Collections(Vec<CollectionAccess>),
+}
+
+/// What a token without `access` may do.
+fn unlimited() -> AccessClaim {
+    AccessClaim::Global(GlobalAccess::Manage)
 }
 
 #[derive(Deserialize)]
@@ -105,9 +115,15 @@ impl Keys {
             return Err(Status::unauthenticated("the claim value_exists is not served by the local store"));
         }
         Ok(match claims.access {
-            None | Some(AccessClaim::Global(GlobalAccess::Manage)) => Access::Manage,
-            Some(AccessClaim::Global(GlobalAccess::Read)) => Access::ReadAll,
-            Some(AccessClaim::Collections(list)) => Access::Collections(list),
+            AccessClaim::Global(GlobalAccess::Manage) => Access::Manage,
+            AccessClaim::Global(GlobalAccess::Read) => Access::ReadAll,
+            AccessClaim::Collections(list) => {
+                let mut named = HashSet::new();
+                if !list.iter().all(|entry| named.insert(entry.collection.as_str())) {
+                    return Err(Status::unauthenticated("access: a collection is named twice"));
+                }
+                Access::Collections(list)
+            }
         })
     }
 }

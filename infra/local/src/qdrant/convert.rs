@@ -13,7 +13,7 @@ use qdrant_edge::external::uuid::Uuid;
 use qdrant_edge::{
     Distance, EdgeConfig, EdgeConfigBuilder, EdgeSparseVectorParamsBuilder, EdgeVectorParamsBuilder, Filter,
     Fusion, Modifier, NamedQuery, OperationError, Payload, PointId, PointStructPersisted, Prefetch,
-    QueryEnum, QueryRequest, ScoringQuery, SparseVector, VectorInternal, VectorPersisted,
+    QueryEnum, QueryRequest, ScoringQuery, SearchParams, SparseVector, VectorInternal, VectorPersisted,
     VectorStructPersisted, WalOptions, WithPayloadInterface,
 };
 use serde_json::{Map, Value, json};
@@ -21,6 +21,20 @@ use tonic::Status;
 
 /// The model that the server computes itself.
 const BM25: &str = "qdrant/bm25";
+/// The options it takes.
+const BM25_OPTIONS: [&str; 11] = [
+    "k",
+    "b",
+    "avg_len",
+    "tokenizer",
+    "language",
+    "lowercase",
+    "ascii_folding",
+    "stopwords",
+    "stemmer",
+    "min_token_len",
+    "max_token_len",
+];
 /// Rank fusion's constant where the query names none, as the real server has it.
 const DEFAULT_RRF_K: u32 = 2;
 /// Results of a query that names no limit.
@@ -216,6 +230,10 @@ fn bm25(document: &wire::Document) -> Result<EdgeBm25, Status> {
     }
     let options: Map<String, Value> =
         document.options.iter().map(|(name, value)| (name.clone(), value.clone().into_json())).collect();
+    // The engine passes over names that it does not know, and a misspelt option would seem to work.
+    if let Some(unknown) = options.keys().find(|name| !BM25_OPTIONS.contains(&name.as_str())) {
+        return Err(Status::invalid_argument(format!("options of {BM25}: unknown option `{unknown}`")));
+    }
     let config: EdgeBm25Config = serde_json::from_value(Value::Object(options))
         .map_err(|e| Status::invalid_argument(format!("options of {BM25}: {e}")))?;
     EdgeBm25::new(config).map_err(|e| Status::invalid_argument(format!("options of {BM25}: {e}")))
@@ -229,15 +247,21 @@ pub(super) fn query(request: wire::QueryPoints) -> Result<QueryRequest, Status> 
     if wants_vectors(request.with_vectors) {
         return Err(unsupported("with_vectors"));
     }
+    let limit = at_least_one(request.limit)?;
+    let offset = size(request.offset.unwrap_or(0));
+    // The engine adds the two without a check.
+    if limit.checked_add(offset).is_none() {
+        return Err(Status::invalid_argument("limit and offset: too large together"));
+    }
     let using = request.using;
     Ok(QueryRequest {
         prefetches: request.prefetch.into_iter().map(prefetch).collect::<Result<_, _>>()?,
         query: request.query.map(|query| scoring(query, using)).transpose()?,
         filter: request.filter.map(filter).transpose()?,
         score_threshold: request.score_threshold.map(OrderedFloat),
-        limit: size(request.limit.unwrap_or(DEFAULT_LIMIT)),
-        offset: size(request.offset.unwrap_or(0)),
-        params: None,
+        limit,
+        offset,
+        params: request.params.map(params).transpose()?,
         with_vector: false.into(),
         with_payload: with_payload(request.with_payload, false)?,
     })
@@ -251,8 +275,8 @@ fn prefetch(wire: wire::PrefetchQuery) -> Result<Prefetch, Status> {
     Ok(Prefetch {
         prefetches: wire.prefetch.into_iter().map(prefetch).collect::<Result<_, _>>()?,
         query: wire.query.map(|query| scoring(query, using)).transpose()?,
-        limit: size(wire.limit.unwrap_or(DEFAULT_LIMIT)),
-        params: None,
+        limit: at_least_one(wire.limit)?,
+        params: wire.params.map(params).transpose()?,
         filter: wire.filter.map(filter).transpose()?,
         score_threshold: wire.score_threshold.map(OrderedFloat),
     })
@@ -280,6 +304,33 @@ fn scoring(query: wire::Query, using: Option<String>) -> Result<ScoringQuery, St
         Variant::Rrf(rrf) if rrf.weights.is_empty() => Ok(fusion(rrf.k.unwrap_or(DEFAULT_RRF_K))),
         Variant::Fusion(kind) if kind == wire::Fusion::Rrf as i32 => Ok(fusion(DEFAULT_RRF_K)),
         _ => Err(unsupported("this kind of query")),
+    }
+}
+
+fn at_least_one(limit: Option<u64>) -> Result<usize, Status> {
+    match limit.unwrap_or(DEFAULT_LIMIT) {
+        0 => Err(Status::invalid_argument("limit: must be at least 1")),
+        limit => Ok(size(limit)),
+    }
+}
+
+fn params(wire: wire::SearchParams) -> Result<SearchParams, Status> {
+    if wire.quantization.is_some() || wire.acorn.is_some() || wire.idf.is_some() {
+        return Err(unsupported("params.quantization, params.acorn and params.idf"));
+    }
+    Ok(SearchParams {
+        hnsw_ef: wire.hnsw_ef.map(size),
+        exact: wire.exact.unwrap_or(false),
+        indexed_only: wire.indexed_only.unwrap_or(false),
+        ..Default::default()
+    })
+}
+
+/// Refuses a choice of shards: a collection has one here.
+pub(super) fn one_shard(selector: Option<&wire::ShardKeySelector>) -> Result<(), Status> {
+    match selector {
+        Some(_) => Err(unsupported("shard_key_selector")),
+        None => Ok(()),
     }
 }
 
@@ -400,6 +451,10 @@ fn field_condition(field: wire::FieldCondition) -> Result<Value, Status> {
         json.insert("match".to_owned(), wanted);
     }
     if let Some(range) = field.range {
+        // JSON knows no infinity: the bound would turn into none at all.
+        if [range.lt, range.gt, range.gte, range.lte].into_iter().flatten().any(|bound| !bound.is_finite()) {
+            return Err(Status::invalid_argument("range: a bound is not a finite number"));
+        }
         let range = json!({"lt": range.lt, "gt": range.gt, "gte": range.gte, "lte": range.lte});
         json.insert("range".to_owned(), range);
     }

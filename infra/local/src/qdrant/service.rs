@@ -203,6 +203,7 @@ impl Points for Service {
         request: Request<UpsertPoints>,
     ) -> Result<Response<PointsOperationResponse>, Status> {
         let request = self.admit(request, |r| Needs::Write(&r.collection_name))?;
+        convert::one_shard(request.shard_key_selector.as_ref())?;
         if request.update_filter.is_some() || request.update_mode.is_some() {
             return Err(Status::invalid_argument("conditional upserts are not served by the local store"));
         }
@@ -216,6 +217,7 @@ impl Points for Service {
         request: Request<DeletePoints>,
     ) -> Result<Response<PointsOperationResponse>, Status> {
         let request = self.admit(request, |r| Needs::Write(&r.collection_name))?;
+        convert::one_shard(request.shard_key_selector.as_ref())?;
         let operation = match request.points.and_then(|p| p.points_selector_one_of) {
             Some(PointsSelectorOneOf::Points(list)) => {
                 let ids = list.ids.into_iter().map(|id| convert::point_id(Some(id)));
@@ -232,6 +234,7 @@ impl Points for Service {
     async fn get(&self, request: Request<GetPoints>) -> Result<Response<GetResponse>, Status> {
         let started = Instant::now();
         let request = self.admit(request, |r| Needs::Read(&r.collection_name))?;
+        convert::one_shard(request.shard_key_selector.as_ref())?;
         no_vectors(request.with_vectors)?;
         let ids: Result<Vec<_>, _> = request.ids.into_iter().map(|id| convert::point_id(Some(id))).collect();
         let (ids, payload) = (ids?, convert::with_payload(request.with_payload, true)?);
@@ -250,6 +253,7 @@ impl Points for Service {
     async fn scroll(&self, request: Request<ScrollPoints>) -> Result<Response<ScrollResponse>, Status> {
         let started = Instant::now();
         let request = self.admit(request, |r| Needs::Read(&r.collection_name))?;
+        convert::one_shard(request.shard_key_selector.as_ref())?;
         no_vectors(request.with_vectors)?;
         if request.order_by.is_some() {
             return Err(Status::invalid_argument("order_by is not served by the local store"));
@@ -280,6 +284,7 @@ impl Points for Service {
     async fn count(&self, request: Request<CountPoints>) -> Result<Response<CountResponse>, Status> {
         let started = Instant::now();
         let request = self.admit(request, |r| Needs::Read(&r.collection_name))?;
+        convert::one_shard(request.shard_key_selector.as_ref())?;
         let count = CountRequest {
             filter: request.filter.map(convert::filter).transpose()?,
             exact: request.exact.unwrap_or(true),
@@ -299,8 +304,10 @@ impl Points for Service {
         let mut request = self.admit(request, |r| Needs::Read(&r.collection_name))?;
         let name = std::mem::take(&mut request.collection_name);
         let query = convert::query(request)?;
+        // The engine looks `offset` further and leaves the cut to its caller.
+        let offset = query.offset;
         let found = self.read(name, move |shard| shard.query(query).map_err(convert::status)).await?;
-        let result = found.into_iter().map(|point| ScoredPoint {
+        let result = found.into_iter().skip(offset).map(|point| ScoredPoint {
             id: Some(convert::wire_id(point.id)),
             payload: convert::wire_payload(point.payload),
             score: point.score,

@@ -4,11 +4,12 @@ use std::path::Path;
 
 use jsonwebtoken::{EncodingKey, Header};
 use qdrant_client::qdrant::{
-    Condition, CountPointsBuilder, CreateCollectionBuilder, CreateFieldIndexCollectionBuilder,
-    DeletePointsBuilder, Distance, Document, FieldType, Filter, GetPointsBuilder, Modifier, NamedVectors,
-    PointStruct, PrefetchQueryBuilder, Query, QueryPointsBuilder, RrfBuilder, ScrollPointsBuilder,
-    SparseVectorParamsBuilder, SparseVectorsConfigBuilder, UpsertPointsBuilder, Vector, VectorInput,
-    VectorParamsBuilder, VectorsConfigBuilder, WalConfigDiffBuilder,
+    Condition, CountPoints, CountPointsBuilder, CreateCollectionBuilder, CreateFieldIndexCollectionBuilder,
+    DeletePointsBuilder, Distance, Document, FieldType, Filter, GetPointsBuilder, IdfParamsBuilder, Modifier,
+    NamedVectors, PointStruct, PrefetchQueryBuilder, Query, QueryPointsBuilder, Range, RrfBuilder,
+    ScrollPointsBuilder, SearchParamsBuilder, ShardKeySelector, SparseVectorParamsBuilder,
+    SparseVectorsConfigBuilder, UpsertPointsBuilder, Vector, VectorInput, VectorParamsBuilder,
+    VectorsConfigBuilder, WalConfigDiffBuilder,
 };
 use qdrant_client::{Payload, Qdrant, QdrantError};
 use serde_json::{Value, json};
@@ -216,6 +217,11 @@ async fn tokens_open_what_they_name() {
     assert_eq!(refused(server.token(&json!({"exp": soon, "access": []}))).await, Code::PermissionDenied);
     let old = json!({"access": [{"collection": "own", "access": "r", "payload": {"x": 1}}]});
     assert_eq!(refused(server.token(&old)).await, Code::Unauthenticated);
+    // Null is not absent: it must not open everything.
+    assert_eq!(refused(server.token(&json!({"access": null}))).await, Code::Unauthenticated);
+    let twice =
+        json!({"access": [{"collection": "own", "access": "r"}, {"collection": "own", "access": "rw"}]});
+    assert_eq!(refused(server.token(&twice)).await, Code::Unauthenticated);
     assert_eq!(refused(server.client("wrong")).await, Code::Unauthenticated);
     assert_eq!(refused(server.client("")).await, Code::Unauthenticated);
     // As the real server: a token without `access` may do everything.
@@ -246,4 +252,65 @@ async fn what_cannot_be_is_refused() {
     let fused = client
         .query(QueryPointsBuilder::new("c").query(Query::new_sample(qdrant_client::qdrant::Sample::Random)));
     assert_eq!(code(fused.await), Code::InvalidArgument);
+}
+
+#[tokio::test]
+async fn pages_of_a_query_do_not_overlap() {
+    let directory = tempfile::tempdir().unwrap();
+    let server = Server::start(directory.path()).await;
+    let client = server.client(ROOT);
+    create(&client, "c").await;
+    fill(&client, "c").await;
+    let dense = || {
+        QueryPointsBuilder::new("c")
+            .query(Query::new_nearest(vec![0.0f32, 1.0, 0.0]))
+            .using("dense")
+            .with_payload(true)
+    };
+    let fused = || hybrid("c", vec![0.0, 1.0, 0.0], "soup");
+    for query in [dense, fused] {
+        let all = ids(client.query(query().limit(3)).await.unwrap().result);
+        assert_eq!(all.len(), 3);
+        for (offset, wanted) in all.iter().enumerate() {
+            let page = client.query(query().limit(1).offset(offset as u64)).await.unwrap().result;
+            assert_eq!(ids(page), [*wanted]);
+        }
+        assert!(client.query(query().limit(1).offset(3u64)).await.unwrap().result.is_empty());
+    }
+    for query in [fused().limit(0), fused().limit(u64::MAX).offset(1u64)] {
+        assert_eq!(code(client.query(query).await), Code::InvalidArgument);
+    }
+}
+
+#[tokio::test]
+async fn nothing_asked_for_is_passed_over() {
+    let directory = tempfile::tempdir().unwrap();
+    let server = Server::start(directory.path()).await;
+    let client = server.client(ROOT);
+    create(&client, "c").await;
+    fill(&client, "c").await;
+    let words = |option: &str| {
+        let mut words = Document { text: "soup".into(), model: "qdrant/bm25".into(), ..Default::default() };
+        words.options.insert(option.into(), "english".into());
+        let query = Query::new_nearest(VectorInput::from(words));
+        client.query(QueryPointsBuilder::new("c").query(query).using("sparse"))
+    };
+    assert!(words("language").await.is_ok());
+    assert_eq!(code(words("languag").await), Code::InvalidArgument);
+    let dense = |params: SearchParamsBuilder| {
+        let query = Query::new_nearest(vec![0.0f32, 1.0, 0.0]);
+        client.query(QueryPointsBuilder::new("c").query(query).using("dense").params(params))
+    };
+    assert!(dense(SearchParamsBuilder::default().exact(true)).await.is_ok());
+    let idf = SearchParamsBuilder::default().idf(IdfParamsBuilder::default());
+    assert_eq!(code(dense(idf).await), Code::InvalidArgument);
+    let endless = Range { gte: Some(f64::INFINITY), ..Default::default() };
+    let endless = CountPointsBuilder::new("c").filter(Filter::must([Condition::range("n", endless)]));
+    assert_eq!(code(client.count(endless).await), Code::InvalidArgument);
+    let shard = CountPoints {
+        collection_name: "c".into(),
+        shard_key_selector: Some(ShardKeySelector::from("elsewhere".to_owned())),
+        ..Default::default()
+    };
+    assert_eq!(code(client.count(shard).await), Code::InvalidArgument);
 }
