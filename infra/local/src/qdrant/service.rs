@@ -325,8 +325,8 @@ impl Points for Service {
         &self,
         request: Request<CreateFieldIndexCollection>,
     ) -> Result<Response<PointsOperationResponse>, Status> {
-        // The real server counts this as changing the collection.
-        let request = self.admit(request, |_| Needs::Manage)?;
+        // To the real server an index of the payload is part of the points, not of the collection.
+        let request = self.admit(request, |r| Needs::Write(&r.collection_name))?;
         let kind = match FieldType::try_from(request.field_type.unwrap_or_default()) {
             Ok(FieldType::Keyword) => PayloadSchemaType::Keyword,
             Ok(FieldType::Integer) => PayloadSchemaType::Integer,

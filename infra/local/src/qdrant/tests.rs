@@ -209,8 +209,10 @@ async fn tokens_open_what_they_name() {
     assert!(write(&writer, "own").await.is_ok());
     assert_eq!(code(write(&writer, "other").await), Code::PermissionDenied);
     assert_eq!(code(writer.delete_collection("own").await), Code::PermissionDenied);
-    let index = CreateFieldIndexCollectionBuilder::new("own", "n", FieldType::Integer);
-    assert_eq!(code(writer.create_field_index(index).await), Code::PermissionDenied);
+    let index = |name: &str| CreateFieldIndexCollectionBuilder::new(name, "n", FieldType::Integer);
+    assert!(writer.create_field_index(index("own")).await.is_ok());
+    assert_eq!(code(writer.create_field_index(index("other")).await), Code::PermissionDenied);
+    assert_eq!(code(reader.create_field_index(index("own")).await), Code::PermissionDenied);
 
     let refused = async |client: Qdrant| code(search(&client, "own").await);
     assert_eq!(refused(server.token(&json!({"exp": 1, "access": "m"}))).await, Code::Unauthenticated);
