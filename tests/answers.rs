@@ -339,3 +339,35 @@ async fn a_document_deleted_while_it_is_stored_is_found_by_nobody() {
         assert_eq!((hits.len(), listed), (0, StatusCode::NOT_FOUND));
     }
 }
+
+#[tokio::test]
+async fn a_point_of_another_tenant_is_dropped_and_raises_the_alarm() {
+    use qdrant_client::qdrant::{Document, NamedVectors, PointStruct, UpsertPointsBuilder, Vector};
+
+    let stack = Stack::start().await;
+    let acme = stack.tenant("acme");
+    acme.store("own", "Own", "The heron nests in the reeds.").await;
+    // What no function does and a fault of the store might: globex's passage in acme's collection.
+    let text = "The heron of globex nests in the reeds.";
+    let words = Document { text: text.into(), model: "qdrant/bm25".into(), ..Default::default() };
+    let vectors = NamedVectors::default()
+        .add_vector("dense", vec![0.1_f32; 512])
+        .add_vector("sparse", Vector::from(words));
+    let payload: qdrant_client::Payload = json!({
+        "tenant_id": "globex", "document_id": "d", "chunk_id": "d:0", "chunk_index": 0, "title": "T", "source": "", "text": text
+    })
+    .try_into()
+    .unwrap();
+    let store = qdrant_client::Qdrant::from_url(stack.ready()["qdrant_url"].as_str().unwrap())
+        .api_key(stack.qdrant_root_key())
+        .skip_compatibility_check()
+        .build()
+        .unwrap();
+    let point = PointStruct::new(7, vectors, payload);
+    store.upsert_points(UpsertPointsBuilder::new("tenant_acme", vec![point]).wait(true)).await.unwrap();
+
+    let hits = acme.search("heron nests in the reeds", 10).await;
+    assert_eq!(hits.iter().map(|h| h["document_id"].as_str().unwrap()).collect::<Vec<_>>(), ["own"]);
+    assert!(!acme.ask("Where does the heron of globex nest?").await.to_string().contains("of globex nests"));
+    assert!(stack.logs().contains("isolation_alert"));
+}

@@ -266,6 +266,13 @@ impl Stack {
         Path::new(text(&self.ready, "log_directory")).parent().expect("the data directory").to_owned()
     }
 
+    /// The vector store's own key, which no function on a request's path but the authorizer holds.
+    pub fn qdrant_root_key(&self) -> String {
+        let identity = std::fs::read(self.data().join("identity.json")).expect("the stack's identity");
+        let identity: Value = serde_json::from_slice(&identity).expect("JSON");
+        text(&identity, "qdrant_root_key").to_owned()
+    }
+
     /// The processes that the stack has started.
     pub fn children(&self) -> Vec<u32> {
         let pid = self.child.id().expect("a running stack");
