@@ -134,6 +134,15 @@ impl ApiKey {
         Self { tier, tenant_id, key_id, secret }
     }
 
+    /// The key that an `Authorization` header presents as a bearer token.
+    ///
+    /// # Errors
+    /// [`InvalidKey`] if it presents none.
+    pub fn from_authorization(header: &str) -> Result<Self, InvalidKey> {
+        let (scheme, key) = header.split_once(' ').ok_or(InvalidKey)?;
+        if scheme.eq_ignore_ascii_case("bearer") { key.trim().parse() } else { Err(InvalidKey) }
+    }
+
     /// The whole key, secret included: for the one answer that shows it.
     pub fn expose(&self) -> String {
         let body = self.body();

@@ -45,21 +45,23 @@ impl EmbeddingsClient {
         &self.model
     }
 
-    /// Embeds `texts`, in as many calls as the service's limits ask for.
-    ///
-    /// # Errors
-    /// [`OutboundError`] of the first call that fails, or if the answer does not fit the question.
-    pub async fn embed(&self, texts: &[String], deadline: Instant) -> Result<Embedded, OutboundError> {
-        let mut all = Embedded::default();
-        for batch in batches(texts) {
-            let one = self.embed_batch(batch, deadline).await?;
-            all.vectors.extend(one.vectors);
-            all.tokens = all.tokens + one.tokens;
-        }
-        Ok(all)
+    /// How many of the first of `texts` go into one call of which at most `most` tokens are wanted, by
+    /// the only bound that needs no call: a token is at least a byte. At least one, if there is one.
+    pub fn fitting(texts: &[String], most: Tokens) -> usize {
+        let (mut estimated, mut bytes) = (Tokens(0), Tokens(0));
+        let fit = texts.iter().take(BATCH).take_while(|text| {
+            estimated = estimated + Tokens::estimate(text);
+            bytes = bytes + Tokens::most(text);
+            estimated <= BATCH_TOKENS && bytes <= most
+        });
+        fit.count().max(1).min(texts.len())
     }
 
-    async fn embed_batch(&self, input: &[String], deadline: Instant) -> Result<Embedded, OutboundError> {
+    /// Embeds texts that go into one call.
+    ///
+    /// # Errors
+    /// [`OutboundError`], or if the answer does not fit the question.
+    pub async fn embed(&self, input: &[String], deadline: Instant) -> Result<Embedded, OutboundError> {
         let request = WireRequest {
             input,
             model: &self.model.name,
@@ -101,28 +103,6 @@ impl EmbeddingsClient {
         }
         Ok(Embedded { vectors, tokens: Tokens(answer.usage.total_tokens) })
     }
-}
-
-/// Cuts `texts` into runs that the service takes in one call.
-fn batches(texts: &[String]) -> Vec<&[String]> {
-    let mut batches = Vec::new();
-    let mut rest = texts;
-    while !rest.is_empty() {
-        let mut tokens = Tokens(0);
-        let fit = rest
-            .iter()
-            .take(BATCH)
-            .take_while(|text| {
-                tokens = tokens + Tokens::estimate(text);
-                tokens <= BATCH_TOKENS
-            })
-            .count();
-        // A single text over the bound goes alone; the service says what it thinks of it.
-        let (batch, after) = rest.split_at(fit.max(1));
-        batches.push(batch);
-        rest = after;
-    }
-    batches
 }
 
 #[derive(Serialize)]
@@ -187,11 +167,14 @@ mod tests {
     }
 
     #[test]
-    fn batches_respect_both_bounds_and_lose_nothing() {
-        let texts: Vec<String> = (0..300).map(|n| "x".repeat(if n == 7 { 400_000 } else { 3_000 })).collect();
-        let batches = batches(&texts);
-        assert_eq!(batches.concat(), texts);
-        assert!(batches.iter().all(|b| b.len() <= BATCH));
-        assert!(batches.iter().any(|b| b.len() == 1));
+    fn a_call_respects_its_bounds_and_takes_at_least_one_text() {
+        let texts: Vec<String> = (0..300).map(|_| "x".repeat(3_000)).collect();
+        let fitting = |most| EmbeddingsClient::fitting(&texts, Tokens(most));
+        assert_eq!(fitting(u64::MAX), 100);
+        assert_eq!(fitting(9_000), 3);
+        assert_eq!(fitting(0), 1);
+        assert_eq!(EmbeddingsClient::fitting(&[], Tokens(9)), 0);
+        let short: Vec<String> = (0..300).map(|_| "x".to_owned()).collect();
+        assert_eq!(EmbeddingsClient::fitting(&short, Tokens(u64::MAX)), BATCH);
     }
 }

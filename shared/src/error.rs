@@ -1,11 +1,11 @@
 //! The one error that callers see, as `api.md` fixes it.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::scope::RequestId;
 
 /// What went wrong, as a caller's program tells it apart.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[expect(missing_docs, reason = "the names are the documentation: api.md's error codes")]
 pub enum Code {

@@ -7,6 +7,7 @@
 use crate::api_key::KeyId;
 use crate::clock::Timestamp;
 use crate::ids::{ConversationId, DocumentId, MessageId};
+use crate::meter::{BillingMonth, Ticket};
 
 /// The partition key attribute of every table.
 pub const PARTITION: &str = "tenant_id";
@@ -38,6 +39,38 @@ pub const DOCUMENTS: &str = "DOC#";
 /// Table `documents`: one document.
 pub fn document(id: &DocumentId) -> String {
     format!("{DOCUMENTS}{id}")
+}
+
+/// Table `audit`: the record of a ticket. Tickets sort by number.
+pub fn ticket(ticket: Ticket) -> String {
+    format!("{TICKETS}{:012}", ticket.0)
+}
+
+/// Table `audit`: what the record of every ticket starts with.
+pub const TICKETS: &str = "TICKET#";
+
+/// Table `audit`: an event without a ticket. Events sort by time; the random tail tells apart those of
+/// one millisecond.
+pub fn event(time: Timestamp, tail: &str) -> String {
+    format!("EVENT#{:015}#{tail}", time.as_millis())
+}
+
+/// Table `usage`: what every line of a month starts with.
+pub fn usage_month(month: BillingMonth) -> String {
+    format!("USAGE#{month}#")
+}
+
+/// Table `usage`: a month's line of one model.
+pub fn usage_line(month: BillingMonth, model: &str) -> String {
+    format!("USAGE#{month}#{model}")
+}
+
+/// Table `usage`: how far the ledger's stream has been added up.
+pub const CHECKPOINT: &str = "CHECKPOINT";
+
+/// Table `conversations`: what became of the request with that idempotency key, given as its hash.
+pub fn idempotency(hash: &str) -> String {
+    format!("IDEM#{hash}")
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@
 //! [`aws`] is the only module that imports `aws_sdk_*`.
 
 pub mod api_key;
+pub mod breaker;
 #[cfg(feature = "chunk")]
 pub mod chunk;
 pub mod clock;
@@ -12,11 +13,14 @@ pub mod conversation;
 pub mod document;
 pub mod env;
 pub mod error;
+pub mod idempotency;
 pub mod ids;
 pub mod item_key;
+pub mod ledger;
 pub mod limits;
 #[cfg(any(feature = "model", feature = "prompt"))]
 pub mod messages;
+pub mod meter;
 pub mod pricing;
 pub mod random;
 pub mod scope;
@@ -29,6 +33,8 @@ pub mod units;
 pub mod aws;
 #[cfg(feature = "embeddings")]
 pub mod embeddings;
+#[cfg(feature = "dynamodb")]
+pub mod gate;
 #[cfg(feature = "prompt")]
 pub mod injection;
 #[cfg(feature = "model")]
@@ -37,7 +43,7 @@ pub mod model;
 pub mod outbound;
 #[cfg(feature = "prompt")]
 pub mod prompt;
-#[cfg(any(feature = "outbound", feature = "vectors"))]
+#[cfg(any(feature = "dynamodb", feature = "outbound", feature = "vectors"))]
 pub mod retry;
 #[cfg(feature = "vector-tokens")]
 pub mod vector_token;

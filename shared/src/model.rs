@@ -11,10 +11,10 @@ use std::time::Duration;
 use eventsource_stream::{Event, Eventsource};
 use futures_util::{Stream, StreamExt};
 use reqwest::Url;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, timeout_at};
 
-use crate::messages::MessagesRequest;
+use crate::messages::{ContentBlock, Message, MessagesRequest};
 use crate::outbound::{self, OutboundError};
 use crate::pricing::Usage;
 use crate::secret::Secret;
@@ -28,6 +28,7 @@ const SILENCE: Duration = Duration::from_secs(45);
 pub struct ModelClient {
     http: reqwest::Client,
     url: Url,
+    count_url: Url,
     key: Secret,
 }
 
@@ -49,6 +50,8 @@ pub struct Answer {
     deadline: Instant,
     model: String,
     usage: Usage,
+    /// Whether the service has reported the input.
+    started: bool,
     stop_reason: Option<String>,
     complete: bool,
 }
@@ -56,7 +59,30 @@ pub struct Answer {
 impl ModelClient {
     /// A client of the service at `base`, such as `https://api.anthropic.com`.
     pub fn new(http: reqwest::Client, base: &Url, key: Secret) -> Self {
-        Self { http, url: outbound::joined(base, "v1/messages"), key }
+        let url = |path| outbound::joined(base, path);
+        Self { http, url: url("v1/messages"), count_url: url("v1/messages/count_tokens"), key }
+    }
+
+    fn post(&self, url: &Url) -> reqwest::RequestBuilder {
+        let request = self.http.post(url.clone());
+        request.header("x-api-key", self.key.expose()).header("anthropic-version", "2023-06-01")
+    }
+
+    /// How many tokens of input the service counts in `request`. Costs nothing.
+    ///
+    /// <https://platform.claude.com/docs/en/build-with-claude/token-counting>
+    ///
+    /// # Errors
+    /// [`OutboundError`] if it does not say.
+    pub async fn count(&self, request: &MessagesRequest, deadline: Instant) -> Result<Tokens, OutboundError> {
+        let body =
+            WireCountRequest { model: &request.model, system: &request.system, messages: &request.messages };
+        let response = outbound::send(|| self.post(&self.count_url).json(&body), deadline).await?;
+        let counted: WireCount = match timeout_at(deadline, response.json()).await {
+            Err(_) => return Err(OutboundError::Deadline),
+            Ok(counted) => counted.map_err(OutboundError::Connection)?,
+        };
+        Ok(Tokens(counted.input_tokens))
     }
 
     /// Asks, and returns once the service has begun to answer.
@@ -64,17 +90,7 @@ impl ModelClient {
     /// # Errors
     /// [`OutboundError`] if it does not.
     pub async fn ask(&self, request: &MessagesRequest, deadline: Instant) -> Result<Answer, OutboundError> {
-        let response = outbound::send(
-            || {
-                self.http
-                    .post(self.url.clone())
-                    .header("x-api-key", self.key.expose())
-                    .header("anthropic-version", "2023-06-01")
-                    .json(request)
-            },
-            deadline,
-        )
-        .await?;
+        let response = outbound::send(|| self.post(&self.url).json(request), deadline).await?;
         let events = response.bytes_stream().eventsource().map(|event| {
             event.map_err(|error| match error {
                 eventsource_stream::EventStreamError::Transport(error) => OutboundError::Connection(error),
@@ -86,6 +102,7 @@ impl ModelClient {
             deadline,
             model: request.model.clone(),
             usage: Usage::default(),
+            started: false,
             stop_reason: None,
             complete: false,
         })
@@ -96,7 +113,7 @@ impl Answer {
     /// The next part of the answer; `None` at its end.
     ///
     /// # Errors
-    /// [`OutboundError`] if the answer breaks off. What [`Answer::usage`] says then is a lower bound.
+    /// [`OutboundError`] if the answer breaks off.
     pub async fn next(&mut self) -> Result<Option<ModelEvent>, OutboundError> {
         while !self.complete {
             let patience = self.deadline.min(Instant::now() + SILENCE);
@@ -117,9 +134,17 @@ impl Answer {
         &self.model
     }
 
-    /// What the service has reported as used so far. Final once the answer is at its end.
-    pub fn usage(&self) -> Usage {
-        self.usage
+    /// What the answer used, and whether any of it is a bound: where the service has not said, because
+    /// the answer broke off, `input` and `output` are what it can be at most.
+    pub fn usage(&self, input: Tokens, output: Tokens) -> (Usage, bool) {
+        let mut usage = self.usage;
+        if !self.started {
+            usage.input_tokens = input;
+        }
+        if self.stop_reason.is_none() {
+            usage.output_tokens = output;
+        }
+        (usage, !self.started || self.stop_reason.is_none())
     }
 
     /// Why the answer ended, if it did.
@@ -133,6 +158,7 @@ impl Answer {
         match event {
             WireEvent::MessageStart { message } => {
                 self.model = message.model;
+                self.started = true;
                 self.count(message.usage);
             }
             WireEvent::ContentBlockDelta { delta: Delta::Text { text } } => {
@@ -168,6 +194,18 @@ impl Answer {
         keep(&mut self.usage.cache_read_input_tokens, wire.cache_read_input_tokens);
         keep(&mut self.usage.cache_creation_input_tokens, wire.cache_creation_input_tokens);
     }
+}
+
+#[derive(Serialize)]
+struct WireCountRequest<'a> {
+    model: &'a str,
+    system: &'a [ContentBlock],
+    messages: &'a [Message],
+}
+
+#[derive(Deserialize)]
+struct WireCount {
+    input_tokens: u64,
 }
 
 #[derive(Deserialize)]
@@ -246,6 +284,7 @@ mod tests {
             deadline: Instant::now() + Duration::from_secs(5),
             model: "asked".into(),
             usage: Usage::default(),
+            started: false,
             stop_reason: None,
             complete: false,
         }
@@ -268,7 +307,8 @@ mod tests {
         assert_eq!(answer.next().await.unwrap(), Some(ModelEvent::Citation { passage: 2 }));
         assert_eq!(answer.next().await.unwrap(), None);
         assert_eq!(answer.next().await.unwrap(), None);
-        let usage = answer.usage();
+        let (usage, bound) = answer.usage(Tokens(99), Tokens(99));
+        assert!(!bound);
         assert_eq!(
             (usage.input_tokens, usage.cache_read_input_tokens, usage.output_tokens),
             (Tokens(10), Tokens(5), Tokens(7))
@@ -278,6 +318,14 @@ mod tests {
 
     #[tokio::test]
     async fn an_answer_that_breaks_off_is_an_error() {
+        let mut broken = answer(&[
+            r#"{"type":"message_start","message":{"model":"m","usage":{"input_tokens":10,"output_tokens":1}}}"#,
+        ]);
+        let (usage, bound) = broken.usage(Tokens(99), Tokens(77));
+        assert_eq!((usage.input_tokens, usage.output_tokens, bound), (Tokens(99), Tokens(77), true));
+        assert!(broken.next().await.is_err());
+        let (usage, bound) = broken.usage(Tokens(99), Tokens(77));
+        assert_eq!((usage.input_tokens, usage.output_tokens, bound), (Tokens(10), Tokens(77), true));
         assert!(answer(&[r#"{"type":"ping"}"#]).next().await.is_err());
         assert!(answer(&["not json"]).next().await.is_err());
         let overloaded = r#"{"type":"error","error":{"type":"overloaded_error","message":"x"}}"#;

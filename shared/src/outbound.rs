@@ -44,6 +44,16 @@ pub enum OutboundError {
 }
 
 impl OutboundError {
+    /// Whether the service may have done, and may charge for, what it did not answer. A service that
+    /// answers with an error charges nothing; one that was not reached did nothing.
+    pub fn may_have_cost(&self) -> bool {
+        match self {
+            Self::Deadline | Self::Malformed(_) => true,
+            Self::Connection(error) => !error.is_connect(),
+            Self::Overloaded { .. } | Self::Refused { .. } | Self::Failed(_) => false,
+        }
+    }
+
     /// What the caller sees where `what` (such as "the model") failed. The failure itself is logged
     /// here, once.
     pub fn into_api(self, what: &'static str) -> ApiError {

@@ -25,6 +25,16 @@ pub struct Usage {
     pub cache_creation_input_tokens: Tokens,
 }
 
+impl Usage {
+    /// Tokens of every kind.
+    pub fn total(&self) -> Tokens {
+        self.input_tokens
+            + self.output_tokens
+            + self.cache_read_input_tokens
+            + self.cache_creation_input_tokens
+    }
+}
+
 /// How a model is given the passages it may cite.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -103,6 +113,16 @@ impl ChatModel {
                 + price.output.times(usage.output_tokens)
                 + price.cache_write.times(usage.cache_creation_input_tokens)
                 + price.cache_read.times(usage.cache_read_input_tokens)
+        })
+    }
+}
+
+impl ChatModel {
+    /// The most that a call can cost at the price in force at `at`, whatever a cache makes of its
+    /// input.
+    pub fn most_cost(&self, input: Tokens, output: Tokens, at: Timestamp) -> NanoUsd {
+        in_force(&self.prices, |p| p.from, at).map_or(NanoUsd(0), |price| {
+            price.input.max(price.cache_write).times(input) + price.output.times(output)
         })
     }
 }

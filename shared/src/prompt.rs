@@ -21,7 +21,13 @@ use crate::tenant::{InjectionPolicy, Tier};
 use crate::units::Tokens;
 
 /// Tokens allowed for what surrounds each message or passage.
-const FRAME: Tokens = Tokens(24);
+const FRAME: Tokens = Tokens(48);
+/// Tokens allowed for what the service itself puts into a prompt.
+const SERVICE: Tokens = Tokens(600);
+/// The longest passage, title and source included, in bytes. A longer one is left out.
+const MOST_PASSAGE_BYTES: usize = 4_000;
+/// Passages may fill one part of so many of the context, and so may the history.
+const SHARE: u64 = 3;
 
 /// A passage that was retrieved.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -82,8 +88,58 @@ pub struct TooLong {
     pub room: u64,
 }
 
+/// What is known of a prompt before anything is retrieved for it.
+#[derive(Debug)]
+pub struct Outline<'a> {
+    /// The tenant's assistant.
+    pub profile: &'a Profile,
+    /// The tenant's tier.
+    pub tier: Tier,
+    /// The user's message.
+    pub message: &'a str,
+    /// Passages at most.
+    pub top_k: u32,
+    /// Whether there is history.
+    pub continues: bool,
+    /// The most tokens of the whole call, answer included.
+    pub max_context: Tokens,
+    /// How the model is given passages.
+    pub form: PassageForm,
+}
+
+impl Outline<'_> {
+    /// The most tokens that the prompt can have once it is built: what is reserved for it. Bytes bound
+    /// tokens, and [`build`] bounds bytes.
+    pub fn most_tokens(&self) -> Tokens {
+        // A share is of estimated tokens, three bytes each; what surrounds a passage is among them.
+        let share = self.max_context.0 / SHARE * 3;
+        let passages = share.min(u64::from(self.top_k) * (MOST_PASSAGE_BYTES as u64 + FRAME.0 * 3));
+        let history = if self.continues { share } else { 0 };
+        let system: Tokens = system(self.profile, self.tier, self.form).iter().map(most).sum();
+        system + Tokens::most(self.message) + FRAME + Tokens(passages + history) + SERVICE
+    }
+}
+
+impl Prompt {
+    /// The most tokens that this prompt can have.
+    pub fn most_tokens(&self) -> Tokens {
+        let blocks = self.system.iter().chain(self.messages.iter().flat_map(|message| &message.content));
+        blocks.map(most).sum::<Tokens>() + SERVICE
+    }
+}
+
+/// The most tokens of a block.
+fn most(block: &ContentBlock) -> Tokens {
+    match block {
+        ContentBlock::Text { text, .. } => Tokens::most(text) + FRAME,
+        ContentBlock::SearchResult { source, title, content, .. } => {
+            content.iter().map(most).sum::<Tokens>() + Tokens::most(title) + Tokens::most(source)
+        }
+    }
+}
+
 /// Builds the prompt: the message always, then as many passages as fit a third of the context, then
-/// as much history as fits the rest, newest first.
+/// as much history as fits another third and the rest, newest first.
 ///
 /// # Errors
 /// [`TooLong`] if the message does not fit.
@@ -98,10 +154,14 @@ pub fn build(inputs: Inputs<'_>, rng: &mut impl CryptoRng) -> Result<Prompt, Too
     }
     let mut room = room.saturating_sub(needs);
 
-    let mut for_passages = Tokens(inputs.max_context.0 / 3).min(room);
+    let mut for_passages = Tokens(inputs.max_context.0 / SHARE).min(room);
     let mut passages = Vec::new();
     for passage in inputs.passages {
-        let size = Tokens::estimate(&passage.text) + Tokens::estimate(&passage.title) + FRAME;
+        let parts = [&passage.text, &passage.title, source(&passage)];
+        if parts.map(str::len).iter().sum::<usize>() > MOST_PASSAGE_BYTES {
+            continue;
+        }
+        let size = parts.map(Tokens::estimate).into_iter().sum::<Tokens>() + FRAME;
         if size > for_passages {
             break;
         }
@@ -110,6 +170,7 @@ pub fn build(inputs: Inputs<'_>, rng: &mut impl CryptoRng) -> Result<Prompt, Too
         passages.push(passage);
     }
 
+    let mut room = room.min(Tokens(inputs.max_context.0 / SHARE));
     let mut messages = Vec::new();
     for turn in inputs.history {
         let size = Tokens::estimate(&turn.question) + Tokens::estimate(&turn.answer) + FRAME + FRAME;
@@ -183,11 +244,14 @@ fn system(profile: &Profile, tier: Tier, form: PassageForm) -> Vec<ContentBlock>
     vec![ContentBlock::Text { text, cache_control: Some(CacheControl::Ephemeral) }]
 }
 
+/// The API wants a source; a document without one is its own.
+fn source(passage: &Passage) -> &str {
+    if passage.source.is_empty() { passage.document_id.as_str() } else { &passage.source }
+}
+
 fn search_result(passage: &Passage) -> ContentBlock {
-    // The API wants a source; a document without one is its own.
-    let source = if passage.source.is_empty() { passage.document_id.as_str() } else { &passage.source };
     ContentBlock::SearchResult {
-        source: source.to_owned(),
+        source: source(passage).to_owned(),
         title: passage.title.clone(),
         content: vec![ContentBlock::text(&passage.text)],
         citations: Citations { enabled: true },
@@ -495,7 +559,7 @@ mod tests {
         let profile = profile("");
         let message = "z".repeat(30_000);
         let inputs = Inputs { message: &message, ..inputs(&profile, PassageForm::SearchResults) };
-        assert_eq!(build(inputs, &mut entropy()).unwrap_err().needs, 10_024);
+        assert_eq!(build(inputs, &mut entropy()).unwrap_err().needs, 10_000 + FRAME.0);
     }
 
     #[test]
@@ -543,6 +607,51 @@ mod tests {
             shown.push_str(&rest);
             assert_eq!(shown, "One. Nine, an [[aside]] a[0] and [[unfinished business", "cut by {cut}");
             assert_eq!(citations.len(), 2);
+        }
+    }
+
+    proptest::proptest! {
+        #![proptest_config(proptest::prelude::ProptestConfig { cases: 300, ..Default::default() })]
+
+        /// What is reserved before a prompt is built is enough for it, in bytes, whatever it is made of.
+        #[test]
+        fn no_prompt_outgrows_its_outline(
+            message in ".{0,300}",
+            instructions in ".{0,200}",
+            texts in proptest::collection::vec((".{0,900}", ".{0,200}", ".{0,200}"), 0..14),
+            turns in proptest::collection::vec((".{1,600}", ".{1,900}"), 0..8),
+            max_context in 1_000..12_000u64,
+            bounded: bool,
+        ) {
+            let profile = profile(&instructions);
+            let form = if bounded { PassageForm::Boundaries } else { PassageForm::SearchResults };
+            let top_k = texts.len() as u32;
+            let outline = Outline {
+                profile: &profile,
+                tier: Tier::Free,
+                message: &message,
+                top_k,
+                continues: !turns.is_empty(),
+                max_context: Tokens(max_context),
+                form,
+            }
+            .most_tokens();
+            let history: Vec<Turn> = turns.iter().map(|(q, a)| turn(q, a)).collect();
+            let passages = texts.into_iter().enumerate().map(|(n, (text, title, source))| Passage {
+                title, source, ..passage(n, &text)
+            });
+            let inputs = Inputs {
+                tier: Tier::Free,
+                message: &message,
+                passages: passages.collect(),
+                history: &history,
+                max_context: Tokens(max_context),
+                max_tokens: Tokens(100),
+                ..inputs(&profile, form)
+            };
+            if let Ok(prompt) = build(inputs, &mut entropy()) {
+                proptest::prop_assert!(prompt.most_tokens() <= outline);
+            }
         }
     }
 }

@@ -8,16 +8,18 @@
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::str::FromStr;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use aws_lambda_events::apigw::ApiGatewayProxyRequestContext;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::api_key::{KeyId, Permission, VerifiedKey};
+use crate::api_key::{ApiKey, KeyId, Permission, VerifiedKey};
 use crate::clock::Timestamp;
 use crate::error::{ApiError, Code};
 use crate::ids::UserId;
 use crate::limits::Limits;
+use crate::meter::Standing;
 use crate::tenant::{EmbeddingModel, InjectionPolicy, Tenant, TenantId, TenantStatus, Tier};
 
 /// The header in which a tenant names its own user.
@@ -163,8 +165,73 @@ pub struct ForeignRecord;
 #[derive(Debug)]
 pub struct TenantScope {
     decision: Decision,
+    permission: Permission,
+    presented: Option<ApiKey>,
     user_id: Option<UserId>,
     request_id: RequestId,
+    standing: StandingNote,
+}
+
+/// Where a request's standing is noted, for the headers of its answer.
+#[derive(Clone, Debug, Default)]
+pub struct StandingNote(Arc<Mutex<Option<Standing>>>);
+
+impl StandingNote {
+    /// Notes it; the latest holds.
+    pub fn set(&self, standing: Standing) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(standing);
+    }
+
+    /// What was noted last.
+    pub fn get(&self) -> Option<Standing> {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Somebody who may touch the items of one tenant in the stores: its own request, or a function that
+/// keeps its books. Nobody else can be made one.
+pub trait Subject: sealed::Sealed + Sync {
+    /// The tenant.
+    fn tenant_id(&self) -> &TenantId;
+}
+
+mod sealed {
+    pub trait Sealed {}
+    impl Sealed for super::TenantScope {}
+    impl Sealed for super::Ward {}
+}
+
+impl Subject for TenantScope {
+    fn tenant_id(&self) -> &TenantId {
+        &self.decision.tenant_id
+    }
+}
+
+/// One tenant's books, without a request: what is left to write down once requests are gone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ward(TenantId);
+
+impl Subject for Ward {
+    fn tenant_id(&self) -> &TenantId {
+        &self.0
+    }
+}
+
+/// A function that no caller reaches, driven by a stream or a schedule: it keeps every tenant's books.
+/// Its role in `template.yaml` bounds what it can do with that.
+#[derive(Debug)]
+pub struct Bookkeeper(());
+
+impl Bookkeeper {
+    /// For the `Context` of such a function alone; `clippy.toml` bans it elsewhere.
+    pub const fn driven_by_events() -> Self {
+        Self(())
+    }
+
+    /// The books of one tenant.
+    pub const fn of(&self, tenant_id: TenantId) -> Ward {
+        Ward(tenant_id)
+    }
 }
 
 /// Why a request with a recognised key is refused all the same.
@@ -233,7 +300,59 @@ impl TenantScope {
             })
             .transpose()?;
         let request_id = RequestId(context.request_id.clone().unwrap_or_default());
-        Ok(Self { decision, user_id, request_id })
+        let authorization = headers.get(http::header::AUTHORIZATION).and_then(|value| value.to_str().ok());
+        let presented = authorization.and_then(|value| ApiKey::from_authorization(value).ok());
+        Ok(Self { decision, permission, presented, user_id, request_id, standing: StandingNote::default() })
+    }
+
+    /// The key that the request presents: to verify it again where the decision about it has grown
+    /// stale.
+    pub fn presented(&self) -> Option<&ApiKey> {
+        self.presented.as_ref()
+    }
+
+    /// Takes a new decision, made from the present records of the tenant and the key, in place of the
+    /// one that API Gateway had kept. The vector tokens stay: they open this tenant's collection and
+    /// nothing else, and a key that lost a permission is refused here.
+    ///
+    /// # Errors
+    /// [`ScopeError`], as [`TenantScope::open`].
+    pub fn renew(&mut self, key: &VerifiedKey, tenant: Tenant) -> Result<(), ScopeError> {
+        if tenant.tenant_id != self.decision.tenant_id || key.record().key_id != self.decision.key_id {
+            return Err(ScopeError::Unauthorized);
+        }
+        match tenant.status {
+            TenantStatus::Active => {}
+            TenantStatus::Suspended => return Err(ScopeError::Suspended),
+            TenantStatus::Provisioning => return Err(ScopeError::Unauthorized),
+        }
+        if !key.record().permissions.contains(&self.permission) {
+            return Err(ScopeError::Lacks(self.permission));
+        }
+        let (read, write) = (self.decision.vector_read.clone(), self.decision.vector_write.clone());
+        self.decision =
+            Decision::new(key, tenant, read, write).map_err(|ForeignRecord| ScopeError::Unauthorized)?;
+        Ok(())
+    }
+
+    /// The epoch of the decision about the key.
+    pub fn epoch(&self) -> u64 {
+        self.decision.epoch
+    }
+
+    /// Where the tenant's standing is noted for the answer's headers.
+    pub fn standing(&self) -> &StandingNote {
+        &self.standing
+    }
+
+    /// Notes the standing elsewhere: where the answer is put together.
+    pub fn note_standing_in(&mut self, note: StandingNote) {
+        self.standing = note;
+    }
+
+    /// The tenant's books beyond this request.
+    pub fn ward(&self) -> Ward {
+        Ward(self.decision.tenant_id.clone())
     }
 
     /// The tenant.

@@ -97,7 +97,7 @@ impl Tier {
 }
 
 /// Whether a tenant may use the service.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum TenantStatus {
     /// Being set up; not usable yet.

@@ -17,6 +17,11 @@ impl Tokens {
         Self((text.len() as u64).div_ceil(3))
     }
 
+    /// The most that `text` can need: a token is at least a byte.
+    pub const fn most(text: &str) -> Self {
+        Self(text.len() as u64)
+    }
+
     /// The difference, or zero.
     pub const fn saturating_sub(self, other: Self) -> Self {
         Self(self.0.saturating_sub(other.0))

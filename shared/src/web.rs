@@ -14,7 +14,9 @@ use tokio::time::Instant;
 use crate::api_key::Permission;
 use crate::clock::Clock;
 use crate::error::{ApiError, Code};
-use crate::scope::{Operator, RequestId, TenantScope};
+use crate::idempotency::{self, IdempotencyKey, Stored};
+use crate::meter::{Remaining, Standing};
+use crate::scope::{Operator, RequestId, StandingNote, TenantScope};
 
 /// The header that carries a request's id.
 pub const REQUEST_ID: &str = "x-request-id";
@@ -46,7 +48,8 @@ pub fn route(request: &Request) -> &str {
 /// The refusal that the caller is to see.
 pub fn tenant(request: &Request, permission: Permission, clock: &Clock) -> Result<TenantScope, ApiError> {
     let context = context(request).ok_or_else(|| ApiError::new(Code::InvalidKey, "not a valid API key"))?;
-    let scope = TenantScope::open(context, request.headers(), permission, clock.now())?;
+    let mut scope = TenantScope::open(context, request.headers(), permission, clock.now())?;
+    scope.note_standing_in(request.extensions().get::<StandingNote>().cloned().unwrap_or_default());
     let span = tracing::Span::current();
     span.record("tenant.id", scope.tenant_id().as_str());
     span.record("key.id", scope.key_id().as_str());
@@ -68,6 +71,12 @@ pub fn deadline(request: &Request, clock: &Clock) -> Instant {
     let ends_ms = request.lambda_context_ref().map_or(0, |context| context.deadline);
     let now_ms = u64::try_from(clock.now().as_millis()).unwrap_or(0);
     Instant::now() + Duration::from_millis(ends_ms.saturating_sub(now_ms)).saturating_sub(MARGIN)
+}
+
+/// The second in which Lambda ends the invocation, and with it whatever it has not finished.
+pub fn ends_at_s(request: &Request) -> i64 {
+    let ends_ms = request.lambda_context_ref().map_or(0, |context| context.deadline);
+    i64::try_from(ends_ms.div_ceil(1_000)).unwrap_or(i64::MAX)
 }
 
 /// The request's JSON body.
@@ -95,6 +104,28 @@ pub fn json<T: DeserializeOwned>(request: &Request) -> Result<T, ApiError> {
     let value: T = serde_path_to_error::deserialize(&mut deserializer).map_err(|e| misshapen(e, "body"))?;
     deserializer.end().map_err(|error| ApiError::invalid("body", error.to_string()))?;
     Ok(value)
+}
+
+/// The request's idempotency key, if it has one.
+///
+/// # Errors
+/// 400 if the header holds none.
+pub fn idempotency_key(request: &Request, scope: &TenantScope) -> Result<Option<IdempotencyKey>, ApiError> {
+    let Some(text) = request.headers().get(idempotency::HEADER) else { return Ok(None) };
+    let body: &[u8] = match request.body() {
+        Body::Text(text) => text.as_bytes(),
+        Body::Binary(bytes) => bytes,
+        _ => &[],
+    };
+    IdempotencyKey::new(text.as_bytes(), route(request), scope.user_id(), body)
+        .map(Some)
+        .map_err(|e| ApiError::invalid("Idempotency-Key", e.to_string()))
+}
+
+/// A first result, once more.
+pub fn repeated<B: From<String>>(stored: Stored) -> Response<B> {
+    let status = StatusCode::from_u16(stored.status).unwrap_or(StatusCode::OK);
+    json_response(status, stored.body)
 }
 
 /// A part of a JSON body that was taken apart before.
@@ -164,6 +195,10 @@ pub fn reply<B: From<String>>(status: StatusCode, value: &impl Serialize) -> Res
             return reply(failure.code.status(), &failure);
         }
     };
+    json_response(status, text)
+}
+
+fn json_response<B: From<String>>(status: StatusCode, text: String) -> Response<B> {
     let mut response = Response::new(B::from(text));
     *response.status_mut() = status;
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
@@ -171,10 +206,41 @@ pub fn reply<B: From<String>>(status: StatusCode, value: &impl Serialize) -> Res
     response
 }
 
+/// The headers that say what is left, by the names and in the form that OpenAI's clients know: a
+/// duration such as `1h2m3s` or `250ms`.
+fn say_standing(standing: &Standing, headers: &mut http::HeaderMap) {
+    let mut say = |name: &'static str, value: String| {
+        if let Ok(value) = HeaderValue::from_str(&value) {
+            headers.insert(name, value);
+        }
+    };
+    let Remaining { limit, remaining, reset_ms } = standing.requests;
+    say("x-ratelimit-limit-requests", limit.to_string());
+    say("x-ratelimit-remaining-requests", remaining.to_string());
+    say("x-ratelimit-reset-requests", duration(reset_ms));
+    let Remaining { limit, remaining, reset_ms } = standing.tokens;
+    say("x-ratelimit-limit-tokens", limit.to_string());
+    say("x-ratelimit-remaining-tokens", remaining.to_string());
+    say("x-ratelimit-reset-tokens", duration(reset_ms));
+}
+
+fn duration(ms: u64) -> String {
+    if ms < 1_000 {
+        return format!("{ms}ms");
+    }
+    let seconds = ms.div_ceil(1_000);
+    let (hours, minutes, seconds) = (seconds / 3_600, seconds / 60 % 60, seconds % 60);
+    match (hours, minutes) {
+        (0, 0) => format!("{seconds}s"),
+        (0, _) => format!("{minutes}m{seconds}s"),
+        _ => format!("{hours}h{minutes}m{seconds}s"),
+    }
+}
+
 /// Runs one request: answers an error in the common shape, stamps the request's id, and writes the
 /// one line that the log has of it.
 pub async fn handle<B: From<String>>(
-    request: Request,
+    mut request: Request,
     clock: &Clock,
     run: impl AsyncFnOnce(Request) -> Result<Response<B>, ApiError>,
 ) -> Response<B> {
@@ -182,6 +248,8 @@ pub async fn handle<B: From<String>>(
 
     let started = clock.now();
     let id = request_id(&request);
+    let standing = StandingNote::default();
+    request.extensions_mut().insert(standing.clone());
     let span = tracing::info_span!(
         "request",
         request.id = %id,
@@ -214,6 +282,9 @@ pub async fn handle<B: From<String>>(
                 response
             }
         };
+        if let Some(standing) = standing.get() {
+            say_standing(&standing, response.headers_mut());
+        }
         if let Ok(value) = HeaderValue::from_str(&id.to_string()) {
             response.headers_mut().insert(REQUEST_ID, value);
         }
@@ -221,4 +292,24 @@ pub async fn handle<B: From<String>>(
     }
     .instrument(span)
     .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_are_written_as_openai_writes_them() {
+        for (ms, text) in [
+            (0, "0ms"),
+            (999, "999ms"),
+            (1_000, "1s"),
+            (59_001, "1m0s"),
+            (61_000, "1m1s"),
+            (3_600_000, "1h0m0s"),
+            (90_061_000, "25h1m1s"),
+        ] {
+            assert_eq!(duration(ms), text);
+        }
+    }
 }

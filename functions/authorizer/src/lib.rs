@@ -106,11 +106,7 @@ pub async fn authorize(
 
 fn bearer(event: &ApiGatewayCustomAuthorizerRequestTypeRequest) -> Result<ApiKey, Refusal> {
     let header = event.headers.get("authorization").and_then(|value| value.to_str().ok());
-    let (scheme, key) = header.and_then(|h| h.split_once(' ')).ok_or(Refusal::Unauthorized)?;
-    if !scheme.eq_ignore_ascii_case("bearer") {
-        return Err(Refusal::Unauthorized);
-    }
-    Ok(key.trim().parse::<ApiKey>()?)
+    Ok(ApiKey::from_authorization(header.ok_or(Refusal::Unauthorized)?)?)
 }
 
 /// Allows every tenant route of the stage, since the answer is cached for all of them. Each function

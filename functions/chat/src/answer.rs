@@ -1,14 +1,20 @@
-//! How a question is answered: history beside the question's vector, then passages, then the model.
+//! How a question is answered: admitted first, then history beside the question's vector, then
+//! passages, then the model; and settled, however it ends.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
+use shared::aws::ledger::Along;
 use shared::clock::Timestamp;
 use shared::conversation::{Citation, Turn};
 use shared::error::{ApiError, Code};
+use shared::gate::{Admission, Need};
+use shared::idempotency::{IdempotencyKey, Stored};
 use shared::ids::{ConversationId, MessageId};
+use shared::ledger::Entry;
 use shared::messages::MessagesRequest;
+use shared::meter::Work;
 use shared::model::{self, ModelEvent};
-use shared::pricing::{ChatModel, Usage};
-use shared::prompt::{self, AnswerReader, Inputs, Passage, Prompt};
+use shared::pricing::Usage;
+use shared::prompt::{self, AnswerReader, Inputs, Outline, Passage, Prompt};
 use shared::scope::TenantScope;
 use shared::units::{NanoUsd, Tokens};
 use tokio::time::Instant;
@@ -23,23 +29,29 @@ pub(crate) struct Answering {
     started: Timestamp,
     question: String,
     model_name: String,
-    model: &'static ChatModel,
-    injection: Vec<String>,
-    embedding_tokens: Tokens,
     documents_retrieved: usize,
+    input_most: Tokens,
+    output_most: Tokens,
     upstream: model::Answer,
     reader: AnswerReader,
     ended: bool,
     text: String,
     citations: Vec<Citation>,
+    ticketed: Ticketed,
+}
+
+/// An admission, and what is known so far of what it will be charged.
+struct Ticketed {
+    admission: Admission,
+    entry: Entry,
 }
 
 /// What is known before the first word.
-#[derive(Debug, Serialize)]
-pub(crate) struct Meta<'a> {
-    id: &'a MessageId,
-    conversation_id: &'a ConversationId,
-    model: &'a str,
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Meta {
+    id: MessageId,
+    conversation_id: ConversationId,
+    model: String,
     documents_retrieved: usize,
 }
 
@@ -64,22 +76,130 @@ struct DoneUsage {
     cost_nano_usd: NanoUsd,
 }
 
+/// What a question needs at most: everything, reserved before anything is known of it; and what it
+/// takes to find out how much that really is.
+fn needs(context: &Context, scope: &TenantScope, question: &Question, searched: &str) -> [Need; 2] {
+    let at = context.clock.now();
+    let embedding = Tokens::most(searched);
+    let finding_out = Need { tokens: embedding, cost: context.embedding_prices.cost(embedding, at) };
+    let outline = Outline {
+        profile: scope.profile(),
+        tier: scope.tier(),
+        message: &question.message.text,
+        top_k: question.top_k,
+        continues: question.conversation.is_some(),
+        max_context: Tokens(scope.limits().max_context_tokens),
+        form: question.model.passages,
+    };
+    [answering(question, finding_out, outline.most_tokens(), at), finding_out]
+}
+
+/// What the whole answer needs, where its prompt has `input` tokens at most.
+fn answering(question: &Question, finding_out: Need, input: Tokens, at: Timestamp) -> Need {
+    let output = Tokens(question.max_tokens);
+    Need {
+        tokens: finding_out.tokens + input + output,
+        cost: finding_out.cost + question.model.most_cost(input, output, at),
+    }
+}
+
 /// Does all that must succeed before an answer's first word, so that whatever fails here is still
 /// answered with its own status.
 pub(crate) async fn begin(
     context: &Context,
-    scope: &TenantScope,
+    scope: &mut TenantScope,
     question: Question,
     started: Timestamp,
     deadline: Instant,
 ) -> Result<Answering, ApiError> {
+    let text = searched(&question.message.text);
+    let needs = needs(context, scope, &question, &text);
+    let (admission, place) = context.gate.admit(scope, Work::Chat, &needs, deadline).await?;
+    let entry = Entry { injection: question.message.injection.clone(), ..Entry::default() };
+    let mut ticketed = Ticketed { admission, entry };
+    let exact = place > 0;
+    match prepare(context, scope, &question, text, exact, &mut ticketed, deadline).await {
+        Ok(Prepared { upstream, reader, documents_retrieved, input_most }) => {
+            let mut rng = context.entropy;
+            Ok(Answering {
+                id: MessageId::new(&mut rng),
+                conversation_id: question.conversation.unwrap_or_else(|| ConversationId::new(&mut rng)),
+                started,
+                question: question.message.text,
+                model_name: question.model_name,
+                documents_retrieved,
+                input_most,
+                output_most: Tokens(question.max_tokens),
+                upstream,
+                reader,
+                ended: false,
+                text: String::new(),
+                citations: Vec::new(),
+                ticketed,
+            })
+        }
+        Err(error) => {
+            fail(context, scope, ticketed, started, &error).await;
+            Err(error)
+        }
+    }
+}
+
+/// Puts a failed request on the books. If that fails too, its lease expires and its bound is charged.
+async fn fail(
+    context: &Context,
+    scope: &TenantScope,
+    ticketed: Ticketed,
+    started: Timestamp,
+    error: &ApiError,
+) {
+    let Ticketed { admission, mut entry } = ticketed;
+    entry.error = Some(error.code);
+    entry.latency_ms = context.clock.now().millis_since(started);
+    let record = context.gate.draft(scope, &admission, entry);
+    if let Err(second) = context.gate.settle(scope, admission, record, Along::default()).await {
+        tracing::error!("A failed request could not be settled: {second}");
+    }
+}
+
+struct Prepared {
+    upstream: model::Answer,
+    reader: AnswerReader,
+    documents_retrieved: usize,
+    input_most: Tokens,
+}
+
+async fn prepare(
+    context: &Context,
+    scope: &TenantScope,
+    question: &Question,
+    text: String,
+    exact: bool,
+    ticketed: &mut Ticketed,
+    deadline: Instant,
+) -> Result<Prepared, ApiError> {
+    let Ticketed { admission, entry } = ticketed;
     let collection = context.cells.read(scope, context.embeddings.model())?;
-    let text = [searched(&question.message.text)];
-    let (history, embedded) = tokio::try_join!(history(context, scope, &question, started), async {
-        context.embeddings.embed(&text, deadline).await.map_err(|e| e.into_api("the embedding model"))
-    })?;
-    let vector = embedded.vectors.into_iter().next().unwrap_or_default();
-    let [text] = text;
+    let texts = [text];
+    let now = context.clock.now();
+    let (history, embedded) =
+        tokio::join!(history(context, scope, question, now), context.embeddings.embed(&texts, deadline));
+    let [text] = texts;
+    let embedding_model = context.embeddings.model().name.clone();
+    let vector = match embedded {
+        Ok(embedded) => {
+            entry.embedding = Some((embedding_model, embedded.tokens));
+            embedded.vectors.into_iter().next().unwrap_or_default()
+        }
+        Err(error) => {
+            if error.may_have_cost() {
+                entry.embedding = Some((embedding_model, Tokens::most(&text)));
+                entry.estimated = true;
+            }
+            return Err(error.into_api("the embedding model"));
+        }
+    };
+    let history = history?;
     let hits = collection.search(&text, vector, question.top_k).await?;
     let passages = hits
         .into_iter()
@@ -92,12 +212,11 @@ pub(crate) async fn begin(
         })
         .collect();
     let (passages, in_passages) = prompt::screen_passages(passages, scope.profile().injection_policy);
-    let mut injection = question.message.injection;
-    injection.extend(in_passages);
-    injection.sort_unstable();
-    injection.dedup();
-    if !injection.is_empty() {
-        tracing::warn!(injection.patterns = injection.join(","), "Injection suspected");
+    entry.injection.extend(in_passages);
+    entry.injection.sort_unstable();
+    entry.injection.dedup();
+    if !entry.injection.is_empty() {
+        tracing::warn!(injection.patterns = entry.injection.join(","), "Injection suspected");
     }
 
     let inputs = Inputs {
@@ -110,13 +229,10 @@ pub(crate) async fn begin(
         max_tokens: Tokens(question.max_tokens),
         form: question.model.passages,
     };
-    let mut rng = context.entropy;
-    let Prompt { system, messages, passages, form } = prompt::build(inputs, &mut rng)
+    let prompt = prompt::build(inputs, &mut context.entropy.clone())
         .map_err(|e| ApiError::new(Code::TooLarge, e.to_string()).with_param("message"))?;
-    let mut documents: Vec<_> = passages.iter().map(|p| &p.document_id).collect();
-    documents.sort_unstable();
-    documents.dedup();
-    let documents_retrieved = documents.len();
+    let mut input_most = prompt.most_tokens();
+    let Prompt { system, messages, passages, form } = prompt;
     let request = MessagesRequest {
         model: question.model_name.clone(),
         max_tokens: question.max_tokens,
@@ -124,23 +240,37 @@ pub(crate) async fn begin(
         messages,
         stream: true,
     };
-    let upstream = context.model.ask(&request, deadline).await.map_err(|e| e.into_api("the model"))?;
-    Ok(Answering {
-        id: MessageId::new(&mut rng),
-        conversation_id: question.conversation.unwrap_or_else(|| ConversationId::new(&mut rng)),
-        started,
-        question: question.message.text,
-        model_name: question.model_name,
-        model: question.model,
-        injection,
-        embedding_tokens: embedded.tokens,
-        documents_retrieved,
-        upstream,
-        reader: AnswerReader::new(passages, form),
-        ended: false,
-        text: String::new(),
-        citations: Vec::new(),
-    })
+    if exact {
+        // There was no room for the bound; there may be for the number.
+        let counted = context.model.count(&request, deadline).await.map_err(|e| e.into_api("the model"))?;
+        input_most = counted;
+        let tokens = entry.embedding.as_ref().map_or(Tokens(0), |(_, tokens)| *tokens);
+        let spent = Need { tokens, cost: context.embedding_prices.cost(tokens, now) };
+        context.gate.extend(scope, admission, answering(question, spent, counted, now)).await?;
+    }
+
+    entry.documents = passages.iter().map(|p| p.document_id.clone()).collect();
+    entry.documents.sort_unstable();
+    entry.documents.dedup();
+    entry.chunks = passages.iter().map(|p| p.chunk_id.clone()).collect();
+    let documents_retrieved = entry.documents.len();
+    match context.model.ask(&request, deadline).await {
+        Ok(upstream) => {
+            let reader = AnswerReader::new(passages, form);
+            Ok(Prepared { upstream, reader, documents_retrieved, input_most })
+        }
+        Err(error) => {
+            let usage = if error.may_have_cost() {
+                entry.estimated = true;
+                let output_tokens = Tokens(question.max_tokens);
+                Usage { input_tokens: input_most, output_tokens, ..Usage::default() }
+            } else {
+                Usage::default()
+            };
+            entry.model = Some((question.model_name.clone(), usage));
+            Err(error.into_api("the model"))
+        }
+    }
 }
 
 /// The turns before this one, newest first. A conversation that is not the user's own does not exist.
@@ -161,17 +291,17 @@ async fn history(
 
 impl Answering {
     /// What is known before the first word.
-    pub(crate) fn meta(&self) -> Meta<'_> {
+    pub(crate) fn meta(&self) -> Meta {
         Meta {
-            id: &self.id,
-            conversation_id: &self.conversation_id,
-            model: &self.model_name,
+            id: self.id.clone(),
+            conversation_id: self.conversation_id.clone(),
+            model: self.model_name.clone(),
             documents_retrieved: self.documents_retrieved,
         }
     }
 
-    /// More of the answer's text; `None` at its end.
-    pub(crate) async fn next_text(&mut self) -> Result<Option<String>, ApiError> {
+    /// Reads the answer to its end, and gives `show` its text as it comes.
+    pub(crate) async fn read(&mut self, mut show: impl FnMut(&str)) -> Result<(), ApiError> {
         while !self.ended {
             let text = match self.upstream.next().await.map_err(|e| e.into_api("the model"))? {
                 Some(ModelEvent::Text(delta)) => self.reader.text(&delta),
@@ -187,21 +317,37 @@ impl Answering {
                 }
             };
             if !text.is_empty() {
+                show(&text);
                 self.text.push_str(&text);
-                return Ok(Some(text));
             }
         }
-        Ok(None)
+        Ok(())
     }
 
-    /// Writes the turn down, and only then declares the answer done: what a caller was told is always
-    /// on record.
-    pub(crate) async fn settle(self, context: &Context, scope: &TenantScope) -> Result<Done, ApiError> {
+    /// Settles the answer as it was `read`: the charge, the turn and the result for repeats together,
+    /// and only then declares it done. What a caller was told is always on record.
+    pub(crate) async fn settle(
+        self,
+        context: &Context,
+        scope: &TenantScope,
+        read: Result<(), ApiError>,
+        key: Option<&IdempotencyKey>,
+    ) -> Result<Stored, ApiError> {
+        let Ticketed { admission, mut entry } = self.ticketed;
+        let (usage, bound) = self.upstream.usage(self.input_most, self.output_most);
+        entry.model = Some((self.model_name.clone(), usage));
+        entry.estimated |= bound;
+        let ticketed = Ticketed { admission, entry };
+        if let Err(error) = read {
+            fail(context, scope, ticketed, self.started, &error).await;
+            return Err(error);
+        }
+        let Ticketed { admission, mut entry } = ticketed;
         let now = context.clock.now();
-        let usage = self.upstream.usage();
-        let cost_nano_usd = self.model.cost(&usage, self.started)
-            + context.embedding_prices.cost(self.embedding_tokens, self.started);
         let latency_ms = now.millis_since(self.started);
+        entry.latency_ms = latency_ms;
+        let injection = entry.injection.clone();
+        let record = context.gate.draft(scope, &admission, entry);
         let turn = Turn {
             tenant_id: scope.tenant_id().clone(),
             conversation_id: self.conversation_id,
@@ -213,33 +359,48 @@ impl Answering {
             citations: self.citations,
             model: self.model_name,
             usage,
-            embedding_tokens: self.embedding_tokens,
-            cost_nano_usd,
+            embedding_tokens: record.embedding_tokens,
+            cost_nano_usd: record.cost_nano_usd,
             latency_ms,
-            injection: self.injection,
+            injection,
             expires_at_s: self.started.plus_days(scope.limits().data_retention_days).as_seconds(),
         };
-        context.conversations.add(scope, &turn).await?;
+        let done = Done {
+            id: turn.id.clone(),
+            conversation_id: turn.conversation_id.clone(),
+            response: turn.answer.clone(),
+            model: self.upstream.model().to_owned(),
+            citations: turn.citations.clone(),
+            usage: DoneUsage {
+                model: usage,
+                embedding_tokens: record.embedding_tokens,
+                cost_nano_usd: record.cost_nano_usd,
+            },
+            latency_ms,
+            documents_retrieved: self.documents_retrieved,
+        };
+        let body = serde_json::to_string(&done).map_err(|error| {
+            tracing::error!("An answer does not serialise: {error}");
+            ApiError::unavailable("the answer")
+        })?;
+        let stored = Stored { status: http::StatusCode::OK.as_u16(), body };
+        let along = Along {
+            turn: Some((&context.conversations, &turn)),
+            finished: key.map(|key| context.idempotency.finished(key, &stored, now)),
+        };
+        let record = context.gate.settle(scope, admission, record, along).await?;
         tracing::info!(
             model = turn.model,
+            ticket = record.ticket.map(|ticket| ticket.0),
             tokens.input = usage.input_tokens.0,
             tokens.output = usage.output_tokens.0,
             tokens.cache_read = usage.cache_read_input_tokens.0,
             tokens.cache_creation = usage.cache_creation_input_tokens.0,
             tokens.embedding = turn.embedding_tokens.0,
-            cost_nano_usd = cost_nano_usd.0,
+            cost_nano_usd = record.cost_nano_usd.0,
             latency_ms,
             "Answer settled"
         );
-        Ok(Done {
-            id: turn.id,
-            conversation_id: turn.conversation_id,
-            response: turn.answer,
-            model: self.upstream.model().to_owned(),
-            citations: turn.citations,
-            usage: DoneUsage { model: usage, embedding_tokens: turn.embedding_tokens, cost_nano_usd },
-            latency_ms,
-            documents_retrieved: self.documents_retrieved,
-        })
+        Ok(stored)
     }
 }

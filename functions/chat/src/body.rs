@@ -32,13 +32,18 @@ impl ChatBody {
 }
 
 impl Events {
+    /// Sends an event whose data is JSON already.
+    pub fn send_json(&self, event: &str, json: &str) {
+        drop(self.0.send(format!("event: {event}\ndata: {json}\n\n").into()));
+    }
+
     /// Sends an event. A client that has gone is not an error.
     ///
     /// <https://html.spec.whatwg.org/multipage/server-sent-events.html>
     pub fn send(&self, event: &str, data: &impl Serialize) {
         match serde_json::to_string(data) {
             // JSON has no line breaks of its own, so one `data` line holds it.
-            Ok(json) => drop(self.0.send(format!("event: {event}\ndata: {json}\n\n").into())),
+            Ok(json) => self.send_json(event, &json),
             Err(error) => tracing::error!("An event does not serialise: {error}"),
         }
     }

@@ -6,30 +6,38 @@ mod question;
 
 use std::sync::Arc;
 
-use http::{HeaderValue, Method, Response, StatusCode, header};
+use http::{HeaderValue, Method, Response, header};
 use lambda_http::{Error, Request};
 use reqwest::Url;
+use serde::Deserialize;
 use serde_json::json;
 use shared::api_key::Permission;
 use shared::aws::conversations::ConversationStore;
+use shared::aws::idempotency::IdempotencyStore;
 use shared::aws::{self, secrets};
 use shared::clock::Clock;
 use shared::embeddings::EmbeddingsClient;
 use shared::error::ApiError;
+use shared::gate::Gate;
+use shared::idempotency::{IdempotencyKey, Stored};
 use shared::model::ModelClient;
 use shared::pricing::{self, EmbeddingPrices};
 use shared::random::{Entropy, entropy};
+use shared::scope::TenantScope;
 use shared::tenant::EmbeddingModel;
 use shared::vectors::Cells;
 use shared::{env, outbound, web};
 use tracing::Instrument;
 
 pub use body::ChatBody;
+use body::Events;
 use question::Question;
 
 /// What the function works with.
 pub struct Context {
+    gate: Gate,
     conversations: ConversationStore,
+    idempotency: IdempotencyStore,
     cells: Cells,
     embeddings: EmbeddingsClient,
     embedding_prices: &'static EmbeddingPrices,
@@ -58,13 +66,17 @@ impl Context {
             secrets::read(&config, "MODEL_KEY_SECRET"),
             secrets::read(&config, "EMBEDDINGS_KEY_SECRET")
         )?;
+        let clock = Clock::system();
+        let conversations = env::text("CONVERSATIONS_TABLE")?;
         Ok(Self {
-            conversations: ConversationStore::new(&config, env::text("CONVERSATIONS_TABLE")?),
+            gate: Gate::from_env(&config, clock.clone())?,
+            idempotency: IdempotencyStore::new(&config, conversations.clone()),
+            conversations: ConversationStore::new(&config, conversations),
             cells: env::parsed("QDRANT_CELLS")?,
             embeddings: EmbeddingsClient::new(http.clone(), &embeddings_url, embeddings_key, embedding),
             embedding_prices,
             model: ModelClient::new(http, &model_url, model_key),
-            clock: Clock::system(),
+            clock,
             entropy: entropy(),
         })
     }
@@ -83,38 +95,107 @@ pub async fn handle(context: Arc<Context>, request: Request) -> Response<ChatBod
 }
 
 async fn chat(context: Arc<Context>, request: Request) -> Result<Response<ChatBody>, ApiError> {
-    let started = context.clock.now();
-    let deadline = web::deadline(&request, &context.clock);
-    let scope = web::tenant(&request, Permission::Chat, &context.clock)?;
-    let question = Question::parse(web::json(&request)?, &scope)?;
-    let stream = question.stream;
-    let mut answering = answer::begin(&context, &scope, question, started, deadline).await?;
-    if !stream {
-        while answering.next_text().await?.is_some() {}
-        let done = answering.settle(&context, &scope).await?;
-        return Ok(web::reply(StatusCode::OK, &done));
+    let mut scope = web::tenant(&request, Permission::Chat, &context.clock)?;
+    let handled = context.gate.covering(&mut scope, async |scope| prepare(&context, scope, &request).await);
+    let (answering, key) = match handled.await? {
+        Prepared::Answering(answering, key) => (answering, key),
+        Prepared::Answered(response) => return Ok(response),
+    };
+    if !answering.stream {
+        let stored = finish(&context, &scope, *answering.answer, key, |_| {}).await?;
+        return Ok(web::repeated(stored));
     }
-
-    let id = scope.request_id().clone();
-    let (events, body) = ChatBody::stream();
-    // A task of its own: whether or not the client stays, the answer is read to its end and kept.
+    let (events, response) = streamed();
+    // A task of its own: whether or not the client stays, the answer is read to its end and settled.
     let task = async move {
-        events.send("meta", &answering.meta());
-        let outcome = async {
-            while let Some(text) = answering.next_text().await? {
-                events.send("delta", &json!({ "text": text }));
-            }
-            answering.settle(&context, &scope).await
-        };
-        match outcome.await {
-            Ok(done) => events.send("done", &done),
-            Err(error) => events.send("error", &error.body(&id)),
+        events.send("meta", &answering.answer.meta());
+        let show = |text: &str| events.send("delta", &json!({ "text": text }));
+        match finish(&context, &scope, *answering.answer, key, show).await {
+            Ok(stored) => events.send_json("done", &stored.body),
+            Err(error) => events.send("error", &error.body(scope.request_id())),
         }
     };
     tokio::spawn(task.instrument(tracing::Span::current()));
+    Ok(response)
+}
+
+/// A request that has passed everything that can be refused before the first word.
+enum Prepared {
+    Answering(Begun, Option<IdempotencyKey>),
+    /// It repeats one that has its answer.
+    Answered(Response<ChatBody>),
+}
+
+struct Begun {
+    answer: Box<answer::Answering>,
+    stream: bool,
+}
+
+async fn prepare(
+    context: &Context,
+    scope: &mut TenantScope,
+    request: &Request,
+) -> Result<Prepared, ApiError> {
+    let started = context.clock.now();
+    let deadline = web::deadline(request, &context.clock);
+    let question = Question::parse(web::json(request)?, scope)?;
+    let stream = question.stream;
+    let key = web::idempotency_key(request, scope)?;
+    if let Some(key) = &key {
+        let until_s = web::ends_at_s(request);
+        if let Some(stored) = context.idempotency.begin(scope, key, until_s, started).await? {
+            return Ok(Prepared::Answered(if stream { again(&stored)? } else { web::repeated(stored) }));
+        }
+    }
+    match answer::begin(context, scope, question, started, deadline).await {
+        Ok(answer) => Ok(Prepared::Answering(Begun { answer: Box::new(answer), stream }, key)),
+        Err(error) => {
+            context.idempotency.give_back(scope, key.as_ref()).await;
+            Err(error)
+        }
+    }
+}
+
+/// Reads an answer to its end and settles it.
+async fn finish(
+    context: &Context,
+    scope: &TenantScope,
+    mut answer: answer::Answering,
+    key: Option<IdempotencyKey>,
+    show: impl FnMut(&str),
+) -> Result<Stored, ApiError> {
+    let read = answer.read(show).await;
+    let settled = answer.settle(context, scope, read, key.as_ref()).await;
+    if settled.is_err() {
+        context.idempotency.give_back(scope, key.as_ref()).await;
+    }
+    settled
+}
+
+fn streamed() -> (Events, Response<ChatBody>) {
+    let (events, body) = ChatBody::stream();
     let mut response = Response::new(body);
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    (events, response)
+}
+
+/// A first answer, streamed once more.
+fn again(stored: &Stored) -> Result<Response<ChatBody>, ApiError> {
+    #[derive(Deserialize)]
+    struct Told {
+        #[serde(flatten)]
+        meta: answer::Meta,
+        response: String,
+    }
+    let told: Told = serde_json::from_str(&stored.body).map_err(|error| {
+        tracing::error!("A kept answer does not parse: {error}");
+        ApiError::unavailable("the first answer")
+    })?;
+    let (events, response) = streamed();
+    events.send("meta", &told.meta);
+    events.send("delta", &json!({ "text": told.response }));
+    events.send_json("done", &stored.body);
     Ok(response)
 }

@@ -8,8 +8,11 @@ use shared::prompt::{Screened, screen_message};
 use shared::scope::TenantScope;
 use shared::units::Tokens;
 
-/// The longest message, in bytes. The tenant's context limit is usually reached before.
-const MOST_MESSAGE_BYTES: usize = 1 << 20;
+/// The longest message, in bytes. The tenant's context limit is usually reached before. With the
+/// longest answer it stays within what one item of the store holds.
+const MOST_MESSAGE_BYTES: usize = 100_000;
+/// The longest answer that may be asked for, in tokens; whatever the model could do.
+const MOST_ANSWER_TOKENS: u64 = 32_768;
 /// Passages that are retrieved where the request does not say.
 const DEFAULT_TOP_K: u32 = 6;
 /// The most passages that can be asked for.
@@ -73,7 +76,7 @@ impl Question {
             let message = format!("this tenant may not use the model `{model_name}`");
             return Err(ApiError::new(Code::ModelNotAllowed, message).with_param("model"));
         }
-        let most = model.max_output_tokens.min(limits.max_context_tokens / 2);
+        let most = model.max_output_tokens.min(MOST_ANSWER_TOKENS).min(limits.max_context_tokens / 2);
         let max_tokens = match body.max_tokens {
             None => DEFAULT_MAX_TOKENS.min(limits.max_context_tokens / 4).min(most),
             Some(n) if (1..=most).contains(&n) => n,

@@ -2,22 +2,26 @@
 
 use http::{Response, StatusCode};
 use lambda_http::{Body, Request};
-use shared::api_key::Permission;
 use shared::error::ApiError;
 use shared::ids::DocumentId;
+use shared::scope::TenantScope;
 use shared::web;
 
 use crate::Context;
 
-pub(crate) async fn handle(context: &Context, request: Request) -> Result<Response<Body>, ApiError> {
-    let scope = web::tenant(&request, Permission::DocumentsWrite, &context.clock)?;
+pub(crate) async fn handle(
+    context: &Context,
+    scope: &mut TenantScope,
+    request: Request,
+) -> Result<Response<Body>, ApiError> {
     let id: DocumentId = web::path_id(&request, "id")?;
-    context.documents.get(&scope, &id).await?.ok_or_else(ApiError::not_found)?;
+    context.gate.admit_read(scope).await?;
+    context.documents.get(scope, &id).await?.ok_or_else(ApiError::not_found)?;
     // The passages first: a crash in between leaves a record whose deletion can be repeated, never
     // passages that nothing names.
-    let collection = context.cells.write(&scope, context.embeddings.model())?;
+    let collection = context.cells.write(scope, context.embeddings.model())?;
     collection.delete_document(&id).await?;
-    context.documents.delete(&scope, &id).await?;
+    context.documents.delete(scope, &id).await?;
     let mut response = Response::new(Body::Empty);
     *response.status_mut() = StatusCode::NO_CONTENT;
     Ok(response)

@@ -2,6 +2,7 @@
 
 mod delete;
 mod extract;
+mod metered;
 mod put;
 mod read;
 mod search;
@@ -9,21 +10,28 @@ mod search;
 use http::{Method, Response};
 use lambda_http::{Body, Error, Request};
 use reqwest::Url;
+use shared::api_key::Permission::{self, Chat, DocumentsRead, DocumentsWrite};
 use shared::aws::documents::DocumentStore;
+use shared::aws::idempotency::IdempotencyStore;
 use shared::aws::{self, secrets};
 use shared::clock::Clock;
 use shared::embeddings::EmbeddingsClient;
 use shared::error::ApiError;
-use shared::pricing;
+use shared::gate::Gate;
+use shared::pricing::{self, EmbeddingPrices};
+use shared::scope::TenantScope;
 use shared::tenant::EmbeddingModel;
 use shared::vectors::Cells;
 use shared::{env, outbound, web};
 
 /// What the function works with.
 pub struct Context {
+    gate: Gate,
+    idempotency: IdempotencyStore,
     documents: DocumentStore,
     cells: Cells,
     embeddings: EmbeddingsClient,
+    embedding_prices: &'static EmbeddingPrices,
     clock: Clock,
 }
 
@@ -38,16 +46,19 @@ impl Context {
             name: env::text("EMBEDDINGS_MODEL")?,
             dimensions: env::parsed("EMBEDDINGS_DIMENSIONS")?,
         };
-        if pricing::embedding_model(&embedding.name).is_none() {
-            return Err(format!("EMBEDDINGS_MODEL names {}, which has no price", embedding.name).into());
-        }
+        let embedding_prices = pricing::embedding_model(&embedding.name)
+            .ok_or_else(|| format!("EMBEDDINGS_MODEL names {}, which has no price", embedding.name))?;
         let url: Url = env::parsed("EMBEDDINGS_URL")?;
         let key = secrets::read(&config, "EMBEDDINGS_KEY_SECRET").await?;
+        let clock = Clock::system();
         Ok(Self {
+            gate: Gate::from_env(&config, clock.clone())?,
+            idempotency: IdempotencyStore::new(&config, env::text("CONVERSATIONS_TABLE")?),
             documents: DocumentStore::new(&config, env::text("DOCUMENTS_TABLE")?),
             cells: env::parsed("QDRANT_CELLS")?,
             embeddings: EmbeddingsClient::new(outbound::client()?, &url, key, embedding),
-            clock: Clock::system(),
+            embedding_prices,
+            clock,
         })
     }
 }
@@ -55,12 +66,25 @@ impl Context {
 /// Answers one request.
 pub async fn handle(context: &Context, request: Request) -> Response<Body> {
     web::handle(request, &context.clock, async |request| match (request.method(), web::route(&request)) {
-        (&Method::POST, "/v1/documents") => put::handle(context, request).await,
-        (&Method::GET, "/v1/documents") => read::list(context, request).await,
-        (&Method::GET, "/v1/documents/{id}") => read::one(context, request).await,
-        (&Method::DELETE, "/v1/documents/{id}") => delete::handle(context, request).await,
-        (&Method::POST, "/v1/search") => search::handle(context, request).await,
+        (&Method::POST, "/v1/documents") => context.run(request, DocumentsWrite, put::handle).await,
+        (&Method::GET, "/v1/documents") => context.run(request, DocumentsRead, read::list).await,
+        (&Method::GET, "/v1/documents/{id}") => context.run(request, DocumentsRead, read::one).await,
+        (&Method::DELETE, "/v1/documents/{id}") => context.run(request, DocumentsWrite, delete::handle).await,
+        (&Method::POST, "/v1/search") => context.run(request, Chat, search::handle).await,
         _ => Err(ApiError::not_found()),
     })
     .await
+}
+
+impl Context {
+    /// Opens the scope of a request that needs `permission`, and handles it.
+    async fn run(
+        &self,
+        request: Request,
+        permission: Permission,
+        handler: impl AsyncFnOnce(&Self, &mut TenantScope, Request) -> Result<Response<Body>, ApiError>,
+    ) -> Result<Response<Body>, ApiError> {
+        let mut scope = web::tenant(&request, permission, &self.clock)?;
+        self.gate.covering(&mut scope, async |scope| handler(self, scope, request).await).await
+    }
 }

@@ -10,17 +10,19 @@ use http::{Response, StatusCode};
 use lambda_http::{Body, Request};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
-use shared::api_key::Permission;
 use shared::aws::StoreError;
 use shared::chunk::{Chunk, chunk};
 use shared::document::{ContentType, Document, DocumentStatus, derived_id, fingerprint};
 use shared::error::{ApiError, Code};
+use shared::gate::Need;
 use shared::ids::DocumentId;
+use shared::meter::Work;
 use shared::scope::TenantScope;
+use shared::units::{NanoUsd, Tokens};
 use shared::vectors::NewPoint;
 use shared::web;
-use tokio::time::Instant;
 
+use crate::metered::{Metered, Shown};
 use crate::{Context, extract};
 
 /// The most documents in one request.
@@ -90,9 +92,15 @@ struct Answer {
     documents: Vec<Outcome>,
 }
 
-pub(crate) async fn handle(context: &Context, request: Request) -> Result<Response<Body>, ApiError> {
+pub(crate) async fn handle(
+    context: &Context,
+    scope: &mut TenantScope,
+    request: Request,
+) -> Result<Response<Body>, ApiError> {
+    let started = context.clock.now();
     let deadline = web::deadline(&request, &context.clock);
-    let scope = web::tenant(&request, Permission::DocumentsWrite, &context.clock)?;
+    let key = web::idempotency_key(&request, scope)?;
+    let ends_at_s = web::ends_at_s(&request);
     let documents = match web::json(&request)? {
         Incoming::Many { documents } => documents,
         Incoming::One(document) => vec![document],
@@ -106,7 +114,7 @@ pub(crate) async fn handle(context: &Context, request: Request) -> Result<Respon
         return Err(ApiError::new(Code::TooLarge, message).with_param("documents"));
     }
     let mut seen = HashSet::new();
-    let checked: Vec<(usize, Option<String>, Result<Valid, ApiError>)> = documents
+    let mut checked: Vec<(usize, Option<String>, Result<Valid, ApiError>)> = documents
         .into_iter()
         .enumerate()
         .map(|(n, value)| {
@@ -121,11 +129,42 @@ pub(crate) async fn handle(context: &Context, request: Request) -> Result<Respon
             (n, id, valid)
         })
         .collect();
-    let scope = &scope;
+    // Where no document can be stored, the request as a whole is bad, for the first one's reason.
+    if checked.iter().all(|(_, _, valid)| valid.is_err())
+        && let (n, _, Err(error)) = checked.swap_remove(0)
+    {
+        return Err(placed(error, n));
+    }
+    if let Some(key) = &key
+        && let Some(stored) = context.idempotency.begin(scope, key, ends_at_s, started).await?
+    {
+        return Ok(web::repeated(stored));
+    }
+    // Nothing is reserved yet: each document reserves what it needs once that is known.
+    let need = Need { tokens: Tokens(0), cost: NanoUsd(0) };
+    let (admission, _) = match context.gate.admit(scope, Work::Ingestion, &[need], deadline).await {
+        Ok(admitted) => admitted,
+        Err(error) => {
+            context.idempotency.give_back(scope, key.as_ref()).await;
+            return Err(error);
+        }
+    };
+    let metered = Metered::new(context, scope, admission, deadline);
+    let result = store_all(context, &metered, checked).await;
+    let latency_ms = context.clock.now().millis_since(started);
+    let stored = metered.settle(key.as_ref(), latency_ms, StatusCode::CREATED, result).await?;
+    Ok(web::repeated(stored))
+}
+
+async fn store_all(
+    context: &Context,
+    metered: &Metered<'_>,
+    checked: Vec<(usize, Option<String>, Result<Valid, ApiError>)>,
+) -> Result<(Answer, Shown), ApiError> {
     let outcomes: Vec<(Option<String>, Result<Document, ApiError>)> = futures_util::stream::iter(checked)
         .map(|(n, id, valid)| async move {
             let stored = match valid {
-                Ok(valid) => store(context, scope, valid, deadline).await,
+                Ok(valid) => store(context, metered, valid).await,
                 Err(error) => Err(error),
             };
             (id, stored.map_err(|error| placed(error, n)))
@@ -139,8 +178,10 @@ pub(crate) async fn handle(context: &Context, request: Request) -> Result<Respon
     {
         return Err(error.clone());
     }
+    let stored = outcomes.iter().filter_map(|(_, stored)| stored.as_ref().ok());
+    let shown = Shown { documents: stored.map(|document| document.id.clone()).collect(), chunks: Vec::new() };
     let documents = outcomes.into_iter().map(|(id, stored)| Outcome::new(id, stored)).collect();
-    Ok(web::reply(StatusCode::CREATED, &Answer { documents }))
+    Ok((Answer { documents }, shown))
 }
 
 impl Outcome {
@@ -227,12 +268,8 @@ fn validate(value: Value) -> Result<Valid, ApiError> {
 
 /// Stores one document: its record as `processing`, its passages, its record as `ready`. The same
 /// content again changes nothing; a crash anywhere is mended by sending it again.
-async fn store(
-    context: &Context,
-    scope: &TenantScope,
-    valid: Valid,
-    deadline: Instant,
-) -> Result<Document, ApiError> {
+async fn store(context: &Context, metered: &Metered<'_>, valid: Valid) -> Result<Document, ApiError> {
+    let scope = metered.scope();
     let sha256 = hex::encode(digest(&valid));
     let known = context.documents.get(scope, &valid.id).await?;
     if let Some(known) = &known
@@ -263,7 +300,7 @@ async fn store(
         updated_at: now,
     };
     context.documents.put(scope, &document, known.as_ref()).await?;
-    match index(context, scope, &document, chunks, deadline).await {
+    match index(context, metered, &document, chunks).await {
         Ok(()) => {
             let processing = document.clone();
             document.status = DocumentStatus::Ready;
@@ -307,27 +344,22 @@ fn digest(valid: &Valid) -> [u8; 32] {
 /// passages no more.
 async fn index(
     context: &Context,
-    scope: &TenantScope,
+    metered: &Metered<'_>,
     document: &Document,
     chunks: Vec<Chunk>,
-    deadline: Instant,
 ) -> Result<(), ApiError> {
-    let collection = context.cells.write(scope, context.embeddings.model())?;
+    let collection = context.cells.write(metered.scope(), context.embeddings.model())?;
     let stale: Vec<String> = {
         let now: HashSet<&str> = chunks.iter().map(|c| c.id.as_str()).collect();
         let stored = collection.chunk_ids(&document.id).await?;
         stored.into_iter().filter(|id| !now.contains(id.as_str())).collect()
     };
     let searchable: Vec<String> = chunks.iter().map(|c| searchable(document, c)).collect();
-    let embedded = context
-        .embeddings
-        .embed(&searchable, deadline)
-        .await
-        .map_err(|e| e.into_api("the embedding model"))?;
+    let vectors = metered.embed(&searchable).await?;
     let points = chunks
         .into_iter()
         .zip(searchable)
-        .zip(embedded.vectors)
+        .zip(vectors)
         .map(|((chunk, searchable), vector)| NewPoint {
             chunk_id: chunk.id,
             index: chunk.index,
@@ -344,7 +376,6 @@ async fn index(
         document.id = %document.id,
         document.version = document.version,
         document.chunks = document.chunks,
-        tokens.embedding = embedded.tokens.0,
         "Document indexed"
     );
     Ok(())

@@ -4,10 +4,10 @@ use http::{Response, StatusCode};
 use lambda_http::{Body, Request};
 use serde::Serialize;
 use serde_json::{Map, Value};
-use shared::api_key::Permission;
 use shared::document::{ContentType, Document, DocumentStatus};
 use shared::error::ApiError;
 use shared::ids::DocumentId;
+use shared::scope::TenantScope;
 use shared::web;
 
 use crate::Context;
@@ -54,18 +54,26 @@ struct List {
     cursor: Option<DocumentId>,
 }
 
-pub(crate) async fn list(context: &Context, request: Request) -> Result<Response<Body>, ApiError> {
-    let scope = web::tenant(&request, Permission::DocumentsRead, &context.clock)?;
+pub(crate) async fn list(
+    context: &Context,
+    scope: &mut TenantScope,
+    request: Request,
+) -> Result<Response<Body>, ApiError> {
     let limit = web::page_size(&request)?;
     let after: Option<String> = web::query(&request, "cursor")?;
-    let (documents, cursor) = context.documents.list(&scope, limit, after.as_deref()).await?;
+    context.gate.admit_read(scope).await?;
+    let (documents, cursor) = context.documents.list(scope, limit, after.as_deref()).await?;
     let documents = documents.into_iter().map(View::from).collect();
     Ok(web::reply(StatusCode::OK, &List { documents, cursor }))
 }
 
-pub(crate) async fn one(context: &Context, request: Request) -> Result<Response<Body>, ApiError> {
-    let scope = web::tenant(&request, Permission::DocumentsRead, &context.clock)?;
+pub(crate) async fn one(
+    context: &Context,
+    scope: &mut TenantScope,
+    request: Request,
+) -> Result<Response<Body>, ApiError> {
     let id: DocumentId = web::path_id(&request, "id")?;
-    let document = context.documents.get(&scope, &id).await?.ok_or_else(ApiError::not_found)?;
+    context.gate.admit_read(scope).await?;
+    let document = context.documents.get(scope, &id).await?.ok_or_else(ApiError::not_found)?;
     Ok(web::reply(StatusCode::OK, &View::from(document)))
 }

@@ -3,12 +3,16 @@
 use http::{Response, StatusCode};
 use lambda_http::{Body, Request};
 use serde::{Deserialize, Serialize};
-use shared::api_key::Permission;
 use shared::error::{ApiError, Code};
+use shared::gate::Need;
 use shared::ids::DocumentId;
+use shared::meter::Work;
+use shared::scope::TenantScope;
+use shared::units::Tokens;
 use shared::web;
 
 use crate::Context;
+use crate::metered::{Metered, Shown};
 
 /// The longest query, in bytes: within what embedding models take, whatever the script.
 const MOST_QUERY_BYTES: usize = 8_000;
@@ -37,9 +41,13 @@ struct View {
     score: f32,
 }
 
-pub(crate) async fn handle(context: &Context, request: Request) -> Result<Response<Body>, ApiError> {
+pub(crate) async fn handle(
+    context: &Context,
+    scope: &mut TenantScope,
+    request: Request,
+) -> Result<Response<Body>, ApiError> {
+    let started = context.clock.now();
     let deadline = web::deadline(&request, &context.clock);
-    let scope = web::tenant(&request, Permission::Chat, &context.clock)?;
     let Search { query, top_k } = web::json(&request)?;
     if query.trim().is_empty() {
         return Err(ApiError::invalid("query", "query is empty"));
@@ -52,13 +60,44 @@ pub(crate) async fn handle(context: &Context, request: Request) -> Result<Respon
     if !(1..=MOST_TOP_K).contains(&top_k) {
         return Err(ApiError::invalid("top_k", format!("top_k must be between 1 and {MOST_TOP_K}")));
     }
-    let collection = context.cells.read(&scope, context.embeddings.model())?;
+    let key = web::idempotency_key(&request, scope)?;
+    if let Some(key) = &key
+        && let Some(stored) = context.idempotency.begin(scope, key, web::ends_at_s(&request), started).await?
+    {
+        return Ok(web::repeated(stored));
+    }
+    // Exactly what the call can use, so that nothing has to be reserved on the way.
+    let tokens = Tokens::most(&query);
+    let need = Need { tokens, cost: context.embedding_prices.cost(tokens, started) };
+    let (admission, _) = match context.gate.admit(scope, Work::Search, &[need], deadline).await {
+        Ok(admitted) => admitted,
+        Err(error) => {
+            context.idempotency.give_back(scope, key.as_ref()).await;
+            return Err(error);
+        }
+    };
+    let metered = Metered::new(context, scope, admission, deadline);
+    let found = find(context, &metered, query, top_k).await;
+    let latency_ms = context.clock.now().millis_since(started);
+    let stored = metered.settle(key.as_ref(), latency_ms, StatusCode::OK, found).await?;
+    Ok(web::repeated(stored))
+}
+
+async fn find(
+    context: &Context,
+    metered: &Metered<'_>,
+    query: String,
+    top_k: u32,
+) -> Result<(Found, Shown), ApiError> {
+    let collection = context.cells.read(metered.scope(), context.embeddings.model())?;
     let texts = [query];
-    let embedded =
-        context.embeddings.embed(&texts, deadline).await.map_err(|e| e.into_api("the embedding model"))?;
+    let vector = metered.embed(&texts).await?.into_iter().next().unwrap_or_default();
     let [query] = texts;
-    let vector = embedded.vectors.into_iter().next().unwrap_or_default();
     let hits = collection.search(&query, vector, top_k).await?;
+    let shown = Shown {
+        documents: hits.iter().map(|hit| hit.document_id.clone()).collect(),
+        chunks: hits.iter().map(|hit| hit.chunk_id.clone()).collect(),
+    };
     let hits = hits
         .into_iter()
         .map(|hit| View {
@@ -70,5 +109,5 @@ pub(crate) async fn handle(context: &Context, request: Request) -> Result<Respon
             score: hit.score,
         })
         .collect();
-    Ok(web::reply(StatusCode::OK, &Found { hits }))
+    Ok((Found { hits }, shown))
 }

@@ -7,6 +7,7 @@ use shared::api_key::{ApiKey, KeyId, KeyRecord, Permission};
 use shared::aws::StoreError;
 use shared::error::{ApiError, Code};
 use shared::limits::{LimitChanges, Limits};
+use shared::meter::Meter;
 use shared::scope::Operator;
 use shared::tenant::{InjectionPolicy, InvalidTenantId, Tenant, TenantId, TenantStatus, Tier};
 use shared::web;
@@ -58,7 +59,8 @@ pub(crate) async fn handle(context: &Context, request: Request) -> Result<Respon
     // The collection first, and the record with the key last: until the record stands, the tenant does
     // not exist, and whatever stopped the work is mended by asking again.
     make_collection(context, &operator, &tenant).await?;
-    match context.tenants.create(&operator, &tenant, &record).await {
+    let meter = Meter::new(tenant.status, tenant.epoch, tenant.created_at);
+    match context.tenants.create(&operator, &tenant, &record, &context.meters, &meter).await {
         Ok(()) => {}
         // Somebody else was faster; the collection is theirs now.
         Err(StoreError::Conflict) => return Err(exists()),

@@ -6,6 +6,7 @@ mod read;
 use http::{Method, Response};
 use lambda_http::{Body, Error, Request};
 use serde::Serialize;
+use shared::aws::meters::MeterStore;
 use shared::aws::tenants::TenantStore;
 use shared::aws::{self, secrets};
 use shared::clock::Clock;
@@ -20,6 +21,7 @@ use shared::{env, web};
 /// What the function works with.
 pub struct Context {
     tenants: TenantStore,
+    meters: MeterStore,
     cells: Cells,
     vector_root_key: Secret,
     embedding: EmbeddingModel,
@@ -36,6 +38,7 @@ impl Context {
         let config = aws::config().await;
         Ok(Self {
             tenants: TenantStore::new(&config, env::text("TENANTS_TABLE")?),
+            meters: MeterStore::new(&config, env::text("METERS_TABLE")?),
             cells: env::parsed("QDRANT_CELLS")?,
             vector_root_key: secrets::read(&config, "QDRANT_ROOT_KEY_SECRET").await?,
             embedding: EmbeddingModel {

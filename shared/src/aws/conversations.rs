@@ -1,6 +1,7 @@
 //! Table `conversations`: the turns of a tenant's users.
 
 use aws_config::SdkConfig;
+use aws_sdk_dynamodb::types::TransactWriteItem;
 
 use super::table::{Page, StoreError, Table};
 use crate::clock::Timestamp;
@@ -54,24 +55,10 @@ impl ConversationStore {
         Ok(turns)
     }
 
-    /// Adds a turn. It must carry the scope's tenant.
-    ///
-    /// # Errors
-    /// [`StoreError::Conflict`] if it is another tenant's or there already; otherwise if the table
-    /// does not answer.
-    pub async fn add(&self, scope: &TenantScope, turn: &Turn) -> Result<(), StoreError> {
+    /// The part of a transaction that adds a turn. It must carry the scope's tenant.
+    pub(super) fn new_part(&self, scope: &TenantScope, turn: &Turn) -> Result<TransactWriteItem, StoreError> {
         scope.owns(turn.tenant_id.as_str()).map_err(|_| StoreError::Conflict)?;
         let sort = item_key::turn(&turn.conversation_id, turn.asked_at, &turn.id);
-        self.0
-            .client
-            .put_item()
-            .table_name(&self.0.name)
-            .set_item(Some(self.0.item(turn, &sort)?))
-            .condition_expression("attribute_not_exists(#p)")
-            .expression_attribute_names("#p", item_key::PARTITION)
-            .send()
-            .await
-            .map_err(|e| self.0.failed(e))?;
-        Ok(())
+        self.0.put_new(self.0.item(turn, &sort)?)
     }
 }

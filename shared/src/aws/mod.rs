@@ -10,6 +10,12 @@ use aws_config::{BehaviorVersion, SdkConfig};
 pub mod conversations;
 #[cfg(feature = "dynamodb")]
 pub mod documents;
+#[cfg(feature = "dynamodb")]
+pub mod idempotency;
+#[cfg(feature = "dynamodb")]
+pub mod ledger;
+#[cfg(feature = "dynamodb")]
+pub mod meters;
 #[cfg(feature = "secrets")]
 pub mod secrets;
 #[cfg(feature = "dynamodb")]

@@ -7,7 +7,8 @@ use std::collections::HashMap;
 
 use aws_sdk_dynamodb::Client;
 use aws_sdk_dynamodb::error::{ProvideErrorMetadata, SdkError};
-use aws_sdk_dynamodb::types::AttributeValue;
+use aws_sdk_dynamodb::operation::transact_write_items::TransactWriteItemsError;
+use aws_sdk_dynamodb::types::{AttributeValue, Put, ReturnValuesOnConditionCheckFailure, TransactWriteItem};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_dynamo::aws_sdk_dynamodb_1::{from_item, to_item};
@@ -25,6 +26,12 @@ pub enum StoreError {
     /// A list was to go on from something that is no place in it.
     #[error("the cursor is none that a list gave")]
     InvalidCursor,
+    /// An item that has to be there is not.
+    #[error("table {table} lacks an item that has to be there")]
+    Missing {
+        /// The table.
+        table: String,
+    },
     /// An item does not parse. It is never guessed at.
     #[error("an item of table {table} does not parse")]
     Corrupt {
@@ -47,6 +54,22 @@ pub enum StoreError {
     },
 }
 
+impl StoreError {
+    /// Whether the same call may be made again in the hope of an answer.
+    pub(super) fn passes(&self) -> bool {
+        matches!(self, Self::Unavailable { code, .. } if code != "ValidationException"
+            && code != "AccessDeniedException" && code != "ResourceNotFoundException")
+    }
+}
+
+/// Why a transaction did not take place.
+pub(super) enum Cancelled {
+    /// Conditions did not hold: for each part, the item it found, if its condition failed.
+    Conditions(Vec<Option<Item>>),
+    /// Anything else. Whether it took place is unknown.
+    Failed(StoreError),
+}
+
 impl From<StoreError> for ApiError {
     /// What the caller sees. The failure itself is logged here, once.
     fn from(error: StoreError) -> Self {
@@ -56,6 +79,10 @@ impl From<StoreError> for ApiError {
                 "somebody else changed it at the same time; read it again and repeat",
             ),
             StoreError::InvalidCursor => Self::invalid("cursor", "cursor is none that a list gave"),
+            StoreError::Missing { .. } => {
+                tracing::error!("{error}");
+                Self::unavailable("the store")
+            }
             StoreError::Corrupt { ref source, .. } | StoreError::Unavailable { ref source, .. } => {
                 tracing::error!("{error}: {source}");
                 Self::unavailable("the store")
@@ -98,13 +125,58 @@ impl Table {
 
     /// A record as an item: its own attributes and its sort key. The record carries its tenant.
     pub(super) fn item(&self, record: &impl Serialize, sort: &str) -> Result<Item, StoreError> {
-        let mut item: Item = to_item(record).map_err(|e| self.corrupt(e))?;
+        let mut item = self.plain_item(record)?;
         item.insert(SORT.to_owned(), AttributeValue::S(sort.to_owned()));
         Ok(item)
     }
 
+    /// A record as an item, without a sort key.
+    pub(super) fn plain_item(&self, record: &impl Serialize) -> Result<Item, StoreError> {
+        to_item(record).map_err(|e| self.corrupt(e))
+    }
+
+    pub(super) fn missing(&self) -> StoreError {
+        StoreError::Missing { table: self.name.clone() }
+    }
+
     pub(super) fn record<T: DeserializeOwned>(&self, item: Item) -> Result<T, StoreError> {
         from_item(item).map_err(|e| self.corrupt(e))
+    }
+
+    /// A part of a transaction that adds `item`, which must not be there; if it is, the failure brings
+    /// it along.
+    pub(super) fn put_new(&self, item: Item) -> Result<TransactWriteItem, StoreError> {
+        let put = Put::builder()
+            .table_name(&self.name)
+            .set_item(Some(item))
+            .condition_expression("attribute_not_exists(#p)")
+            .expression_attribute_names("#p", PARTITION)
+            .return_values_on_condition_check_failure(ReturnValuesOnConditionCheckFailure::AllOld)
+            .build()
+            .map_err(|e| self.corrupt(e))?;
+        Ok(TransactWriteItem::builder().put(put).build())
+    }
+
+    /// All of `parts` or none.
+    pub(super) async fn transact(&self, parts: Vec<TransactWriteItem>) -> Result<(), Cancelled> {
+        let sent = self.client.transact_write_items().set_transact_items(Some(parts)).send().await;
+        let error = match sent {
+            Ok(_) => return Ok(()),
+            Err(error) => error,
+        };
+        if let Some(TransactWriteItemsError::TransactionCanceledException(cancelled)) =
+            error.as_service_error()
+        {
+            let reasons = cancelled.cancellation_reasons();
+            let failed = |reason: &aws_sdk_dynamodb::types::CancellationReason| {
+                reason.code() == Some("ConditionalCheckFailed")
+            };
+            if reasons.iter().any(failed) {
+                let parts = reasons.iter().map(|r| failed(r).then(|| r.item().cloned().unwrap_or_default()));
+                return Err(Cancelled::Conditions(parts.collect()));
+            }
+        }
+        Err(Cancelled::Failed(self.failed(error)))
     }
 
     pub(super) async fn get<T: DeserializeOwned>(

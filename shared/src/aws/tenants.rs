@@ -1,12 +1,13 @@
 //! Table `tenants`: who a tenant is, and its keys.
 
 use aws_config::SdkConfig;
-use aws_sdk_dynamodb::operation::transact_write_items::TransactWriteItemsError;
-use aws_sdk_dynamodb::types::{AttributeValue, Put, TransactWriteItem};
+use aws_sdk_dynamodb::types::AttributeValue;
 
-use super::table::{Item, StoreError, Table};
+use super::meters::MeterStore;
+use super::table::{Cancelled, Item, StoreError, Table};
 use crate::api_key::{ApiKey, KeyRecord};
 use crate::item_key;
+use crate::meter::Meter;
 use crate::scope::Operator;
 use crate::tenant::{Tenant, TenantId};
 
@@ -42,7 +43,7 @@ impl TenantStore {
         Ok(Claimed { tenant, key })
     }
 
-    /// Adds a tenant and its first key, both or neither.
+    /// Adds a tenant, its first key and its meter: all or none.
     ///
     /// # Errors
     /// [`StoreError::Conflict`] if the tenant exists.
@@ -51,33 +52,18 @@ impl TenantStore {
         _operator: &Operator,
         tenant: &Tenant,
         key: &KeyRecord,
+        meters: &MeterStore,
+        meter: &Meter,
     ) -> Result<(), StoreError> {
-        let items =
-            [self.0.item(tenant, item_key::TENANT)?, self.0.item(key, &item_key::api_key(&key.key_id))?];
-        let mut transaction = self.0.client.transact_write_items();
-        for item in items {
-            let put = Put::builder()
-                .table_name(&self.0.name)
-                .set_item(Some(item))
-                .condition_expression("attribute_not_exists(#p)")
-                .expression_attribute_names("#p", item_key::PARTITION)
-                .build()
-                .map_err(|e| self.0.corrupt(e))?;
-            transaction = transaction.transact_items(TransactWriteItem::builder().put(put).build());
-        }
-        match transaction.send().await {
-            Ok(_) => Ok(()),
-            Err(error) => Err(match error.as_service_error() {
-                Some(TransactWriteItemsError::TransactionCanceledException(cancelled))
-                    if cancelled
-                        .cancellation_reasons()
-                        .iter()
-                        .any(|reason| reason.code() == Some("ConditionalCheckFailed")) =>
-                {
-                    StoreError::Conflict
-                }
-                _ => self.0.failed(error),
-            }),
+        let parts = vec![
+            self.0.put_new(self.0.item(tenant, item_key::TENANT)?)?,
+            self.0.put_new(self.0.item(key, &item_key::api_key(&key.key_id))?)?,
+            meters.new_part(&tenant.tenant_id, meter)?,
+        ];
+        match self.0.transact(parts).await {
+            Ok(()) => Ok(()),
+            Err(Cancelled::Conditions(_)) => Err(StoreError::Conflict),
+            Err(Cancelled::Failed(error)) => Err(error),
         }
     }
 

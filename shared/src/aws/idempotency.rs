@@ -1,0 +1,226 @@
+//! Idempotency keys: items of table `conversations`, since they hold answers and share their fate. A
+//! key is claimed before anything is spent, and its first result enters the ledger's transaction.
+
+use aws_config::SdkConfig;
+use aws_sdk_dynamodb::operation::put_item::PutItemError;
+use aws_sdk_dynamodb::types::{AttributeValue, Put, ReturnValuesOnConditionCheckFailure, TransactWriteItem};
+use serde::{Deserialize, Serialize};
+
+use super::table::{Item, StoreError, Table};
+use crate::clock::Timestamp;
+use crate::error::{ApiError, Code};
+use crate::idempotency::{IdempotencyKey, Stored};
+use crate::item_key::{self, PARTITION};
+use crate::scope::TenantScope;
+use crate::tenant::TenantId;
+
+/// How long a result is kept for repeats: 24 hours.
+const KEPT_S: i64 = 86_400;
+
+/// The items.
+#[derive(Clone, Debug)]
+pub struct IdempotencyStore(Table);
+
+/// What a request finds when it claims its key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Claimed {
+    /// It is the first.
+    First,
+    /// It repeats a request that has its result.
+    Repeat(Stored),
+    /// It repeats a request that is under way.
+    Running,
+    /// The key was used for another request.
+    OtherRequest,
+}
+
+/// A first result.
+#[derive(Debug)]
+pub struct Finished<'a> {
+    /// The key.
+    pub key: &'a IdempotencyKey,
+    /// The result.
+    pub stored: &'a Stored,
+    /// Now.
+    pub now: Timestamp,
+}
+
+/// An item: a claim, and the result once there is one.
+#[derive(Serialize, Deserialize)]
+struct Claim {
+    tenant_id: TenantId,
+    /// The request that holds the key.
+    owner: String,
+    /// The hash of what was asked.
+    fingerprint: String,
+    /// Until when the owner is believed to be at work.
+    until_s: i64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    result: Option<Stored>,
+    expires_at_s: i64,
+}
+
+impl IdempotencyStore {
+    /// In the table of that name.
+    pub fn new(config: &SdkConfig, table: String) -> Self {
+        Self(Table::new(config, table))
+    }
+
+    fn claim_item(
+        &self,
+        scope: &TenantScope,
+        key: &IdempotencyKey,
+        until_s: i64,
+        result: Option<&Stored>,
+        now: Timestamp,
+    ) -> Result<Item, StoreError> {
+        let claim = Claim {
+            tenant_id: scope.tenant_id().clone(),
+            owner: scope.request_id().to_string(),
+            fingerprint: key.fingerprint().to_owned(),
+            until_s,
+            result: result.cloned(),
+            expires_at_s: now.as_seconds() + KEPT_S,
+        };
+        self.0.item(&claim, &item_key::idempotency(key.hash()))
+    }
+
+    /// Begins a request that may be a repeat: brings the first result, if there is one.
+    ///
+    /// # Errors
+    /// What the caller is to see: 409 while the first request runs, 400 if the key was another's.
+    pub async fn begin(
+        &self,
+        scope: &TenantScope,
+        key: &IdempotencyKey,
+        until_s: i64,
+        now: Timestamp,
+    ) -> Result<Option<Stored>, ApiError> {
+        match self.claim(scope, key, until_s, now).await? {
+            Claimed::First => Ok(None),
+            Claimed::Repeat(stored) => Ok(Some(stored)),
+            Claimed::Running => {
+                let message = "a request with this Idempotency-Key is under way; its result is not there yet";
+                Err(ApiError { retry_after_ms: Some(1_000), ..ApiError::new(Code::Conflict, message) }
+                    .with_param("Idempotency-Key"))
+            }
+            Claimed::OtherRequest => Err(ApiError::invalid(
+                "Idempotency-Key",
+                "this Idempotency-Key was used for a request with another body",
+            )),
+        }
+    }
+
+    /// Claims the key for this request, which will have ended by `until_s`. A claim whose request has
+    /// vanished is taken over then.
+    ///
+    /// # Errors
+    /// If the table does not answer or an item does not parse.
+    pub async fn claim(
+        &self,
+        scope: &TenantScope,
+        key: &IdempotencyKey,
+        until_s: i64,
+        now: Timestamp,
+    ) -> Result<Claimed, StoreError> {
+        let owner = scope.request_id().to_string();
+        let answer = self
+            .0
+            .client
+            .put_item()
+            .table_name(&self.0.name)
+            .set_item(Some(self.claim_item(scope, key, until_s, None, now)?))
+            .condition_expression(
+                "attribute_not_exists(#p) OR #e <= :now \
+                 OR (attribute_not_exists(#r) AND #f = :fingerprint AND (#u <= :now OR #o = :owner))",
+            )
+            .expression_attribute_names("#p", PARTITION)
+            .expression_attribute_names("#e", "expires_at_s")
+            .expression_attribute_names("#r", "result")
+            .expression_attribute_names("#f", "fingerprint")
+            .expression_attribute_names("#u", "until_s")
+            .expression_attribute_names("#o", "owner")
+            .expression_attribute_values(":now", AttributeValue::N(now.as_seconds().to_string()))
+            .expression_attribute_values(":fingerprint", AttributeValue::S(key.fingerprint().to_owned()))
+            .expression_attribute_values(":owner", AttributeValue::S(owner))
+            .return_values_on_condition_check_failure(ReturnValuesOnConditionCheckFailure::AllOld)
+            .send()
+            .await;
+        let error = match answer {
+            Ok(_) => return Ok(Claimed::First),
+            Err(error) => error,
+        };
+        let Some(PutItemError::ConditionalCheckFailedException(failed)) = error.as_service_error() else {
+            return Err(self.0.failed(error));
+        };
+        let item = failed.item.clone().ok_or_else(|| self.0.missing())?;
+        let there: Claim = self.0.record(item)?;
+        Ok(match there.result {
+            _ if there.fingerprint != key.fingerprint() => Claimed::OtherRequest,
+            Some(result) => Claimed::Repeat(result),
+            None => Claimed::Running,
+        })
+    }
+
+    /// [`IdempotencyStore::release`], where nothing more can be done about a failure: then the claim
+    /// lapses when its request's time is over.
+    pub async fn give_back(&self, scope: &TenantScope, key: Option<&IdempotencyKey>) {
+        if let Some(key) = key
+            && let Err(error) = self.release(scope, key).await
+        {
+            tracing::warn!("An idempotency key could not be given back: {error}");
+        }
+    }
+
+    /// A first result, as it enters the ledger's transaction.
+    pub const fn finished<'a>(
+        &'a self,
+        key: &'a IdempotencyKey,
+        stored: &'a Stored,
+        now: Timestamp,
+    ) -> (&'a Self, Finished<'a>) {
+        (self, Finished { key, stored, now })
+    }
+
+    /// Gives the key back, so that a repeat is a new attempt: nothing came of this one.
+    ///
+    /// # Errors
+    /// If the table does not answer.
+    pub async fn release(&self, scope: &TenantScope, key: &IdempotencyKey) -> Result<(), StoreError> {
+        let answer = self
+            .0
+            .client
+            .delete_item()
+            .table_name(&self.0.name)
+            .set_key(Some(Table::key(scope.tenant_id(), &item_key::idempotency(key.hash()))))
+            .condition_expression("#o = :owner AND attribute_not_exists(#r)")
+            .expression_attribute_names("#o", "owner")
+            .expression_attribute_names("#r", "result")
+            .expression_attribute_values(":owner", AttributeValue::S(scope.request_id().to_string()))
+            .send()
+            .await;
+        match answer.map_err(|e| self.0.failed(e)) {
+            Ok(_) | Err(StoreError::Conflict) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The part of a transaction that keeps the first result, if the key is still this request's.
+    pub(super) fn finished_part(
+        &self,
+        scope: &TenantScope,
+        finished: &Finished<'_>,
+    ) -> Result<TransactWriteItem, StoreError> {
+        let Finished { key, stored, now } = finished;
+        let item = self.claim_item(scope, key, now.as_seconds(), Some(stored), *now)?;
+        let put = Put::builder()
+            .table_name(&self.0.name)
+            .set_item(Some(item))
+            .condition_expression("#o = :owner")
+            .expression_attribute_names("#o", "owner")
+            .expression_attribute_values(":owner", AttributeValue::S(scope.request_id().to_string()))
+            .build()
+            .map_err(|e| self.0.corrupt(e))?;
+        Ok(TransactWriteItem::builder().put(put).build())
+    }
+}

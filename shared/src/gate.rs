@@ -1,0 +1,578 @@
+//! The gate: whatever costs something passes it, and is settled through it.
+//!
+//! An admission is one conditional write of the tenant's meter. Settling is the ledger first, then the
+//! meter: whatever stops in between, the ledger has the charge, and whoever finds the lease expired
+//! applies it. The decisions are [`crate::meter`]'s; here is their order, and what is done when a store
+//! fails.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use aws_config::SdkConfig;
+use rand::RngExt;
+use tokio::time::Instant;
+
+use crate::api_key::verify;
+use crate::aws::StoreError;
+use crate::aws::ledger::{Along, Entered, Ledger};
+use crate::aws::meters::{MeterStore, Written};
+use crate::aws::tenants::TenantStore;
+use crate::breaker::Breaker;
+use crate::clock::{Clock, Timestamp};
+use crate::env::{self, EnvError};
+use crate::error::{ApiError, Code};
+use crate::ledger::{Entry, Record};
+use crate::meter::{Asker, Charged, Collected, Lease, Limit, Meter, Refusal, Ticket, Want, Work};
+use crate::random::entropy;
+use crate::retry::Backoff;
+use crate::scope::{Subject, TenantScope};
+use crate::tenant::{TenantId, Tier};
+use crate::units::{NanoUsd, Tokens};
+
+/// A request's lease outlives its deadline by this: twice the skew of two clocks, and the time to say
+/// that there was none.
+const GRACE: Duration = Duration::from_secs(8);
+/// How often a write is tried against others before the request is told to come again.
+const CONTENTION: u32 = 24;
+/// Meters remembered. An instance that sees more tenants than this reads some of them again.
+const REMEMBERED: usize = 512;
+/// How often a waiting request looks whether there is room, at least and at most.
+const LOOK_EVERY_MS: std::ops::Range<u64> = 40..120;
+/// How the end of a lease is retried. What cannot be ended expires.
+const BACKOFF: Backoff =
+    Backoff { attempts: 4, base: Duration::from_millis(40), cap: Duration::from_secs(1) };
+
+/// The meters and the ledger together: what keeps both in step.
+#[derive(Clone, Debug)]
+pub struct Books {
+    meters: MeterStore,
+    ledger: Ledger,
+    clock: Clock,
+}
+
+/// The gate of a function. One for its lifetime: it remembers the meters it has seen.
+pub struct Gate {
+    books: Books,
+    tenants: TenantStore,
+    known: Mutex<HashMap<TenantId, Meter>>,
+    breaker: Mutex<Breaker>,
+}
+
+/// What a request needs at most.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Need {
+    /// Tokens of every kind.
+    pub tokens: Tokens,
+    /// Their cost.
+    pub cost: NanoUsd,
+}
+
+/// An admitted request. It has to be settled; one that is dropped is charged at its bound once its
+/// lease expires.
+#[derive(Debug)]
+#[must_use]
+pub struct Admission {
+    lease: Lease,
+    ticket: Ticket,
+}
+
+impl Admission {
+    /// What is reserved for it.
+    pub fn reserved(&self) -> Tokens {
+        self.lease.tokens
+    }
+
+    /// When its idempotency claim ends, in seconds: with its lease.
+    pub fn expires_at_s(&self) -> i64 {
+        self.lease.expires_at_s()
+    }
+}
+
+impl Tier {
+    /// How long a request waits for one of the tenant's own to end, before it is refused.
+    const fn patience(self) -> Duration {
+        Duration::from_millis(match self {
+            Self::Free => 0,
+            Self::Starter => 500,
+            Self::Professional => 2_000,
+            Self::Enterprise => 5_000,
+        })
+    }
+}
+
+impl Books {
+    /// Over these stores.
+    pub const fn new(meters: MeterStore, ledger: Ledger, clock: Clock) -> Self {
+        Self { meters, ledger, clock }
+    }
+
+    /// The books that the environment describes: `METERS_TABLE` and `AUDIT_TABLE`.
+    ///
+    /// # Errors
+    /// If a variable is absent; the error names it.
+    pub fn from_env(config: &SdkConfig, clock: Clock) -> Result<Self, EnvError> {
+        let meters = MeterStore::new(config, env::text("METERS_TABLE")?);
+        Ok(Self::new(meters, Ledger::new(config, env::text("AUDIT_TABLE")?), clock))
+    }
+
+    /// The meters.
+    pub const fn meters(&self) -> &MeterStore {
+        &self.meters
+    }
+
+    /// The ledger.
+    pub const fn ledger(&self) -> &Ledger {
+        &self.ledger
+    }
+
+    /// What expired leases turned out to have used: what the ledger says, which is made to say
+    /// something if it does not.
+    async fn look_up(&self, subject: &impl Subject, state: &Meter) -> Result<Vec<Collected>, StoreError> {
+        let now = self.clock.now();
+        let mut collected = Vec::new();
+        for (lease, ticket) in state.expired(now) {
+            let record = Record::aborted(subject.tenant_id().clone(), &lease, ticket, now);
+            let charge = match self.ledger.abort(ticket, &record).await? {
+                Entered::Ours => {
+                    tracing::warn!(
+                        tenant.id = %subject.tenant_id(),
+                        ticket = ticket.0,
+                        request.aborted = lease.request,
+                        tokens.reserved = lease.tokens.0,
+                        "A request was never settled; it is charged at its bound"
+                    );
+                    record.charged()
+                }
+                Entered::Theirs(record) => record.charged(),
+            };
+            collected.push(Collected { lease, charge });
+        }
+        Ok(collected)
+    }
+
+    /// Collects every expired lease of a tenant, and says how many there were.
+    ///
+    /// # Errors
+    /// If a store does not answer; what was collected stays so.
+    pub async fn collect(&self, subject: &impl Subject, mut state: Meter) -> Result<usize, StoreError> {
+        let mut count = 0;
+        loop {
+            let collected = self.look_up(subject, &state).await?;
+            if collected.is_empty() {
+                return Ok(count);
+            }
+            state = match self.meters.write(subject, &state.collect(&collected)).await? {
+                Written::Yes(state) => {
+                    count += collected.len();
+                    state
+                }
+                Written::No(state) => state,
+            };
+        }
+    }
+
+    /// Ends a lease with what its request was charged. The ledger has it already, so a failure here
+    /// only leaves the lease to whoever finds it expired.
+    async fn release(
+        &self,
+        subject: &impl Subject,
+        known: Option<Meter>,
+        lease: &Lease,
+        charge: Charged,
+    ) -> Option<Meter> {
+        let mut failed = 0;
+        let mut known = known;
+        loop {
+            let outcome = async {
+                let state = match known.take() {
+                    Some(state) => state,
+                    None => self.meters.read(subject).await?,
+                };
+                self.meters.write(subject, &state.settle(lease, charge)).await
+            };
+            let error = match outcome.await {
+                Ok(Written::Yes(state)) => return Some(state),
+                Ok(Written::No(state)) if !state.leases.contains_key(lease) => return Some(state),
+                Ok(Written::No(state)) => {
+                    // Day or month have turned.
+                    known = Some(state);
+                    continue;
+                }
+                Err(error) => error,
+            };
+            failed += 1;
+            match BACKOFF.wait(failed, None, &mut entropy()) {
+                Some(wait) => tokio::time::sleep(wait).await,
+                None => {
+                    tracing::error!("A lease could not be ended and is left to expire: {error}");
+                    return None;
+                }
+            }
+        }
+    }
+}
+
+/// Why an attempt admitted nothing.
+enum Denied {
+    Refused(Refusal),
+    Failed(ApiError),
+}
+
+impl From<StoreError> for Denied {
+    fn from(error: StoreError) -> Self {
+        Self::Failed(error.into())
+    }
+}
+
+impl Gate {
+    /// A gate over these stores. `tenants` is asked where a decision has grown stale.
+    pub fn new(books: Books, tenants: TenantStore) -> Self {
+        let (known, breaker) = (Mutex::default(), Mutex::default());
+        Self { books, tenants, known, breaker }
+    }
+
+    /// The gate that the environment describes: `METERS_TABLE`, `AUDIT_TABLE` and `TENANTS_TABLE`.
+    ///
+    /// # Errors
+    /// If a variable is absent; the error names it.
+    pub fn from_env(config: &SdkConfig, clock: Clock) -> Result<Self, EnvError> {
+        let tenants = TenantStore::new(config, env::text("TENANTS_TABLE")?);
+        Ok(Self::new(Books::from_env(config, clock)?, tenants))
+    }
+
+    /// Admits a request that reads: it counts towards `requests_per_minute`, and nothing else.
+    ///
+    /// # Errors
+    /// The refusal that the caller is to see.
+    pub async fn admit_read(&self, scope: &mut TenantScope) -> Result<(), ApiError> {
+        Box::pin(self.pass(scope, Work::Search, &[], Instant::now())).await.map(drop)
+    }
+
+    /// Admits a request that will be settled by `deadline`, with the first of `needs` that there is
+    /// room for, and says which. Waits for one of the tenant's own requests to end, as its tier allows.
+    ///
+    /// # Errors
+    /// The refusal that the caller is to see. A refused request has cost nothing.
+    pub async fn admit(
+        &self,
+        scope: &mut TenantScope,
+        work: Work,
+        needs: &[Need],
+        deadline: Instant,
+    ) -> Result<(Admission, usize), ApiError> {
+        let admitted = Box::pin(self.pass(scope, work, needs, deadline)).await?;
+        admitted.ok_or_else(|| ApiError::unavailable("the meter"))
+    }
+
+    async fn pass(
+        &self,
+        scope: &mut TenantScope,
+        work: Work,
+        needs: &[Need],
+        deadline: Instant,
+    ) -> Result<Option<(Admission, usize)>, ApiError> {
+        let patience = (Instant::now() + scope.tier().patience()).min(deadline);
+        let life = deadline.saturating_duration_since(Instant::now()) + GRACE;
+        let life_s = u32::try_from(life.as_secs()).unwrap_or(u32::MAX);
+        let want = |need: &Need| Want::Work {
+            work,
+            tokens: need.tokens,
+            cost: need.cost,
+            life_s,
+            request: scope_request(scope),
+        };
+        let wants: Vec<Want> =
+            if needs.is_empty() { vec![Want::Read] } else { needs.iter().map(want).collect() };
+        self.write_down_refusals(scope).await;
+        if let Some((limit, retry_at)) = self.breaker(|b| b.open(scope.tenant_id(), self.books.clock.now())) {
+            return Err(self.refused(scope, limit, Some(retry_at), true).await);
+        }
+        let mut renewed = false;
+        loop {
+            let mut refusal = Refusal::Inactive;
+            for (place, want) in wants.iter().enumerate() {
+                match self.attempt(scope, want).await {
+                    Ok(admission) => {
+                        self.breaker(|b| b.passed(scope.tenant_id()));
+                        return Ok(admission.map(|admission| (admission, place)));
+                    }
+                    Err(Denied::Failed(error)) => return Err(error),
+                    Err(Denied::Refused(refused)) => refusal = refused,
+                }
+                if !matches!(refusal, Refusal::Limit { limit: Limit::Day | Limit::Month, .. }) {
+                    break;
+                }
+            }
+            match refusal {
+                Refusal::Stale if !renewed => {
+                    self.renew(scope).await?;
+                    renewed = true;
+                }
+                Refusal::Stale => return Err(ApiError::unavailable("the tenant's present state")),
+                Refusal::Inactive => {
+                    let message = "the tenant is suspended; its operator can say why";
+                    return Err(ApiError::new(Code::TenantSuspended, message));
+                }
+                Refusal::Limit { limit: Limit::Concurrency, retry_at: Some(_) }
+                    if Instant::now() < patience =>
+                {
+                    let wait = Duration::from_millis(entropy().random_range(LOOK_EVERY_MS));
+                    tokio::time::sleep_until((Instant::now() + wait).min(patience)).await;
+                }
+                Refusal::Limit { limit, retry_at } => {
+                    return Err(self.refused(scope, limit, retry_at, false).await);
+                }
+            }
+        }
+    }
+
+    /// One admission, or a refusal that is certain: on the present state, whatever was remembered.
+    async fn attempt(&self, scope: &TenantScope, want: &Want) -> Result<Option<Admission>, Denied> {
+        let mut known = self.known(scope.tenant_id()).map(|state| (state, false));
+        for round in 0..CONTENTION {
+            let (state, fresh) = match known.take() {
+                Some(known) => known,
+                None => (self.books.meters.read(scope).await?, true),
+            };
+            let now = self.books.clock.now();
+            if !fresh && !state.expired(now).is_empty() {
+                // Others may have settled it; only the present state is worth a look into the ledger.
+                continue;
+            }
+            let collected = self.books.look_up(scope, &state).await?;
+            match state.admit(self.asker(scope, now), want, &collected) {
+                Ok(write) => {
+                    let (state, written) = match self.books.meters.write(scope, &write).await? {
+                        Written::Yes(state) => (state, true),
+                        Written::No(state) => (state, false),
+                    };
+                    self.remember(scope, &state);
+                    match &write.gives {
+                        None if written => return Ok(None),
+                        None => {}
+                        // A lease that is there although the write did nothing is that of the same
+                        // write, whose answer was lost.
+                        Some(lease) => {
+                            if let Some(ticket) = state.leases.get(lease) {
+                                return Ok(Some(Admission { lease: lease.clone(), ticket: *ticket }));
+                            }
+                        }
+                    }
+                    known = Some((state, true));
+                }
+                Err(refusal) => {
+                    let lasting = matches!(refusal, Refusal::Limit { limit: Limit::Requests, .. });
+                    if fresh || lasting {
+                        self.remember(scope, &state);
+                        return Err(Denied::Refused(refusal));
+                    }
+                }
+            }
+            self.yield_to_others(round).await;
+        }
+        Err(Denied::Failed(ApiError::unavailable("the meter")))
+    }
+
+    /// Changes what is reserved for an admitted request.
+    ///
+    /// # Errors
+    /// The refusal that the caller is to see; then what was reserved before still is.
+    pub async fn extend(
+        &self,
+        scope: &TenantScope,
+        admission: &mut Admission,
+        need: Need,
+    ) -> Result<(), ApiError> {
+        let mut known = self.known(scope.tenant_id()).map(|state| (state, false));
+        for round in 0..CONTENTION {
+            let (state, fresh) = match known.take() {
+                Some(known) => known,
+                None => (self.books.meters.read(scope).await?, true),
+            };
+            let now = self.books.clock.now();
+            match state.extend(self.asker(scope, now), &admission.lease, need.tokens, need.cost) {
+                Ok((write, lease)) => {
+                    let (state, written) = match self.books.meters.write(scope, &write).await? {
+                        Written::Yes(state) => (state, true),
+                        Written::No(state) => (state, false),
+                    };
+                    self.remember(scope, &state);
+                    if written || state.leases.contains_key(&lease) {
+                        admission.lease = lease;
+                        return Ok(());
+                    }
+                    known = Some((state, true));
+                }
+                Err(Refusal::Limit { limit, retry_at }) if fresh => {
+                    self.remember(scope, &state);
+                    return Err(self.refused(scope, limit, retry_at, false).await);
+                }
+                Err(_) if fresh => return Err(ApiError::unavailable("the request's admission")),
+                Err(_) => {}
+            }
+            self.yield_to_others(round).await;
+        }
+        Err(ApiError::unavailable("the meter"))
+    }
+
+    /// The record of an admitted request that did what `entry` says, priced as of its admission.
+    pub fn draft(&self, scope: &TenantScope, admission: &Admission, entry: Entry) -> Record {
+        Record::settled(scope, &admission.lease, admission.ticket, entry, self.books.clock.now())
+    }
+
+    /// Settles an admitted request: its record and what goes `along` enter the ledger, then its lease
+    /// ends. Returns the record that stands.
+    ///
+    /// # Errors
+    /// If the ledger does not answer: then it is unknown whether the record is in it.
+    pub async fn settle(
+        &self,
+        scope: &TenantScope,
+        admission: Admission,
+        record: Record,
+        along: Along<'_>,
+    ) -> Result<Record, ApiError> {
+        let Admission { lease, ticket } = admission;
+        let record = match self.books.ledger.settle(scope, ticket, &record, along).await? {
+            Entered::Ours => record,
+            Entered::Theirs(theirs) => {
+                tracing::warn!(ticket = ticket.0, "The request was settled too late; its bound was charged");
+                *theirs
+            }
+        };
+        let charge = record.charged();
+        if charge.tokens > lease.tokens {
+            tracing::error!(
+                alert = "reservation_exceeded",
+                tokens.reserved = lease.tokens.0,
+                tokens.charged = charge.tokens.0,
+                "A request used more than was reserved for it"
+            );
+        }
+        let known = self.known(scope.tenant_id());
+        if let Some(state) = self.books.release(scope, known, &lease, charge).await {
+            self.remember(scope, &state);
+        }
+        Ok(record)
+    }
+
+    /// Runs a request's handler. Whatever it answers, the tenant's standing is noted for the headers.
+    ///
+    /// # Errors
+    /// Those of `run`.
+    pub async fn covering<T>(
+        &self,
+        scope: &mut TenantScope,
+        run: impl AsyncFnOnce(&mut TenantScope) -> Result<T, ApiError>,
+    ) -> Result<T, ApiError> {
+        // Boxed: what is nested in it is deep, and the compiler has its limits.
+        let result = Box::pin(run(scope)).await;
+        if scope.standing().get().is_none() {
+            match self.known(scope.tenant_id()) {
+                Some(state) => self.remember(scope, &state),
+                None => match self.books.meters.read(scope).await {
+                    Ok(state) => self.remember(scope, &state),
+                    Err(error) => tracing::warn!("The answer lacks its rate-limit headers: {error}"),
+                },
+            }
+        }
+        result
+    }
+
+    /// Reads the tenant's and the key's present records, and decides anew.
+    async fn renew(&self, scope: &mut TenantScope) -> Result<(), ApiError> {
+        let invalid = || ApiError::new(Code::InvalidKey, "not a valid API key");
+        let presented = scope.presented().ok_or_else(invalid)?;
+        let claimed = self.tenants.claimed_by(presented).await?;
+        let status = claimed.tenant.as_ref().map(|tenant| tenant.status);
+        let key = verify(presented, claimed.key, status, self.books.clock.now()).map_err(|_| invalid())?;
+        let tenant = claimed.tenant.ok_or_else(invalid)?;
+        scope.renew(&key, tenant)?;
+        tracing::info!(epoch = scope.epoch(), "A stale decision was made anew");
+        Ok(())
+    }
+
+    /// The refusal by a limit, as the caller sees it; counted, and written down when it is due.
+    async fn refused(
+        &self,
+        scope: &TenantScope,
+        limit: Limit,
+        retry_at: Option<Timestamp>,
+        from_memory: bool,
+    ) -> ApiError {
+        let now = self.books.clock.now();
+        self.breaker(|b| b.refused(scope, limit, retry_at, from_memory, now));
+        self.write_down_refusals(scope).await;
+        let code = match limit {
+            Limit::Requests => Code::RateLimitExceeded,
+            Limit::Concurrency => Code::ConcurrencyLimitExceeded,
+            Limit::Day | Limit::Month => Code::TokenBudgetExceeded,
+        };
+        let limits = scope.limits();
+        let value = match limit {
+            Limit::Requests => u64::from(limits.requests_per_minute),
+            Limit::Concurrency => u64::from(limits.max_concurrent),
+            Limit::Day => limits.tokens_per_day,
+            Limit::Month => limits.monthly_token_budget,
+        };
+        let message = match retry_at {
+            Some(_) => format!("the tenant's limit {} of {value} is reached", limit.name()),
+            None => format!("the request does not fit the tenant's limit {} of {value}", limit.name()),
+        };
+        // On the meter's clock, which may be ahead of this machine's.
+        let seen = self.known(scope.tenant_id()).map_or(now, |state| now.max(state.now()));
+        ApiError {
+            limit: Some(limit.name()),
+            retry_after_ms: retry_at.map(|at| at.millis_since(seen).max(1)),
+            ..ApiError::new(code, message)
+        }
+    }
+
+    /// Enters refusals into the ledger that have waited long enough: many alike are one record.
+    async fn write_down_refusals(&self, scope: &TenantScope) {
+        let due = self.breaker(|b| b.due(self.books.clock.now()));
+        for (limit, count, whose) in due {
+            let now = self.books.clock.now();
+            let record =
+                Record::refused(whose.tenant_id().clone(), limit, count, now, scope.request_id().clone());
+            if let Err(error) = self.books.ledger.note(&record).await {
+                tracing::error!("Refusals could not be written down yet: {error}");
+                self.breaker(|b| b.not_written(&whose, limit, count, now));
+            }
+        }
+    }
+
+    fn asker<'a>(&self, scope: &'a TenantScope, now: Timestamp) -> Asker<'a> {
+        Asker { limits: scope.limits(), epoch: scope.epoch(), now }
+    }
+
+    fn known(&self, tenant: &TenantId) -> Option<Meter> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner).get(tenant).cloned()
+    }
+
+    fn remember(&self, scope: &TenantScope, state: &Meter) {
+        scope.standing().set(state.standing(scope.limits(), self.books.clock.now()));
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.len() >= REMEMBERED && !known.contains_key(scope.tenant_id()) {
+            known.clear();
+        }
+        known.insert(scope.tenant_id().clone(), state.clone());
+    }
+
+    fn breaker<T>(&self, with: impl FnOnce(&mut Breaker) -> T) -> T {
+        with(&mut self.breaker.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// The first rounds at once: losing to another means that the state is known now.
+    async fn yield_to_others(&self, round: u32) {
+        if round >= 2 {
+            let wait = entropy().random_range(0..=u64::from(round.min(10)) * 3);
+            tokio::time::sleep(Duration::from_millis(wait)).await;
+        }
+    }
+}
+
+fn scope_request(scope: &TenantScope) -> String {
+    scope.request_id().to_string()
+}

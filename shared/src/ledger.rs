@@ -1,0 +1,372 @@
+//! The ledger: what was done, for whom, and what it cost. One record for each ticket of a tenant, and
+//! one for each event without one. Pure; [`crate::aws::ledger`] keeps the records.
+//!
+//! A record never holds what users wrote or what documents say, only what they are called.
+
+use serde::{Deserialize, Serialize};
+
+use crate::api_key::KeyId;
+use crate::clock::Timestamp;
+use crate::error::Code;
+use crate::ids::{DocumentId, UserId};
+use crate::meter::{BillingMonth, Charged, Lease, Limit, Ticket, Work};
+use crate::pricing::{self, Usage};
+use crate::scope::{RequestId, TenantScope};
+use crate::tenant::TenantId;
+use crate::units::{NanoUsd, Tokens};
+
+/// The line of the bill that carries what nobody reported: requests that ended without a word.
+pub const UNREPORTED: &str = "unreported";
+
+/// What was done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Action {
+    /// A question was put to a model.
+    LlmCall,
+    /// Passages were shown without a model.
+    DocumentAccess,
+    /// Documents were stored.
+    DocumentIngested,
+    /// Requests were refused by `requests_per_minute` or `max_concurrent`.
+    RateLimited,
+    /// Requests were refused by a token budget.
+    BudgetExhausted,
+}
+
+impl From<Work> for Action {
+    fn from(work: Work) -> Self {
+        match work {
+            Work::Chat => Self::LlmCall,
+            Work::Search => Self::DocumentAccess,
+            Work::Ingestion => Self::DocumentIngested,
+        }
+    }
+}
+
+impl From<Limit> for Action {
+    fn from(limit: Limit) -> Self {
+        match limit {
+            Limit::Requests | Limit::Concurrency => Self::RateLimited,
+            Limit::Day | Limit::Month => Self::BudgetExhausted,
+        }
+    }
+}
+
+/// How it ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// As asked.
+    Ok,
+    /// With an error, which the record names.
+    Failed,
+    /// It was refused.
+    Refused,
+    /// Nobody said. Its lease expired; it is charged at its bound.
+    Aborted,
+}
+
+/// A record.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// The tenant.
+    pub tenant_id: TenantId,
+    /// The number of the admission that it accounts for; events have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ticket: Option<Ticket>,
+    /// When it was written.
+    pub time: Timestamp,
+    /// The month that is charged: that of the admission.
+    pub month: BillingMonth,
+    /// The tenant's user, as the tenant named it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user_id: Option<UserId>,
+    /// The key that was presented.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key_id: Option<KeyId>,
+    /// The request.
+    pub request_id: RequestId,
+    /// What was done.
+    pub action: Action,
+    /// How it ended.
+    pub outcome: Outcome,
+    /// The error, if it ended with one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<Code>,
+    /// The limit, if one refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit: Option<String>,
+    /// How many alike this record stands for.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub count: u64,
+    /// The model that was asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<String>,
+    /// What it used.
+    pub usage: Usage,
+    /// What it cost.
+    pub model_cost_nano_usd: NanoUsd,
+    /// The embedding model that was asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub embedding_model: Option<String>,
+    /// What it used.
+    pub embedding_tokens: Tokens,
+    /// What it cost.
+    pub embedding_cost_nano_usd: NanoUsd,
+    /// Tokens of no known kind, charged at the bound that was reserved for them.
+    pub unreported_tokens: Tokens,
+    /// What they cost at most.
+    pub unreported_cost_nano_usd: NanoUsd,
+    /// All of it.
+    pub cost_nano_usd: NanoUsd,
+    /// Whether any of the numbers is a bound, because it was never reported.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub estimated: bool,
+    /// Documents shown or stored.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub documents: Vec<DocumentId>,
+    /// Passages shown.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub chunks: Vec<String>,
+    /// Injection patterns found, by name.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub injection: Vec<String>,
+    /// How long it took, in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub latency_ms: Option<u64>,
+}
+
+const fn one() -> u64 {
+    1
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+const fn is_one(count: &u64) -> bool {
+    *count == 1
+}
+
+/// What an admitted request did, as the function that did it says.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Entry {
+    /// Why it failed, if it did.
+    pub error: Option<Code>,
+    /// The model that was asked and what it used.
+    pub model: Option<(String, Usage)>,
+    /// The embedding model that was asked and what it used.
+    pub embedding: Option<(String, Tokens)>,
+    /// Whether any of these is a bound rather than a report.
+    pub estimated: bool,
+    /// Documents shown or stored.
+    pub documents: Vec<DocumentId>,
+    /// Passages shown.
+    pub chunks: Vec<String>,
+    /// Injection patterns found, by name.
+    pub injection: Vec<String>,
+    /// How long it took, in milliseconds.
+    pub latency_ms: u64,
+}
+
+/// One line of a record: what is added to one line of the month's bill.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Line<'a> {
+    /// The model, or [`UNREPORTED`].
+    pub model: &'a str,
+    /// Requests: each counts on one line.
+    pub requests: u64,
+    /// Tokens of the model.
+    pub usage: Usage,
+    /// Tokens of the embedding model.
+    pub embedding_tokens: Tokens,
+    /// Tokens of no known kind.
+    pub unreported_tokens: Tokens,
+    /// What they cost.
+    pub cost: NanoUsd,
+    /// How long the request took, where this line counts it.
+    pub latency_ms: Option<u64>,
+}
+
+impl Record {
+    fn blank(tenant_id: TenantId, action: Action, time: Timestamp, request_id: RequestId) -> Self {
+        Self {
+            tenant_id,
+            ticket: None,
+            time,
+            month: BillingMonth::of(time.as_seconds()),
+            user_id: None,
+            key_id: None,
+            request_id,
+            action,
+            outcome: Outcome::Ok,
+            error: None,
+            limit: None,
+            count: 1,
+            model: None,
+            usage: Usage::default(),
+            model_cost_nano_usd: NanoUsd(0),
+            embedding_model: None,
+            embedding_tokens: Tokens(0),
+            embedding_cost_nano_usd: NanoUsd(0),
+            unreported_tokens: Tokens(0),
+            unreported_cost_nano_usd: NanoUsd(0),
+            cost_nano_usd: NanoUsd(0),
+            estimated: false,
+            documents: Vec::new(),
+            chunks: Vec::new(),
+            injection: Vec::new(),
+            latency_ms: None,
+        }
+    }
+
+    /// The record of a request that was admitted under `lease`, at the prices of that moment.
+    pub fn settled(scope: &TenantScope, lease: &Lease, ticket: Ticket, entry: Entry, now: Timestamp) -> Self {
+        let at = Timestamp::from_millis(lease.admitted_at_s.saturating_mul(1_000));
+        let request = scope.request_id().clone();
+        let mut record = Self {
+            ticket: Some(ticket),
+            month: lease.month(),
+            user_id: scope.user_id().cloned(),
+            key_id: Some(scope.key_id().clone()),
+            outcome: if entry.error.is_some() { Outcome::Failed } else { Outcome::Ok },
+            error: entry.error,
+            estimated: entry.estimated,
+            documents: entry.documents,
+            chunks: entry.chunks,
+            injection: entry.injection,
+            latency_ms: Some(entry.latency_ms),
+            ..Self::blank(scope.tenant_id().clone(), lease.work.into(), now, request)
+        };
+        if let Some((model, usage)) = entry.model {
+            record.model_cost_nano_usd =
+                pricing::chat_model(&model).map_or(NanoUsd(0), |m| m.cost(&usage, at));
+            record.model = Some(model);
+            record.usage = usage;
+        }
+        if let Some((model, tokens)) = entry.embedding {
+            record.embedding_cost_nano_usd =
+                pricing::embedding_model(&model).map_or(NanoUsd(0), |m| m.cost(tokens, at));
+            record.embedding_model = Some(model);
+            record.embedding_tokens = tokens;
+        }
+        record.cost_nano_usd = record.model_cost_nano_usd + record.embedding_cost_nano_usd;
+        record
+    }
+
+    /// The record of a request whose lease expired before anybody wrote one: charged at its bound,
+    /// since what it used is unknown, and more it cannot be.
+    pub fn aborted(tenant_id: TenantId, lease: &Lease, ticket: Ticket, now: Timestamp) -> Self {
+        Self {
+            ticket: Some(ticket),
+            month: lease.month(),
+            outcome: Outcome::Aborted,
+            unreported_tokens: lease.tokens,
+            unreported_cost_nano_usd: lease.cost,
+            cost_nano_usd: lease.cost,
+            estimated: lease.tokens > Tokens(0),
+            ..Self::blank(tenant_id, lease.work.into(), now, RequestId::from(lease.request.clone()))
+        }
+    }
+
+    /// The record of `count` requests that a limit refused; `request_id` is the last of them.
+    pub fn refused(
+        tenant_id: TenantId,
+        limit: Limit,
+        count: u64,
+        now: Timestamp,
+        request_id: RequestId,
+    ) -> Self {
+        Self {
+            outcome: Outcome::Refused,
+            limit: Some(limit.name().to_owned()),
+            count,
+            ..Self::blank(tenant_id, limit.into(), now, request_id)
+        }
+    }
+
+    /// What the meter charges for it.
+    pub fn charged(&self) -> Charged {
+        Charged {
+            tokens: self.usage.total() + self.embedding_tokens + self.unreported_tokens,
+            cost: self.cost_nano_usd,
+        }
+    }
+
+    /// What it adds to the month's bill, by line. Events without a ticket add nothing.
+    pub fn lines(&self) -> Vec<Line<'_>> {
+        if self.ticket.is_none() {
+            return Vec::new();
+        }
+        let blank = |model| Line {
+            model,
+            requests: 0,
+            usage: Usage::default(),
+            embedding_tokens: Tokens(0),
+            unreported_tokens: Tokens(0),
+            cost: NanoUsd(0),
+            latency_ms: None,
+        };
+        let mut lines = Vec::new();
+        if let Some(model) = &self.model {
+            lines.push(Line { usage: self.usage, cost: self.model_cost_nano_usd, ..blank(model) });
+        }
+        if let Some(model) = &self.embedding_model {
+            let (embedding_tokens, cost) = (self.embedding_tokens, self.embedding_cost_nano_usd);
+            lines.push(Line { embedding_tokens, cost, ..blank(model) });
+        }
+        if lines.is_empty() || self.outcome == Outcome::Aborted {
+            let (unreported_tokens, cost) = (self.unreported_tokens, self.unreported_cost_nano_usd);
+            lines.push(Line { unreported_tokens, cost, ..blank(UNREPORTED) });
+        }
+        if let Some(first) = lines.first_mut() {
+            first.requests = 1;
+            first.latency_ms = self.latency_ms;
+        }
+        lines
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lease() -> Lease {
+        "c.1795000000.130.5000.70000.r-1".parse().unwrap()
+    }
+
+    #[test]
+    fn an_aborted_request_is_charged_its_bound_in_the_month_it_began() {
+        let now = Timestamp::parse("2026-12-01T00:00:05Z").unwrap();
+        let record = Record::aborted("acme".parse().unwrap(), &lease(), Ticket(7), now);
+        assert_eq!(record.charged(), Charged { tokens: Tokens(5_000), cost: NanoUsd(70_000) });
+        assert_eq!(record.month.to_string(), "2026-11");
+        let lines = record.lines();
+        assert_eq!((lines.len(), lines[0].model, lines[0].requests), (1, UNREPORTED, 1));
+    }
+
+    #[test]
+    fn the_lines_add_up_to_the_record() {
+        let mut record =
+            Record::aborted("acme".parse().unwrap(), &lease(), Ticket(7), Timestamp::from_millis(0));
+        record.outcome = Outcome::Ok;
+        (record.unreported_tokens, record.unreported_cost_nano_usd) = (Tokens(0), NanoUsd(0));
+        record.model = Some("m".into());
+        record.usage = Usage { input_tokens: Tokens(3), output_tokens: Tokens(4), ..Usage::default() };
+        record.model_cost_nano_usd = NanoUsd(50);
+        record.embedding_model = Some("e".into());
+        record.embedding_tokens = Tokens(5);
+        record.embedding_cost_nano_usd = NanoUsd(6);
+        record.cost_nano_usd = NanoUsd(56);
+        let lines = record.lines();
+        assert_eq!(lines.iter().map(|l| l.cost.0).sum::<u64>(), record.cost_nano_usd.0);
+        assert_eq!(lines.iter().map(|l| l.requests).sum::<u64>(), 1);
+        assert_eq!(record.charged().tokens, Tokens(12));
+        let refused = Record::refused(
+            "acme".parse().unwrap(),
+            Limit::Requests,
+            9,
+            Timestamp::from_millis(0),
+            RequestId::from("r".to_owned()),
+        );
+        assert!(refused.lines().is_empty());
+    }
+}
