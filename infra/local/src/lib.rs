@@ -1,6 +1,7 @@
 //! The local stack: small servers that speak the protocols of the cloud services the functions use.
 
 pub mod cargo;
+pub mod control;
 pub mod dynamodb;
 pub mod gateway;
 pub mod identity;

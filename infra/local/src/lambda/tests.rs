@@ -138,7 +138,7 @@ pub(crate) fn options(folder: &Path) -> Options {
     Options::new(folder.to_owned(), folder.join("logs"), credentials)
 }
 
-fn function(timeout_ms: u64) -> Function {
+pub(crate) fn function(timeout_ms: u64) -> Function {
     Function {
         logical_id: "Fake".into(),
         name: "bulkhead-fake".into(),
