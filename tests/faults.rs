@@ -58,7 +58,7 @@ async fn a_throttled_table_is_asked_again() {
 
     // Nothing is left of what a test asked for.
     stack.dynamodb_faults(json!({"rules": [{"mode": "error"}]})).await;
-    acme.chat(json!({"message": QUESTION})).await.expect_error(500, "internal");
+    acme.chat(json!({"message": QUESTION})).await.expect_error(503, "unavailable");
     stack.clear_dynamodb_faults().await;
     acme.ask(QUESTION).await;
 }
