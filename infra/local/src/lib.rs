@@ -3,6 +3,7 @@
 pub mod cargo;
 pub mod control;
 pub mod dynamodb;
+pub mod event_pattern;
 pub mod gateway;
 pub mod identity;
 pub mod lambda;

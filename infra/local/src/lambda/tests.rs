@@ -147,6 +147,7 @@ pub(crate) fn function(timeout_ms: u64) -> Function {
         timeout: Duration::from_millis(timeout_ms),
         memory_mb: 128,
         reserved_concurrency: None,
+        events: Default::default(),
     }
 }
 
