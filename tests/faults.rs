@@ -42,6 +42,28 @@ async fn a_function_killed_between_requests_is_not_noticed() {
 }
 
 #[tokio::test]
+async fn a_throttled_table_is_asked_again() {
+    let (stack, acme) = stack(0).await;
+    stack
+        .dynamodb_faults(json!({"rules": [{"mode": "throttle", "table": "conversations", "times": 1}]}))
+        .await;
+    stack.forget_dynamodb_calls().await;
+    acme.ask(QUESTION).await;
+    let calls = stack.dynamodb_calls().await;
+    let throttled: Vec<_> = calls.iter().filter(|call| call["error"] == "ThrottlingException").collect();
+    assert_eq!(throttled.len(), 1, "{calls:?}");
+    let table = "bulkhead-conversations";
+    assert_eq!(throttled[0]["tables"], json!([table]));
+    assert!(calls.iter().any(|call| call["operation"] == "PutItem" && call["consumed"][table].is_number()));
+
+    // Nothing is left of what a test asked for.
+    stack.dynamodb_faults(json!({"rules": [{"mode": "error"}]})).await;
+    acme.chat(json!({"message": QUESTION})).await.expect_error(503, "unavailable");
+    stack.clear_dynamodb_faults().await;
+    acme.ask(QUESTION).await;
+}
+
+#[tokio::test]
 async fn an_overloaded_model_is_asked_again_and_then_reported() {
     let (stack, acme) = stack(0).await;
     stack.model_fault(json!({"mode": "status", "status": 529, "count": 1})).await;

@@ -232,9 +232,49 @@ impl Stack {
 
     /// Kills the processes of a function, whatever they are doing.
     pub async fn kill(&self, function: &str) {
-        let url = format!("{}/functions/{function}/kill", text(&self.ready, "control_url"));
-        let answer = self.http.post(url).send().await.expect("the control address answers");
-        assert!(answer.status().is_success(), "{}", answer.status());
+        self.control(Method::POST, &format!("functions/{function}/kill"), String::new()).await;
+    }
+
+    /// Invokes a function with this event, as a schedule does, and returns its result.
+    ///
+    /// # Panics
+    /// If it fails.
+    pub async fn invoke(&self, function: &str, payload: Value) -> Value {
+        let path = format!("functions/{function}/invoke");
+        self.control(Method::POST, &path, payload.to_string()).await.json()
+    }
+
+    /// Puts faults between the functions and their tables: `{"seed": n, "rules": […]}`, in the place of
+    /// those before. `local::control` says what a rule may say.
+    ///
+    /// # Panics
+    /// If a rule is malformed, or names what does not exist.
+    pub async fn dynamodb_faults(&self, rules: Value) {
+        self.control(Method::PUT, "dynamodb/faults", rules.to_string()).await;
+    }
+
+    /// Ends all faults between the functions and their tables.
+    pub async fn clear_dynamodb_faults(&self) {
+        self.control(Method::DELETE, "dynamodb/faults", String::new()).await;
+    }
+
+    /// The calls that the tables have had of late, in the order in which they ended.
+    pub async fn dynamodb_calls(&self) -> Vec<Value> {
+        let calls = self.control(Method::GET, "dynamodb/calls", String::new()).await.json();
+        calls.as_array().expect("calls").clone()
+    }
+
+    /// Forgets the calls that the tables have had.
+    pub async fn forget_dynamodb_calls(&self) {
+        self.control(Method::DELETE, "dynamodb/calls", String::new()).await;
+    }
+
+    async fn control(&self, method: Method, path: &str, body: String) -> Answer {
+        let url = format!("{}/{path}", text(&self.ready, "control_url"));
+        let sent = self.http.request(method, url).body(body).send().await;
+        let answer = Answer::read(sent.expect("the control address answers")).await;
+        assert!(answer.status.is_success(), "{path}: {} {}", answer.status, answer.text);
+        answer
     }
 
     /// Tells the offline model to misbehave.

@@ -1,13 +1,25 @@
-//! DynamoDB and its streams, on SQLite: the tables of the template, made where they are not yet.
+//! DynamoDB and its streams, on SQLite: the tables of the template, made where they are not yet, and a
+//! front before them, which watches calls and lets tests disturb them.
+
+mod call;
+mod faults;
+mod front;
+mod journal;
 
 use std::future::Future;
+use std::net::Ipv4Addr;
 use std::path::Path;
+use std::sync::Arc;
 
 use dynoxide::Database;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
+use tokio::sync::oneshot;
 
+pub use self::faults::BadRules;
+pub use self::front::{Front, Kill};
+pub use self::journal::Entry;
 use crate::template::Table;
 
 /// Why the tables cannot be served.
@@ -39,16 +51,32 @@ pub fn open(path: &Path, tables: &[Table]) -> Result<Database, Error> {
     Ok(database)
 }
 
-/// Serves the database until `shutdown` resolves.
+/// Serves the database behind `front` until `shutdown` resolves.
 ///
 /// # Errors
-/// If the listener fails.
+/// If a listener fails.
 pub async fn serve(
     listener: TcpListener,
     database: Database,
+    front: Arc<Front>,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(), Error> {
-    dynoxide::server::serve_with_shutdown(listener, database, shutdown).await.map_err(Error)
+    // The server cannot be called in process: it takes nothing but a listener.
+    let inner = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.map_err(failed)?;
+    let behind = inner.local_addr().map_err(failed)?.port();
+    // Ends behind the front, so that what the front has taken in can still be done.
+    let (stop, stopped) = oneshot::channel::<()>();
+    let tables = dynoxide::server::serve_with_shutdown(inner, database, async {
+        // An error means that the front has ended, which is what is waited for.
+        let _ = stopped.await;
+    });
+    let watched = async {
+        let served = front::serve(listener, front, behind, shutdown).await;
+        drop(stop);
+        served.map_err(failed)
+    };
+    let tables = async { tables.await.map_err(Error) };
+    tokio::try_join!(watched, tables).map(|_| ())
 }
 
 fn create_table(table: &Table) -> Value {
@@ -79,3 +107,6 @@ fn request<T: DeserializeOwned>(value: Value) -> Result<T, Error> {
 fn failed(error: impl std::fmt::Display) -> Error {
     Error(error.to_string())
 }
+
+#[cfg(test)]
+mod tests;

@@ -15,12 +15,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::Router;
 use axum::body::Body;
-use axum::extract::{ConnectInfo, Path, Request, State};
+use axum::extract::{ConnectInfo, Request, State};
 use axum::response::Response;
-use axum::routing::{get, post};
 use bytes::{Bytes, BytesMut};
 use http_body_util::BodyExt;
-use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::time::Instant;
 
@@ -63,27 +61,6 @@ impl Gateway {
         let gateway =
             Arc::new(Self { api, lambda, credentials, authorizers: Authorizers::default(), bucket });
         let router = Router::new().fallback(handle).with_state(gateway);
-        serving::serve(listener, router, shutdown).await
-    }
-
-    /// Serves what tests and scripts steer the stack with, until `shutdown` resolves: `GET
-    /// /_local/health`, and `POST /_local/functions/{binary}/kill`, which kills the function's
-    /// processes in the middle of whatever they do. Never on the listener of the API.
-    ///
-    /// # Errors
-    /// If the listener fails.
-    pub async fn serve_control(
-        listener: TcpListener,
-        lambda: Arc<Lambda>,
-        shutdown: impl Future<Output = ()> + Send + 'static,
-    ) -> io::Result<()> {
-        let kill = async |State(lambda): State<Arc<Lambda>>, Path(function): Path<String>| {
-            axum::Json(json!({ "killed": lambda.kill_instances(&function) }))
-        };
-        let router = Router::new()
-            .route("/_local/health", get(async || axum::Json(json!({ "status": "ok" }))))
-            .route("/_local/functions/{binary}/kill", post(kill))
-            .with_state(lambda);
         serving::serve(listener, router, shutdown).await
     }
 

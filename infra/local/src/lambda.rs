@@ -288,6 +288,17 @@ impl Lambda {
         self.pool(function).map_or(0, |pool| pool.kill_all())
     }
 
+    /// Kills every process that a function has now, and returns once they are gone.
+    pub async fn kill_and_wait(&self, function: &str) {
+        if let Some(pool) = self.pool(function) {
+            let processes = pool.processes();
+            let _ = pool.kill_all();
+            for process in processes {
+                process.gone().await;
+            }
+        }
+    }
+
     /// How many processes a function has.
     #[must_use]
     pub fn instances(&self, function: &str) -> usize {

@@ -1,7 +1,9 @@
 //! The local stack: small servers that speak the protocols of the cloud services the functions use.
 
 pub mod cargo;
+pub mod control;
 pub mod dynamodb;
+pub mod event_pattern;
 pub mod gateway;
 pub mod identity;
 pub mod lambda;

@@ -12,13 +12,11 @@ use std::time::Instant;
 
 use clap::Parser;
 use local::stack::{Config, Endpoint, Stack, StackError};
+use local::template::binaries;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
-
-/// The functions that the template names.
-const FUNCTIONS: [&str; 4] = ["authorizer", "chat", "ingestion", "provisioning"];
 
 /// What is sent where a service of one's own wants no key; the protocols want a header all the same.
 const NO_KEY: &str = "none";
@@ -89,9 +87,13 @@ async fn main() -> ExitCode {
 
 async fn run(arguments: Arguments) -> Result<(), String> {
     let workspace = workspace();
+    let template = workspace.join("infra/template.yaml");
     let functions = match arguments.functions {
         Some(folder) => folder,
-        None => build(&workspace)?,
+        None => {
+            let packages = binaries(&template).map_err(|e| format!("the template cannot be used: {e}"))?;
+            build(&workspace, &packages)?
+        }
     };
     let started = Instant::now();
     println!("Starting the stack in {} …", arguments.data.display());
@@ -112,7 +114,7 @@ async fn run(arguments: Arguments) -> Result<(), String> {
         ready_file: arguments.ready_file,
         seed: !arguments.no_seed,
         functions,
-        template: workspace.join("infra/template.yaml"),
+        template,
         model,
         embeddings,
         model_delay_ms: arguments.model_delay_ms,
@@ -148,14 +150,16 @@ fn workspace() -> PathBuf {
 }
 
 /// Builds the functions beside this program, with the same profile. Named together with this package,
-/// they get the features that they were compiled with already.
-fn build(workspace: &Path) -> Result<PathBuf, String> {
+/// they get the features that they were compiled with already. A function's package is named as its
+/// program.
+fn build(workspace: &Path, functions: &[String]) -> Result<PathBuf, String> {
     let program =
         std::env::current_exe().map_err(|e| format!("this program does not know its own path: {e}"))?;
     let folder = program.parent().unwrap_or(workspace).to_owned();
     let mut cargo = local::cargo::command();
     cargo.arg("build").current_dir(workspace);
-    for package in FUNCTIONS.iter().chain(&["local"]) {
+    cargo.args(["--package", "local"]);
+    for package in functions {
         cargo.args(["--package", package]);
     }
     if folder.ends_with("release") {

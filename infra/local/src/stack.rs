@@ -10,12 +10,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
+use crate::control::{self, Control};
 use crate::gateway::Gateway;
 use crate::identity::{AdminKey, Identity, SeededTenant};
 use crate::lambda::{FunctionCredentials, Lambda, Options as LambdaOptions};
@@ -134,7 +136,7 @@ pub struct Ready {
     pub model_url: String,
     /// The embeddings service in use.
     pub embeddings_url: String,
-    /// Kills functions, for tests: `POST <control_url>/functions/<binary>/kill`.
+    /// What tests steer the stack with; [`control`] says how.
     pub control_url: String,
     /// What the functions print.
     pub log_directory: PathBuf,
@@ -264,10 +266,42 @@ impl Stack {
         let failed = |service| {
             move |error: &dyn std::fmt::Display| StackError::Service { service, reason: error.to_string() }
         };
+        let logs = in_data("logs");
+        let mut options = LambdaOptions::new(
+            config.functions.clone(),
+            logs.clone(),
+            FunctionCredentials {
+                access_key_id: identity.functions.access_key_id.clone(),
+                secret_access_key: identity.functions.secret_access_key.clone(),
+                session_token: "local".to_owned(),
+            },
+        );
+        options.environment = BTreeMap::from(
+            [
+                ("AWS_ENDPOINT_URL_DYNAMODB", &dynamodb_url),
+                ("AWS_ENDPOINT_URL_S3", &s3_url),
+                ("AWS_ENDPOINT_URL_SECRETS_MANAGER", &secrets_url),
+            ]
+            .map(|(name, value)| (name.to_owned(), value.clone())),
+        );
+        let lambda = Lambda::start(template.functions.clone(), options)
+            .await
+            .map_err(|e| failed("the Lambda Runtime API")(&e))?;
+
         let database = dynamodb::open(&in_data("dynamodb.sqlite"), &template.tables)
             .map_err(|e| failed("DynamoDB")(&e))?;
+        let functions = template.functions.iter().map(|function| function.binary.clone()).collect();
+        let kill: dynamodb::Kill = {
+            let lambda = Arc::clone(&lambda);
+            Arc::new(move |function| {
+                let lambda = Arc::clone(&lambda);
+                async move { lambda.kill_and_wait(&function).await }.boxed()
+            })
+        };
+        let dynamodb_front = dynamodb::Front::new(&template.tables, functions, kill);
         let stopped = back.stopped();
-        back.run("DynamoDB", dynamodb::serve(dynamodb_listener, database, stopped));
+        let serving = dynamodb::serve(dynamodb_listener, database, Arc::clone(&dynamodb_front), stopped);
+        back.run("DynamoDB", serving);
         let s3_options = s3::Options {
             directory: in_data("s3"),
             credentials: [&identity.admin, &identity.functions]
@@ -301,28 +335,6 @@ impl Stack {
         let stopped = back.stopped();
         back.run("Secrets Manager", secrets::serve(secrets_listener, store, stopped));
 
-        let logs = in_data("logs");
-        let mut options = LambdaOptions::new(
-            config.functions.clone(),
-            logs.clone(),
-            FunctionCredentials {
-                access_key_id: identity.functions.access_key_id.clone(),
-                secret_access_key: identity.functions.secret_access_key.clone(),
-                session_token: "local".to_owned(),
-            },
-        );
-        options.environment = BTreeMap::from(
-            [
-                ("AWS_ENDPOINT_URL_DYNAMODB", &dynamodb_url),
-                ("AWS_ENDPOINT_URL_S3", &s3_url),
-                ("AWS_ENDPOINT_URL_SECRETS_MANAGER", &secrets_url),
-            ]
-            .map(|(name, value)| (name.to_owned(), value.clone())),
-        );
-        let lambda = Lambda::start(template.functions.clone(), options)
-            .await
-            .map_err(|e| failed("the Lambda Runtime API")(&e))?;
-
         let mut front = Services::new();
         let stopped = front.stopped();
         let operators = vec![identity.admin.credentials()];
@@ -330,10 +342,8 @@ impl Stack {
             Gateway::serve(gateway_listener, template.api.clone(), Arc::clone(&lambda), operators, stopped);
         front.run("the gateway", gateway);
         let stopped = front.stopped();
-        front.run(
-            "the control address",
-            Gateway::serve_control(control_listener, Arc::clone(&lambda), stopped),
-        );
+        let steered = Control { lambda: Arc::clone(&lambda), dynamodb: dynamodb_front };
+        front.run("the control address", control::serve(control_listener, steered, stopped));
 
         if config.seed && identity.tenants.is_empty() {
             for (tenant, tier, company) in SEEDED {

@@ -5,6 +5,7 @@
 //! how to evaluate is an error that names the place: nothing of the template is skipped in silence
 //! that would change what runs.
 
+mod events;
 mod intrinsics;
 mod yaml;
 
@@ -16,6 +17,7 @@ use std::time::Duration;
 use http::Method;
 use serde_json::{Map, Value};
 
+pub use self::events::{Events, ScheduleEvent, StartingPosition, StreamEvent};
 use self::intrinsics::Evaluator;
 
 /// Where the stack pretends to be.
@@ -74,6 +76,8 @@ pub struct Template {
     pub buckets: Vec<Bucket>,
     /// The secrets.
     pub secrets: Vec<Secret>,
+    /// The queues.
+    pub queues: Vec<Queue>,
     /// The API in front of the functions.
     pub api: Api,
     /// The template's outputs. Addresses among them are those of AWS, not of the local stack.
@@ -97,6 +101,8 @@ pub struct Function {
     pub memory_mb: u32,
     /// How many invocations may run at once, if the template limits it.
     pub reserved_concurrency: Option<usize>,
+    /// What invokes it besides requests.
+    pub events: Events,
 }
 
 /// A DynamoDB table, on demand. Its keys are what differs from table to table.
@@ -152,6 +158,15 @@ pub struct Retention {
 /// A secret. Its value is not in the template.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Secret {
+    /// Its name in the template.
+    pub logical_id: String,
+    /// Its name in the account.
+    pub name: String,
+}
+
+/// An SQS queue.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Queue {
     /// Its name in the template.
     pub logical_id: String,
     /// Its name in the account.
@@ -260,9 +275,15 @@ impl Template {
         let (Some(api), None) = (apis.next(), apis.next()) else {
             return Err(invalid("Resources", "exactly one AWS::Serverless::Api is expected"));
         };
+        let tables = of_kind(&resources, "AWS::DynamoDB::Table", table)?;
+        let queues = of_kind(&resources, "AWS::SQS::Queue", queue)?;
+        let functions = of_kind(&resources, "AWS::Serverless::Function", |resource| {
+            function(resource, &globals, &tables, &queues)
+        })?;
         let template = Self {
-            functions: of_kind(&resources, "AWS::Serverless::Function", |r| function(r, &globals))?,
-            tables: of_kind(&resources, "AWS::DynamoDB::Table", table)?,
+            functions,
+            tables,
+            queues,
             buckets: of_kind(&resources, "AWS::S3::Bucket", bucket)?,
             secrets: of_kind(&resources, "AWS::SecretsManager::Secret", secret)?,
             api,
@@ -288,6 +309,21 @@ impl Template {
     pub fn bucket_name(&self, logical_id: &str) -> Option<&str> {
         self.buckets.iter().find(|b| b.logical_id == logical_id).map(|b| b.name.as_str())
     }
+}
+
+/// The programs of the functions of the template at `path`, sorted: what has to be built to run it. Asks
+/// for no parameters, since none of them decides what a function runs.
+///
+/// # Errors
+/// If the file cannot be read.
+pub fn binaries(path: &Path) -> Result<Vec<String>, TemplateError> {
+    let raw = yaml::read(path)?;
+    let resources = raw.get("Resources").and_then(Value::as_object).into_iter().flatten();
+    let binaries: BTreeSet<String> = resources
+        .filter(|(_, resource)| resource.get("Type").is_some_and(|kind| kind == "AWS::Serverless::Function"))
+        .filter_map(|(_, function)| scalar(function.pointer("/Metadata/BuildProperties/Binary")?))
+        .collect();
+    Ok(binaries.into_iter().collect())
 }
 
 /// A resource whose properties are evaluated.
@@ -353,7 +389,12 @@ fn is_true(value: Option<&Value>) -> bool {
     value.and_then(scalar).is_some_and(|text| text == "true")
 }
 
-fn function(resource: &Resource, globals: &Value) -> Result<Function, TemplateError> {
+fn function(
+    resource: &Resource,
+    globals: &Value,
+    tables: &[Table],
+    queues: &[Queue],
+) -> Result<Function, TemplateError> {
     let local = &resource.properties;
     let merged = Resource {
         id: resource.id.clone(),
@@ -361,7 +402,7 @@ fn function(resource: &Resource, globals: &Value) -> Result<Function, TemplateEr
         properties: merge(globals.clone(), local.clone()),
         metadata: resource.metadata.clone(),
     };
-    merged.refuse(&["Events", "FunctionUrlConfig", "Layers", "PackageType", "TenancyConfig"])?;
+    merged.refuse(&["FunctionUrlConfig", "Layers", "PackageType", "TenancyConfig"])?;
     let binary = merged.metadata.pointer("/BuildProperties/Binary").and_then(scalar).ok_or_else(|| {
         invalid(format!("Resources.{}.Metadata.BuildProperties.Binary", merged.id), "is missing")
     })?;
@@ -379,6 +420,7 @@ fn function(resource: &Resource, globals: &Value) -> Result<Function, TemplateEr
         timeout: Duration::from_secs(merged.number("/Timeout")?.unwrap_or(3)),
         memory_mb: merged.number("/MemorySize")?.unwrap_or(128),
         reserved_concurrency: merged.number("/ReservedConcurrentExecutions")?,
+        events: events::events(&merged, tables, queues)?,
         logical_id: merged.id,
     })
 }
@@ -463,6 +505,10 @@ fn secret(resource: &Resource) -> Result<Secret, TemplateError> {
     Ok(Secret { logical_id: resource.id.clone(), name: physical_name(resource) })
 }
 
+fn queue(resource: &Resource) -> Result<Queue, TemplateError> {
+    Ok(Queue { logical_id: resource.id.clone(), name: physical_name(resource) })
+}
+
 /// The property that names a resource of this kind, for the kinds whose name is also their `Ref`.
 fn name_property(kind: &str) -> Option<&'static str> {
     match kind {
@@ -470,6 +516,7 @@ fn name_property(kind: &str) -> Option<&'static str> {
         "AWS::DynamoDB::Table" => Some("TableName"),
         "AWS::S3::Bucket" => Some("BucketName"),
         "AWS::SecretsManager::Secret" => Some("Name"),
+        "AWS::SQS::Queue" => Some("QueueName"),
         "AWS::Logs::LogGroup" => Some("LogGroupName"),
         _ => None,
     }

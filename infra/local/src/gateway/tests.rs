@@ -6,7 +6,7 @@ use aws_lambda_events::apigw::ApiGatewayProxyRequest;
 use futures_util::StreamExt;
 use http::Method;
 use reqwest::{RequestBuilder, Response as Reply};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::*;
 use crate::lambda::tests::{options, programs};
@@ -332,19 +332,5 @@ async fn operator_routes_take_signed_requests_alone() {
     let changed = stack.signed(Method::GET, "/admin/tenants", now).body("other").send().await.unwrap();
     let (code, message) = refused(changed, 403).await;
     assert!(code == "invalid_key" && message.contains("does not match"), "{message}");
-    stack.lambda.shutdown().await;
-}
-
-#[tokio::test]
-async fn the_control_listener_kills_functions() {
-    let stack = Stack::new(|_| {}).await;
-    let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
-    let url = format!("http://{}/_local", listener.local_addr().unwrap());
-    tokio::spawn(Gateway::serve_control(listener, Arc::clone(&stack.lambda), std::future::pending()));
-    assert_eq!(reqwest::get(format!("{url}/health")).await.unwrap().status(), 200);
-    assert_eq!(stack.search("Bearer good").await.status(), 201);
-    let killed = stack.client.post(format!("{url}/functions/ingestion/kill")).send().await.unwrap();
-    assert_eq!(killed.json::<Value>().await.unwrap(), json!({"killed": 1}));
-    assert_eq!(stack.search("Bearer good").await.status(), 201);
     stack.lambda.shutdown().await;
 }

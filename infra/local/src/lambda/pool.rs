@@ -193,6 +193,10 @@ impl Pool {
         state.all.len()
     }
 
+    pub(super) fn processes(&self) -> Vec<Arc<Instance>> {
+        lock(&self.state).all.clone()
+    }
+
     pub(super) fn close(&self) {
         self.permits.close();
         let mut state = lock(&self.state);

@@ -138,7 +138,7 @@ pub(crate) fn options(folder: &Path) -> Options {
     Options::new(folder.to_owned(), folder.join("logs"), credentials)
 }
 
-fn function(timeout_ms: u64) -> Function {
+pub(crate) fn function(timeout_ms: u64) -> Function {
     Function {
         logical_id: "Fake".into(),
         name: "bulkhead-fake".into(),
@@ -147,6 +147,7 @@ fn function(timeout_ms: u64) -> Function {
         timeout: Duration::from_millis(timeout_ms),
         memory_mb: 128,
         reserved_concurrency: None,
+        events: Default::default(),
     }
 }
 

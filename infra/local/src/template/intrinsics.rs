@@ -6,7 +6,9 @@ use std::path::Path;
 use regex::Regex;
 use serde_json::{Map, Value};
 
-use super::{ACCOUNT, API_ID, REGION, Resource, STACK, TemplateError, invalid, name_property, scalar, yaml};
+use super::{
+    ACCOUNT, API_ID, REGION, Resource, STACK, TemplateError, events, invalid, name_property, scalar, yaml,
+};
 
 /// Deep enough for any template, shallow enough that a cycle is an error and not an overflow.
 const MAX_DEPTH: usize = 64;
@@ -203,6 +205,11 @@ impl<'a> Evaluator<'a> {
             "AWS::Serverless::Api" => API_ID.to_owned(),
             // Secrets Manager's `Ref` is the ARN.
             "AWS::SecretsManager::Secret" => return self.attribute(name, "Arn", at, depth),
+            // SQS's is the address.
+            "AWS::SQS::Queue" => {
+                let queue = self.name_of(name, kind, at, depth)?;
+                format!("https://sqs.{REGION}.amazonaws.com/{ACCOUNT}/{queue}")
+            }
             _ => self.name_of(name, kind, at, depth)?,
         };
         Ok(Value::String(value))
@@ -223,6 +230,9 @@ impl<'a> Evaluator<'a> {
         let value = match (kind, attribute) {
             ("AWS::Serverless::Function", "Arn") => arn("lambda", format!("function:{name}")),
             ("AWS::DynamoDB::Table", "Arn") => arn("dynamodb", format!("table/{name}")),
+            ("AWS::DynamoDB::Table", "StreamArn") => events::stream_arn(&name),
+            ("AWS::SQS::Queue", "Arn") => events::queue_arn(&name),
+            ("AWS::SQS::Queue", "QueueName") => name,
             ("AWS::S3::Bucket", "Arn") => format!("arn:aws:s3:::{name}"),
             ("AWS::SecretsManager::Secret", "Arn" | "Id") => arn("secretsmanager", format!("secret:{name}")),
             ("AWS::Logs::LogGroup", "Arn") => arn("logs", format!("log-group:{name}:*")),

@@ -195,3 +195,153 @@ fn what_cannot_be_evaluated_is_named() {
     assert!(problem("!Ref B").contains("too deeply, or refers to itself"));
     assert!(problem("!Sub '${open'").contains("without its `}`"));
 }
+
+/// A function with one event, and what it may refer to.
+fn with_event(event: &str) -> Result<Events, TemplateError> {
+    let yaml = format!(
+        r#"
+Resources:
+  Failed: {{Type: AWS::SQS::Queue, Properties: {{QueueName: !Sub "${{AWS::StackName}}-failed"}}}}
+  Plain: {{Type: AWS::DynamoDB::Table, Properties: {{AttributeDefinitions: [{{AttributeName: pk, AttributeType: S}}], KeySchema: [{{AttributeName: pk, KeyType: HASH}}]}}}}
+  Notes:
+    Type: AWS::DynamoDB::Table
+    Properties:
+      AttributeDefinitions: [{{AttributeName: pk, AttributeType: S}}]
+      KeySchema: [{{AttributeName: pk, KeyType: HASH}}]
+      StreamSpecification: {{StreamViewType: NEW_IMAGE}}
+  Logs: {{Type: AWS::Logs::LogGroup, Properties: {{LogGroupName: /x}}}}
+  Metric:
+    Type: AWS::Logs::MetricFilter
+    Properties: {{LogGroupName: !Ref Logs, FilterPattern: "", MetricTransformations: []}}
+  Alarm:
+    Type: AWS::CloudWatch::Alarm
+    Properties: {{Dimensions: [{{Name: QueueName, Value: !GetAtt Failed.QueueName}}]}}
+  Function:
+    Type: AWS::Serverless::Function
+    Metadata: {{BuildProperties: {{Binary: b}}}}
+    Properties:
+      Environment: {{Variables: {{QUEUE: !Ref Failed}}}}
+      Events:
+        It: {event}
+"#
+    );
+    Ok(small(&yaml)?.functions[0].events.clone())
+}
+
+#[test]
+fn a_functions_stream_is_read_as_declared() {
+    let events = with_event(
+        r#"
+          Type: DynamoDB
+          Properties:
+            Stream: !GetAtt Notes.StreamArn
+            StartingPosition: LATEST
+            BatchSize: 10
+            MaximumBatchingWindowInSeconds: 5
+            MaximumRetryAttempts: 3
+            MaximumRecordAgeInSeconds: 60
+            BisectBatchOnFunctionError: true
+            ParallelizationFactor: 1
+            FunctionResponseTypes: [ReportBatchItemFailures]
+            DestinationConfig: {OnFailure: {Type: SQS, Destination: !GetAtt Failed.Arn}}
+            FilterCriteria: {Filters: [{Pattern: '{"eventName":["INSERT"]}'}]}
+"#,
+    )
+    .unwrap();
+    let filter = crate::event_pattern::Pattern::parse(&serde_json::json!({"eventName": ["INSERT"]})).unwrap();
+    let stream = StreamEvent {
+        name: "It".into(),
+        table: "bulkhead-Notes".into(),
+        stream_arn:
+            "arn:aws:dynamodb:us-east-1:000000000000:table/bulkhead-Notes/stream/2026-01-01T00:00:00.000"
+                .into(),
+        starting_position: StartingPosition::Latest,
+        batch_size: 10,
+        window: Duration::from_secs(5),
+        max_retries: Some(3),
+        max_age: Some(Duration::from_secs(60)),
+        bisect: true,
+        reports_item_failures: true,
+        on_failure: Some("bulkhead-failed".into()),
+        filters: vec![filter],
+    };
+    assert_eq!(events, Events { streams: vec![stream], schedules: Vec::new() });
+
+    let short =
+        "{Type: DynamoDB, Properties: {Stream: !GetAtt Notes.StreamArn, StartingPosition: TRIM_HORIZON}}";
+    let stream = &with_event(short).unwrap().streams[0];
+    assert_eq!((stream.batch_size, stream.max_retries, stream.max_age), (100, None, None));
+    assert!(stream.on_failure.is_none() && stream.filters.is_empty() && !stream.reports_item_failures);
+    assert_eq!(stream.starting_position, StartingPosition::TrimHorizon);
+    let off = short.replace("Properties: {", "Properties: {Enabled: false, ");
+    assert_eq!(with_event(&off).unwrap(), Events::default());
+}
+
+#[test]
+fn a_functions_schedule_is_read_as_declared() {
+    let every = |rate: &str| {
+        let event = format!("{{Type: ScheduleV2, Properties: {{ScheduleExpression: {rate}}}}}");
+        with_event(&event).map(|events| events.schedules[0].every.as_secs())
+    };
+    assert_eq!(every("rate(1 minute)").unwrap(), 60);
+    assert_eq!(every("rate(2 hours)").unwrap(), 7_200);
+    assert_eq!(every("rate(30 days)").unwrap(), 2_592_000);
+    for bad in ["rate(0 minutes)", "rate(1 minutes)", "rate(5 minute)", "rate(5)", "cron(0 * * * ? *)"] {
+        let at = "Resources.Function.Properties.Events.It.Properties.ScheduleExpression: `";
+        assert!(every(bad).unwrap_err().to_string().starts_with(at), "{bad}");
+    }
+    let event = r#"{Type: Schedule, Properties: {Schedule: rate(5 minutes), Input: '{"a":1}', RetryPolicy: {MaximumRetryAttempts: 4}}}"#;
+    let schedule = &with_event(event).unwrap().schedules[0];
+    assert_eq!((&schedule.input, schedule.max_retries), (&Some(serde_json::json!({"a": 1})), 4));
+    assert_eq!(
+        schedule.source,
+        ("aws.events", "arn:aws:events:us-east-1:000000000000:rule/FunctionIt".into())
+    );
+    let off = "{Type: ScheduleV2, Properties: {ScheduleExpression: rate(1 day), State: DISABLED}}";
+    assert_eq!(with_event(off).unwrap(), Events::default());
+}
+
+#[test]
+fn an_event_that_cannot_be_run_is_named() {
+    const AT: &str = "Resources.Function.Properties.Events.It.";
+    let problem = |event: &str| {
+        let problem = with_event(event).unwrap_err().to_string();
+        problem.strip_prefix(AT).unwrap_or_else(|| panic!("{problem}")).to_owned()
+    };
+    assert_eq!(problem("{Type: SQS}"), "Type: events of type `SQS` are not known to the local stack");
+    let stream = |properties: &str| {
+        let own = if properties.contains("Stream:") { "" } else { "Stream: !GetAtt Notes.StreamArn, " };
+        problem(&format!("{{Type: DynamoDB, Properties: {{StartingPosition: LATEST, {own}{properties}}}}}"))
+    };
+    for (properties, says) in [
+        ("TumblingWindowInSeconds: 9", "Properties.TumblingWindowInSeconds: is not known"),
+        ("Stream: !GetAtt Plain.StreamArn", "Properties.Stream: `arn:"),
+        ("BatchSize: 0", "Properties.BatchSize: `0` is not between"),
+        ("MaximumRetryAttempts: -2", "Properties.MaximumRetryAttempts: `-2` is out of range"),
+        ("ParallelizationFactor: 2", "Properties.ParallelizationFactor: is known"),
+        ("FunctionResponseTypes: [Other]", "Properties.FunctionResponseTypes: is known"),
+        (
+            "DestinationConfig: {OnFailure: {Destination: 'arn:aws:sqs:x:0:other'}}",
+            "Properties.DestinationConfig.OnFailure.Destination: `arn:aws:sqs:x:0:other` is no queue",
+        ),
+        (
+            "FilterCriteria: {Filters: [{Pattern: '{}'}, {Pattern: '{\"eventName\":[{\"suffix\":\"T\"}]}'}]}",
+            "Properties.FilterCriteria.Filters.1.Pattern: `eventName`: the rule",
+        ),
+        (
+            "FilterCriteria: {Filters: [{Pattern: 'x'}]}",
+            "Properties.FilterCriteria.Filters.0.Pattern: is not JSON",
+        ),
+    ] {
+        let problem = stream(properties);
+        assert!(problem.starts_with(says), "{problem}");
+    }
+}
+
+#[test]
+fn the_functions_binaries_are_known_without_parameters() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../template.yaml");
+    let mut declared: Vec<String> = stack().functions.into_iter().map(|function| function.binary).collect();
+    declared.sort();
+    assert_eq!(binaries(&path).unwrap(), declared);
+}

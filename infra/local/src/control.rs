@@ -1,0 +1,168 @@
+//! The control address: what tests and scripts steer a running stack with. Never on the listener of
+//! the API.
+//!
+//! | call, below `/_local` | does |
+//! | --- | --- |
+//! | `GET /health` | answers |
+//! | `POST /functions/{binary}/kill` | kills the function's processes in the middle of whatever they do |
+//! | `POST /functions/{binary}/invoke` | invokes the function with the JSON in the body, answers its result |
+//! | `PUT /dynamodb/faults` | puts `{"seed": n, "rules": […]}` in the place of all rules, answers its seed |
+//! | `DELETE /dynamodb/faults` | ends all faults |
+//! | `GET /dynamodb/calls?after=n` | the calls numbered higher than `n`, oldest first |
+//! | `DELETE /dynamodb/calls` | forgets them; numbers go on |
+//!
+//! A rule of the faults has a `mode` (`throttle`, `error`, `conflict`, `cancel_conflict`, `hang`,
+//! `lost_answer`, `lost_answer_error`, `delay` with `delay_ms`, `kill_before` and `kill_after` with
+//! `function`), and, as it likes, `operation`, `table` (with or without the stack's prefix), `contains`
+//! (a part of the request's body), `skip`, `times` and `probability`. The first rule that applies counts.
+
+use std::future::Future;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::extract::{DefaultBodyLimit, Path, Query, State};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post, put};
+use axum::{Json, Router};
+use bytes::Bytes;
+use http::{StatusCode, header};
+use serde::Deserialize;
+use serde_json::json;
+use tokio::net::TcpListener;
+
+use crate::dynamodb::Front;
+use crate::lambda::{InvokeError, Lambda, MAX_PAYLOAD};
+use crate::serving;
+
+/// Longer than any function may take.
+const INVOKE: Duration = Duration::from_secs(1_000);
+
+/// What is steered.
+#[derive(Clone, Debug)]
+pub struct Control {
+    /// The functions.
+    pub lambda: Arc<Lambda>,
+    /// The front before the tables.
+    pub dynamodb: Arc<Front>,
+}
+
+/// Serves the control address until `shutdown` resolves.
+///
+/// # Errors
+/// If the listener fails.
+pub async fn serve(
+    listener: TcpListener,
+    control: Control,
+    shutdown: impl Future<Output = ()> + Send + 'static,
+) -> io::Result<()> {
+    let routes = Router::new()
+        .route("/health", get(async || Json(json!({ "status": "ok" }))))
+        .route("/functions/{binary}/kill", post(kill))
+        .route("/functions/{binary}/invoke", post(invoke))
+        .route("/dynamodb/faults", put(set_faults).delete(clear_faults))
+        .route("/dynamodb/calls", get(calls).delete(forget_calls))
+        // The function's own limit is the one that is to be seen.
+        .layer(DefaultBodyLimit::max(MAX_PAYLOAD * 2))
+        .with_state(control);
+    serving::serve(listener, Router::new().nest("/_local", routes), shutdown).await
+}
+
+async fn kill(State(control): State<Control>, Path(function): Path<String>) -> Response {
+    Json(json!({ "killed": control.lambda.kill_instances(&function) })).into_response()
+}
+
+async fn invoke(State(control): State<Control>, Path(function): Path<String>, payload: Bytes) -> Response {
+    match control.lambda.invoke(&function, payload, INVOKE).await {
+        Ok(response) => ([(header::CONTENT_TYPE, "application/json")], response.payload).into_response(),
+        Err(error) => {
+            let status = match error {
+                InvokeError::UnknownFunction(_) => StatusCode::NOT_FOUND,
+                InvokeError::RequestTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
+                _ => StatusCode::BAD_GATEWAY,
+            };
+            refused(status, &error)
+        }
+    }
+}
+
+async fn set_faults(State(control): State<Control>, rules: Bytes) -> Response {
+    match control.dynamodb.set_faults(&rules) {
+        Ok(summary) => Json(summary).into_response(),
+        Err(error) => refused(StatusCode::BAD_REQUEST, &error),
+    }
+}
+
+async fn clear_faults(State(control): State<Control>) -> StatusCode {
+    control.dynamodb.clear_faults();
+    StatusCode::NO_CONTENT
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct After {
+    #[serde(default)]
+    after: u64,
+}
+
+async fn calls(State(control): State<Control>, Query(After { after }): Query<After>) -> Response {
+    Json(control.dynamodb.calls_after(after)).into_response()
+}
+
+async fn forget_calls(State(control): State<Control>) -> StatusCode {
+    control.dynamodb.forget_calls();
+    StatusCode::NO_CONTENT
+}
+
+fn refused(status: StatusCode, error: &dyn std::error::Error) -> Response {
+    (status, Json(json!({ "error": error.to_string() }))).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::Value;
+
+    use super::*;
+    use crate::dynamodb::Kill;
+    use crate::lambda::tests::{function, options, programs};
+
+    #[tokio::test]
+    async fn functions_are_invoked_and_killed_and_rules_are_checked() {
+        let folder = tempfile::tempdir().unwrap();
+        programs(folder.path(), &["fake"]);
+        let lambda = Lambda::start(vec![function(20_000)], options(folder.path())).await.unwrap();
+        let kill: Kill = Arc::new(|_| Box::pin(std::future::ready(())));
+        let front = Front::new(&[], vec!["fake".to_owned()], kill);
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+        let url = format!("http://{}/_local", listener.local_addr().unwrap());
+        let control = Control { lambda: Arc::clone(&lambda), dynamodb: front };
+        tokio::spawn(serve(listener, control, std::future::pending()));
+        let client = reqwest::Client::new();
+        let post = async |path: &str, body: &'static str| {
+            let response = client.post(format!("{url}{path}")).body(body).send().await.unwrap();
+            (response.status().as_u16(), response.json::<Value>().await.unwrap())
+        };
+
+        assert_eq!(client.get(format!("{url}/health")).send().await.unwrap().status(), 200);
+        assert_eq!(post("/functions/fake/invoke", r#"{"do":"raw {\"a\":1}"}"#).await, (200, json!({"a": 1})));
+        let (status, failure) = post("/functions/fake/invoke", r#"{"do":"fail"}"#).await;
+        assert_eq!((status, &failure["error"]), (502, &json!("the function failed: Oops: bad")));
+        assert_eq!(post("/functions/nobody/invoke", "{}").await.0, 404);
+        assert_eq!(post("/functions/fake/kill", "").await, (200, json!({"killed": 1})));
+        assert_eq!(post("/functions/fake/invoke", r#"{"do":"raw 2"}"#).await, (200, json!(2)));
+
+        let put = async |body: &'static str| {
+            let response = client.put(format!("{url}/dynamodb/faults")).body(body).send().await.unwrap();
+            (response.status().as_u16(), response.json::<Value>().await.unwrap())
+        };
+        assert_eq!(
+            put(r#"{"seed":9,"rules":[{"mode":"hang"}]}"#).await,
+            (200, json!({"seed": 9, "rules": 1}))
+        );
+        let (status, why) = put(r#"{"rules":[{"mode":"hang","table":"nowhere"}]}"#).await;
+        assert_eq!((status, &why["error"]), (400, &json!("rules[0]: there is no table `nowhere`")));
+        let cleared = client.delete(format!("{url}/dynamodb/faults")).send().await.unwrap();
+        assert_eq!(cleared.status(), 204);
+        lambda.shutdown().await;
+    }
+}
