@@ -28,6 +28,7 @@ pub mod secret;
 pub mod telemetry;
 pub mod tenant;
 pub mod units;
+pub mod usage;
 
 #[cfg(any(feature = "dynamodb", feature = "secrets"))]
 pub mod aws;

@@ -435,6 +435,11 @@ impl Operator {
         arn.map(|arn| Self { arn }).ok_or(ScopeError::Unauthorized)
     }
 
+    /// One tenant's books.
+    pub const fn ward(&self, tenant_id: TenantId) -> Ward {
+        Ward(tenant_id)
+    }
+
     /// The operator's ARN.
     pub fn arn(&self) -> &str {
         &self.arn

@@ -143,7 +143,7 @@ impl Ledger {
         Ok(())
     }
 
-    /// A page of the records of a tenant's tickets, by number, and where to go on.
+    /// A page of the records of a tenant's tickets, the last number first, and where to go on.
     ///
     /// # Errors
     /// If the table does not answer or an item does not parse.
@@ -152,7 +152,7 @@ impl Ledger {
         subject: &impl Subject,
         after: Option<String>,
     ) -> Result<(Vec<Record>, Option<String>), StoreError> {
-        let page = Page { prefix: item_key::TICKETS, newest_first: false, limit: 1_000, after };
+        let page = Page { prefix: item_key::TICKETS, newest_first: true, limit: 1_000, after };
         self.0.query(subject.tenant_id(), page).await
     }
 

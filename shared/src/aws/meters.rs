@@ -96,12 +96,11 @@ impl MeterStore {
         }
     }
 
-    /// A page of all meters that have something in flight, and where to go on. For the function that
-    /// collects what nobody settles.
+    /// A page of all tenants' meters, and where to go on. For the function that keeps the books.
     ///
     /// # Errors
     /// As [`MeterStore::read`].
-    pub async fn in_flight(
+    pub async fn page(
         &self,
         _bookkeeper: &crate::scope::Bookkeeper,
         after: Option<TenantId>,
@@ -112,9 +111,6 @@ impl MeterStore {
             .client
             .scan()
             .table_name(&self.0.name)
-            .filter_expression("size(#leases) > :none")
-            .expression_attribute_names("#leases", "leases")
-            .expression_attribute_values(":none", AttributeValue::N("0".to_owned()))
             .set_exclusive_start_key(start)
             .consistent_read(true)
             .send()

@@ -24,6 +24,9 @@ mod table;
 pub mod tenants;
 
 #[cfg(feature = "dynamodb")]
+pub mod usage;
+
+#[cfg(feature = "dynamodb")]
 pub use table::StoreError;
 
 /// The configuration of every AWS client: credentials, region and endpoints from the environment, and

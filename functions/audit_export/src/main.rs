@@ -1,0 +1,18 @@
+//! The audit export function's binary: telemetry, context, run.
+
+use std::sync::Arc;
+
+use audit_export::{Context, handle};
+use aws_lambda_events::dynamodb::Event;
+use lambda_runtime::{Error, LambdaEvent, run, service_fn};
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> Result<(), Error> {
+    shared::telemetry::init();
+    let context = Arc::new(Context::from_env().await?);
+    run(service_fn(|event: LambdaEvent<Event>| {
+        let context = Arc::clone(&context);
+        async move { Ok::<_, Error>(handle(&context, event.payload).await) }
+    }))
+    .await
+}

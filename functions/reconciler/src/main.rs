@@ -1,0 +1,17 @@
+//! The reconciler's binary: telemetry, context, run.
+
+use std::sync::Arc;
+
+use lambda_runtime::{Error, LambdaEvent, run, service_fn};
+use reconciler::{Context, Job, handle};
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> Result<(), Error> {
+    shared::telemetry::init();
+    let context = Arc::new(Context::from_env().await?);
+    run(service_fn(|event: LambdaEvent<Job>| {
+        let context = Arc::clone(&context);
+        async move { handle(&context, event.payload).await }
+    }))
+    .await
+}

@@ -1,0 +1,132 @@
+//! What was used and what it cost: `GET /v1/usage` for a tenant, `GET /admin/usage` for operators.
+
+mod view;
+
+use http::{Method, Response, StatusCode, header};
+use lambda_http::{Body, Error, Request};
+use serde::Serialize;
+use shared::api_key::Permission;
+use shared::aws::meters::MeterStore;
+use shared::aws::tenants::TenantStore;
+use shared::aws::usage::UsageStore;
+use shared::aws;
+use shared::clock::Clock;
+use shared::error::ApiError;
+use shared::gate::Gate;
+use shared::limits::Limits;
+use shared::meter::BillingMonth;
+use shared::scope::Subject;
+use shared::tenant::TenantId;
+use shared::{env, web};
+
+use view::View;
+
+/// What the function works with.
+pub struct Context {
+    gate: Gate,
+    meters: MeterStore,
+    tenants: TenantStore,
+    usage: UsageStore,
+    clock: Clock,
+}
+
+impl Context {
+    /// The context that the environment describes.
+    ///
+    /// # Errors
+    /// If a variable is absent; the error names it.
+    pub async fn from_env() -> Result<Self, Error> {
+        let config = aws::config().await;
+        let clock = Clock::system();
+        Ok(Self {
+            gate: Gate::from_env(&config, clock.clone())?,
+            meters: MeterStore::new(&config, env::text("METERS_TABLE")?),
+            tenants: TenantStore::new(&config, env::text("TENANTS_TABLE")?),
+            usage: UsageStore::new(&config, env::text("USAGE_TABLE")?),
+            clock,
+        })
+    }
+}
+
+/// Answers one request.
+pub async fn handle(context: &Context, request: Request) -> Response<Body> {
+    web::handle(request, &context.clock, async |request| match (request.method(), web::route(&request)) {
+        (&Method::GET, "/v1/usage") => own(context, request).await,
+        (&Method::GET, "/admin/usage") => all(context, request).await,
+        _ => Err(ApiError::not_found()),
+    })
+    .await
+}
+
+async fn own(context: &Context, request: Request) -> Result<Response<Body>, ApiError> {
+    let mut scope = web::tenant(&request, Permission::UsageRead, &context.clock)?;
+    let run = async |scope: &mut shared::scope::TenantScope| {
+        let month = month(context, &request)?;
+        context.gate.admit_read(scope).await?;
+        one(context, &*scope, scope.limits(), month).await
+    };
+    let view = context.gate.covering(&mut scope, run).await?;
+    Ok(if wants_csv(&request) { csv(&[view]) } else { web::reply(StatusCode::OK, &view) })
+}
+
+#[derive(Serialize)]
+struct All {
+    usage: Vec<View>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cursor: Option<TenantId>,
+}
+
+async fn all(context: &Context, request: Request) -> Result<Response<Body>, ApiError> {
+    let operator = web::operator(&request)?;
+    let month = month(context, &request)?;
+    let limit = web::page_size(&request)?;
+    let after: Option<String> = web::query(&request, "cursor")?;
+    let (tenants, cursor) = context.tenants.list(&operator, limit.into(), after.as_deref()).await?;
+    let mut usage = Vec::with_capacity(tenants.len());
+    for tenant in tenants {
+        let ward = operator.ward(tenant.tenant_id);
+        usage.push(one(context, &ward, &tenant.limits, month).await?);
+    }
+    if !wants_csv(&request) {
+        return Ok(web::reply(StatusCode::OK, &All { usage, cursor }));
+    }
+    let mut response = csv(&usage);
+    // A table has no place for a cursor.
+    if let Some(cursor) = cursor.and_then(|id| id.as_str().parse().ok()) {
+        response.headers_mut().insert("x-next-cursor", cursor);
+    }
+    Ok(response)
+}
+
+/// One tenant's month, and where it stands now.
+async fn one(
+    context: &Context,
+    subject: &impl Subject,
+    limits: &Limits,
+    month: BillingMonth,
+) -> Result<View, ApiError> {
+    let (bill, meter) =
+        tokio::try_join!(context.usage.month(subject, month), context.meters.read(subject))?;
+    let standing = meter.standing(limits, context.clock.now());
+    Ok(View::new(subject.tenant_id().clone(), month, &bill, limits, &standing))
+}
+
+fn month(context: &Context, request: &Request) -> Result<BillingMonth, ApiError> {
+    let month = web::query(request, "month")?;
+    Ok(month.unwrap_or_else(|| BillingMonth::of(context.clock.now().as_seconds())))
+}
+
+fn wants_csv(request: &Request) -> bool {
+    let accept = request.headers().get(header::ACCEPT).and_then(|value| value.to_str().ok());
+    accept.is_some_and(|accept| accept.split(',').any(|part| part.trim().starts_with("text/csv")))
+}
+
+fn csv(views: &[View]) -> Response<Body> {
+    let mut text = String::from(view::CSV_HEADER);
+    views.iter().for_each(|view| view.write_csv(&mut text));
+    let mut response = Response::new(Body::from(text));
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, http::HeaderValue::from_static("text/csv; charset=utf-8"));
+    headers.insert(header::CACHE_CONTROL, http::HeaderValue::from_static("no-store"));
+    response
+}

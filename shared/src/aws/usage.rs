@@ -1,0 +1,174 @@
+//! Table `usage`: the month's bill of each tenant, added up from the ledger's stream exactly once: how
+//! far the stream has been added up is kept in the same transaction as what it adds.
+
+use std::collections::BTreeMap;
+
+use aws_config::SdkConfig;
+use aws_sdk_dynamodb::types::{AttributeValue, TransactWriteItem, Update};
+
+use super::table::{Cancelled, Page, StoreError, Table};
+use crate::item_key::{self, SORT};
+use crate::meter::BillingMonth;
+use crate::scope::{Subject, Ward};
+use crate::tenant::TenantId;
+use crate::units::{NanoUsd, Tokens};
+use crate::usage::{Bill, Histogram, SequenceNumber, Sums};
+
+/// What the attributes that count durations are called before their bucket.
+const LATENCY: &str = "latency_";
+
+/// The most lines that one transaction adds to; DynamoDB takes 100 parts.
+pub const MOST_LINES: usize = 90;
+
+/// The table.
+#[derive(Clone, Debug)]
+pub struct UsageStore(Table);
+
+impl UsageStore {
+    /// The table of that name.
+    pub fn new(config: &SdkConfig, table: String) -> Self {
+        Self(Table::new(config, table))
+    }
+
+    /// How far the ledger's stream has been added up for a tenant.
+    ///
+    /// # Errors
+    /// If the table does not answer or the item does not parse.
+    pub async fn checkpoint(&self, ward: &Ward) -> Result<Option<SequenceNumber>, StoreError> {
+        #[derive(serde::Deserialize)]
+        struct Checkpoint {
+            through: SequenceNumber,
+        }
+        let checkpoint: Option<Checkpoint> = self.0.get(ward.tenant_id(), item_key::CHECKPOINT).await?;
+        Ok(checkpoint.map(|checkpoint| checkpoint.through))
+    }
+
+    /// Adds `bill`, which is what the stream holds after `from` and up to `through`. At most
+    /// [`MOST_LINES`] lines.
+    ///
+    /// # Errors
+    /// [`StoreError::Conflict`] if the stream has been added up to another place meanwhile; then
+    /// nothing is added. Otherwise if the table does not answer.
+    pub async fn add(
+        &self,
+        ward: &Ward,
+        bill: &Bill,
+        from: Option<&SequenceNumber>,
+        through: &SequenceNumber,
+    ) -> Result<(), StoreError> {
+        let mut checkpoint = Update::builder()
+            .table_name(&self.0.name)
+            .set_key(Some(Table::key(ward.tenant_id(), item_key::CHECKPOINT)))
+            .update_expression("SET #t = :through")
+            .expression_attribute_names("#t", "through")
+            .expression_attribute_values(":through", AttributeValue::S(through.to_string()));
+        checkpoint = match from {
+            None => checkpoint.condition_expression("attribute_not_exists(#t)"),
+            Some(from) => checkpoint
+                .condition_expression("#t = :from")
+                .expression_attribute_values(":from", AttributeValue::S(from.to_string())),
+        };
+        let checkpoint = checkpoint.build().map_err(|e| self.0.corrupt(e))?;
+        let mut parts = vec![TransactWriteItem::builder().update(checkpoint).build()];
+        for ((month, model), sums) in &bill.0 {
+            parts.push(self.addition(ward.tenant_id(), *month, model, sums)?);
+        }
+        match self.0.transact(parts).await {
+            Ok(()) => Ok(()),
+            Err(Cancelled::Conditions(_)) => Err(StoreError::Conflict),
+            Err(Cancelled::Failed(error)) => Err(error),
+        }
+    }
+
+    fn addition(
+        &self,
+        tenant: &TenantId,
+        month: BillingMonth,
+        model: &str,
+        sums: &Sums,
+    ) -> Result<TransactWriteItem, StoreError> {
+        let mut counts: Vec<(String, u64)> =
+            counters(sums).map(|(name, count)| (name.to_owned(), count)).into();
+        counts.extend(sums.latency.counts().iter().map(|(bucket, n)| (format!("{LATENCY}{bucket}"), *n)));
+        let mut update = Update::builder()
+            .table_name(&self.0.name)
+            .set_key(Some(Table::key(tenant, &item_key::usage_line(month, model))));
+        let mut parts = Vec::new();
+        for (place, (name, count)) in counts.into_iter().enumerate() {
+            update = update
+                .expression_attribute_names(format!("#{place}"), name)
+                .expression_attribute_values(format!(":{place}"), AttributeValue::N(count.to_string()));
+            parts.push(format!("#{place} :{place}"));
+        }
+        let update = update.update_expression(format!("ADD {}", parts.join(", ")));
+        let update = update.build().map_err(|e| self.0.corrupt(e))?;
+        Ok(TransactWriteItem::builder().update(update).build())
+    }
+
+    /// A tenant's bill of a month, as far as it has been added up.
+    ///
+    /// # Errors
+    /// If the table does not answer or an item does not parse.
+    pub async fn month(&self, subject: &impl Subject, month: BillingMonth) -> Result<Bill, StoreError> {
+        let prefix = item_key::usage_month(month);
+        let (mut bill, mut after) = (Bill::default(), None);
+        loop {
+            let page = Page { prefix: &prefix, newest_first: false, limit: 200, after };
+            let (items, next): (Vec<BTreeMap<String, serde_json::Value>>, _) =
+                self.0.query(subject.tenant_id(), page).await?;
+            for item in items {
+                let (model, sums) = self.line(&prefix, &item)?;
+                bill.0.insert((month, model), sums);
+            }
+            after = next;
+            if after.is_none() {
+                return Ok(bill);
+            }
+        }
+    }
+
+    fn line(
+        &self,
+        prefix: &str,
+        item: &BTreeMap<String, serde_json::Value>,
+    ) -> Result<(String, Sums), StoreError> {
+        let model = item.get(SORT).and_then(|sort| sort.as_str()?.strip_prefix(prefix));
+        let model = model.ok_or_else(|| self.0.missing())?.to_owned();
+        let number = |name: &str| match item.get(name) {
+            None => Ok(0),
+            Some(value) => value.as_u64().ok_or_else(|| self.0.missing()),
+        };
+        let mut sums = Sums {
+            requests: number("requests")?,
+            embedding_tokens: Tokens(number("embedding_tokens")?),
+            unreported_tokens: Tokens(number("unreported_tokens")?),
+            cost_nano_usd: NanoUsd(number("cost_nano_usd")?),
+            ..Sums::default()
+        };
+        sums.usage.input_tokens = Tokens(number("input_tokens")?);
+        sums.usage.output_tokens = Tokens(number("output_tokens")?);
+        sums.usage.cache_read_input_tokens = Tokens(number("cache_read_input_tokens")?);
+        sums.usage.cache_creation_input_tokens = Tokens(number("cache_creation_input_tokens")?);
+        let buckets = item.keys().filter_map(|name| name.strip_prefix(LATENCY)?.parse::<u8>().ok());
+        let mut counts = BTreeMap::new();
+        for bucket in buckets {
+            counts.insert(bucket, number(&format!("{LATENCY}{bucket}"))?);
+        }
+        sums.latency = Histogram::of(counts);
+        Ok((model, sums))
+    }
+}
+
+/// The attributes of a line, beside its durations.
+fn counters(sums: &Sums) -> [(&'static str, u64); 8] {
+    [
+        ("requests", sums.requests),
+        ("input_tokens", sums.usage.input_tokens.0),
+        ("output_tokens", sums.usage.output_tokens.0),
+        ("cache_read_input_tokens", sums.usage.cache_read_input_tokens.0),
+        ("cache_creation_input_tokens", sums.usage.cache_creation_input_tokens.0),
+        ("embedding_tokens", sums.embedding_tokens.0),
+        ("unreported_tokens", sums.unreported_tokens.0),
+        ("cost_nano_usd", sums.cost_nano_usd.0),
+    ]
+}
