@@ -13,6 +13,7 @@ pub mod offline_model;
 pub mod qdrant;
 pub mod queues;
 pub mod s3;
+pub mod schedules;
 pub mod secrets;
 pub mod serving;
 pub mod sigv4;

@@ -23,7 +23,7 @@ use crate::identity::{AdminKey, Identity, SeededTenant};
 use crate::lambda::{FunctionCredentials, Lambda, Options as LambdaOptions};
 use crate::serving::{replace_file, system_clock};
 use crate::template::{self, Template, TemplateError};
-use crate::{dynamodb, offline_embeddings, offline_model, qdrant, s3, secrets, sigv4, streams};
+use crate::{dynamodb, offline_embeddings, offline_model, qdrant, s3, schedules, secrets, sigv4, streams};
 
 /// How long a service may take to end once it is asked to.
 const GRACE: Duration = Duration::from_secs(4);
@@ -358,6 +358,11 @@ impl Stack {
                 let (written, stopped) = (dynamodb_front.written(), front.stopped());
                 let reading = streams::run(mapping, database.clone(), written, system_clock, stopped);
                 front.run("a stream's mapping", reading);
+            }
+            for schedule in &function.events.schedules {
+                let invoke = lambda.invoker(&function.logical_id);
+                let stopped = front.stopped();
+                front.run("a schedule", schedules::run(schedule.clone(), invoke, system_clock, stopped));
             }
         }
         let stopped = front.stopped();
