@@ -345,8 +345,10 @@ fn shard(table: &str) -> String {
     dynoxide::streams::shard_id(table)
 }
 
+/// To the millisecond, as Lambda writes it.
 fn rfc3339(time: Option<OffsetDateTime>) -> Option<String> {
-    time?.format(&Rfc3339).ok()
+    let time = time?;
+    time.replace_millisecond(time.millisecond()).unwrap_or(time).format(&Rfc3339).ok()
 }
 
 fn request<T: DeserializeOwned>(value: Value) -> Result<T, Error> {
