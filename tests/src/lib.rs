@@ -301,6 +301,13 @@ impl Stack {
         all
     }
 
+    /// The messages that a queue has been sent; `queue` is its name without the stack's prefix.
+    pub fn queue_messages(&self, queue: &str) -> Vec<Value> {
+        let path = Path::new(text(&self.ready, "queue_directory")).join(format!("bulkhead-{queue}.jsonl"));
+        let text = std::fs::read_to_string(path).unwrap_or_default();
+        text.lines().map(|line| serde_json::from_str(line).expect("a message is JSON")).collect()
+    }
+
     /// The data directory.
     pub fn data(&self) -> PathBuf {
         Path::new(text(&self.ready, "log_directory")).parent().expect("the data directory").to_owned()

@@ -19,7 +19,6 @@
 use std::future::Future;
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
 
 use axum::extract::{DefaultBodyLimit, Path, Query, State};
 use axum::response::{IntoResponse, Response};
@@ -34,9 +33,6 @@ use tokio::net::TcpListener;
 use crate::dynamodb::Front;
 use crate::lambda::{InvokeError, Lambda, MAX_PAYLOAD};
 use crate::serving;
-
-/// Longer than any function may take.
-const INVOKE: Duration = Duration::from_secs(1_000);
 
 /// What is steered.
 #[derive(Clone, Debug)]
@@ -73,8 +69,8 @@ async fn kill(State(control): State<Control>, Path(function): Path<String>) -> R
 }
 
 async fn invoke(State(control): State<Control>, Path(function): Path<String>, payload: Bytes) -> Response {
-    match control.lambda.invoke(&function, payload, INVOKE).await {
-        Ok(response) => ([(header::CONTENT_TYPE, "application/json")], response.payload).into_response(),
+    match control.lambda.invoker(&function)(payload).await {
+        Ok(result) => ([(header::CONTENT_TYPE, "application/json")], result).into_response(),
         Err(error) => {
             let status = match error {
                 InvokeError::UnknownFunction(_) => StatusCode::NOT_FOUND,

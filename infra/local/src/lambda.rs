@@ -22,6 +22,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
+use futures_util::future::BoxFuture;
 use tokio::net::TcpListener;
 use tokio::sync::{Notify, mpsc, oneshot};
 
@@ -36,6 +37,8 @@ use crate::template::Function;
 pub const MAX_PAYLOAD: usize = 6 * 1024 * 1024;
 /// How long a program may take until it asks for its first event.
 const INIT_TIMEOUT: Duration = Duration::from_secs(20);
+/// Longer than any function may take: for callers that wait as long as it takes.
+const WITHOUT_HURRY: Duration = Duration::from_secs(1_000);
 /// How long a process may take to end once it is told to.
 const STOP_GRACE: Duration = Duration::from_secs(2);
 /// How often idle processes are looked at.
@@ -166,6 +169,9 @@ pub struct StreamingResponse {
     pub body: mpsc::Receiver<Result<Bytes, InvokeError>>,
 }
 
+/// Invokes one function and answers its result.
+pub type Invoke = Arc<dyn Fn(Bytes) -> BoxFuture<'static, Result<Bytes, InvokeError>> + Send + Sync>;
+
 /// All functions of the stack.
 #[derive(Debug)]
 pub struct Lambda {
@@ -247,6 +253,18 @@ impl Lambda {
             }
         };
         tokio::time::timeout(wait, complete).await.unwrap_or(Err(InvokeError::Waited))
+    }
+
+    /// What invokes this function, however long it takes.
+    #[must_use]
+    pub fn invoker(self: &Arc<Self>, function: &str) -> Invoke {
+        let (lambda, function) = (Arc::clone(self), function.to_owned());
+        Arc::new(move |payload| {
+            let (lambda, function) = (Arc::clone(&lambda), function.clone());
+            Box::pin(async move {
+                lambda.invoke(&function, payload, WITHOUT_HURRY).await.map(|response| response.payload)
+            })
+        })
     }
 
     /// Invokes a function and waits until its response has begun, no longer than `wait`.

@@ -23,7 +23,7 @@ use crate::identity::{AdminKey, Identity, SeededTenant};
 use crate::lambda::{FunctionCredentials, Lambda, Options as LambdaOptions};
 use crate::serving::{replace_file, system_clock};
 use crate::template::{self, Template, TemplateError};
-use crate::{dynamodb, offline_embeddings, offline_model, qdrant, s3, secrets, sigv4};
+use crate::{dynamodb, offline_embeddings, offline_model, qdrant, s3, schedules, secrets, sigv4, streams};
 
 /// How long a service may take to end once it is asked to.
 const GRACE: Duration = Duration::from_secs(4);
@@ -140,6 +140,8 @@ pub struct Ready {
     pub control_url: String,
     /// What the functions print.
     pub log_directory: PathBuf,
+    /// The queues: for each a file of messages, one to a line.
+    pub queue_directory: PathBuf,
 }
 
 /// A running stack.
@@ -266,7 +268,7 @@ impl Stack {
         let failed = |service| {
             move |error: &dyn std::fmt::Display| StackError::Service { service, reason: error.to_string() }
         };
-        let logs = in_data("logs");
+        let (logs, queues) = (in_data("logs"), in_data("queues"));
         let mut options = LambdaOptions::new(
             config.functions.clone(),
             logs.clone(),
@@ -300,7 +302,8 @@ impl Stack {
         };
         let dynamodb_front = dynamodb::Front::new(&template.tables, functions, kill);
         let stopped = back.stopped();
-        let serving = dynamodb::serve(dynamodb_listener, database, Arc::clone(&dynamodb_front), stopped);
+        let serving =
+            dynamodb::serve(dynamodb_listener, database.clone(), Arc::clone(&dynamodb_front), stopped);
         back.run("DynamoDB", serving);
         let s3_options = s3::Options {
             directory: in_data("s3"),
@@ -336,6 +339,32 @@ impl Stack {
         back.run("Secrets Manager", secrets::serve(secrets_listener, store, stopped));
 
         let mut front = Services::new();
+        for function in &template.functions {
+            let arn = format!(
+                "arn:aws:lambda:{}:{}:function:{}",
+                template::REGION,
+                template::ACCOUNT,
+                function.name
+            );
+            for stream in &function.events.streams {
+                let mapping = streams::Mapping {
+                    stream: stream.clone(),
+                    function_arn: arn.clone(),
+                    invoke: lambda.invoker(&function.logical_id),
+                    position: in_data("streams")
+                        .join(format!("{}-{}.json", function.logical_id, stream.name)),
+                    queues: queues.clone(),
+                };
+                let (written, stopped) = (dynamodb_front.written(), front.stopped());
+                let reading = streams::run(mapping, database.clone(), written, system_clock, stopped);
+                front.run("a stream's mapping", reading);
+            }
+            for schedule in &function.events.schedules {
+                let invoke = lambda.invoker(&function.logical_id);
+                let stopped = front.stopped();
+                front.run("a schedule", schedules::run(schedule.clone(), invoke, system_clock, stopped));
+            }
+        }
         let stopped = front.stopped();
         let operators = vec![identity.admin.credentials()];
         let gateway =
@@ -365,6 +394,7 @@ impl Stack {
             embeddings_url,
             control_url: format!("{control_url}/_local"),
             log_directory: logs,
+            queue_directory: queues,
         };
         if let Some(path) = &config.ready_file {
             let text = serde_json::to_vec_pretty(&ready).map_err(|e| file(path, e.into()))?;
