@@ -99,7 +99,8 @@ async fn add(context: &Context, ward: &Ward, records: &[Placed]) -> Result<(), S
         let from = context.usage.checkpoint(ward).await?;
         let mut bill = Bill::default();
         let mut through = None;
-        for Placed { place, record } in records.iter().filter(|r| from.as_ref().is_none_or(|f| r.place > *f)) {
+        for Placed { place, record } in records.iter().filter(|r| from.as_ref().is_none_or(|f| r.place > *f))
+        {
             bill.add(record);
             through = Some(place);
             if bill.0.len() >= MOST_LINES {

@@ -119,7 +119,12 @@ mod tests {
 
     fn record(ticket: u64) -> Record {
         let lease: Lease = format!("c.{NOW_S}.130.100.7000.r-{ticket}").parse().unwrap();
-        Record::aborted("acme".parse().unwrap(), &lease, Ticket(ticket), Timestamp::from_millis(NOW_S * 1_000))
+        Record::aborted(
+            "acme".parse().unwrap(),
+            &lease,
+            Ticket(ticket),
+            Timestamp::from_millis(NOW_S * 1_000),
+        )
     }
 
     fn books(tickets: &[u64]) -> (Meter, Bill) {

@@ -152,10 +152,8 @@ async fn read(
     months: [BillingMonth; 2],
 ) -> Result<Reading, StoreError> {
     let bill = async || {
-        let (mut last, this) = tokio::try_join!(
-            context.usage.month(ward, months[0]),
-            context.usage.month(ward, months[1])
-        )?;
+        let (mut last, this) =
+            tokio::try_join!(context.usage.month(ward, months[0]), context.usage.month(ward, months[1]))?;
         last.0.extend(this.0);
         Ok::<_, StoreError>(last)
     };

@@ -6,10 +6,10 @@ use http::{Method, Response, StatusCode, header};
 use lambda_http::{Body, Error, Request};
 use serde::Serialize;
 use shared::api_key::Permission;
+use shared::aws;
 use shared::aws::meters::MeterStore;
 use shared::aws::tenants::TenantStore;
 use shared::aws::usage::UsageStore;
-use shared::aws;
 use shared::clock::Clock;
 use shared::error::ApiError;
 use shared::gate::Gate;
@@ -105,8 +105,7 @@ async fn one(
     limits: &Limits,
     month: BillingMonth,
 ) -> Result<View, ApiError> {
-    let (bill, meter) =
-        tokio::try_join!(context.usage.month(subject, month), context.meters.read(subject))?;
+    let (bill, meter) = tokio::try_join!(context.usage.month(subject, month), context.meters.read(subject))?;
     let standing = meter.standing(limits, context.clock.now());
     Ok(View::new(subject.tenant_id().clone(), month, &bill, limits, &standing))
 }

@@ -90,9 +90,5 @@ impl View {
 }
 
 fn latency(histogram: &Histogram) -> Latency {
-    Latency {
-        p50: histogram.quantile(0.5),
-        p90: histogram.quantile(0.9),
-        p99: histogram.quantile(0.99),
-    }
+    Latency { p50: histogram.quantile(0.5), p90: histogram.quantile(0.9), p99: histogram.quantile(0.99) }
 }
