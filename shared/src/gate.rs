@@ -29,6 +29,7 @@ use crate::retry::Backoff;
 use crate::scope::{Subject, TenantScope};
 use crate::tenant::{TenantId, Tier};
 use crate::units::{NanoUsd, Tokens};
+use crate::valve::Shed;
 
 /// A request's lease outlives its deadline by this: twice the skew of two clocks, and the time to say
 /// that there was none.
@@ -91,7 +92,7 @@ impl Admission {
 
 impl Tier {
     /// How long a request waits for one of the tenant's own to end, before it is refused.
-    const fn patience(self) -> Duration {
+    pub(crate) const fn patience(self) -> Duration {
         Duration::from_millis(match self {
             Self::Free => 0,
             Self::Starter => 500,
@@ -457,6 +458,18 @@ impl Gate {
         Ok(record)
     }
 
+    /// The refusal of a request that makes room at the model account for those of higher tiers.
+    pub async fn shed(&self, scope: &TenantScope, shed: Shed) -> ApiError {
+        let now = self.books.clock.now();
+        self.breaker(|b| b.refused(scope, Limit::Account, Some(shed.retry_at), true, now));
+        self.write_down_refusals(scope).await;
+        ApiError {
+            limit: Some(Limit::Account.name()),
+            retry_after_ms: Some(shed.retry_at.millis_since(now).max(1)),
+            ..ApiError::new(Code::Unavailable, "the model is in great demand; requests of this tier wait")
+        }
+    }
+
     /// Runs a request's handler. Whatever it answers, the tenant's standing is noted for the headers.
     ///
     /// # Errors
@@ -505,7 +518,7 @@ impl Gate {
         self.breaker(|b| b.refused(scope, limit, retry_at, from_memory, now));
         self.write_down_refusals(scope).await;
         let code = match limit {
-            Limit::Requests => Code::RateLimitExceeded,
+            Limit::Requests | Limit::Account => Code::RateLimitExceeded,
             Limit::Concurrency => Code::ConcurrencyLimitExceeded,
             Limit::Day | Limit::Month => Code::TokenBudgetExceeded,
         };
@@ -515,6 +528,7 @@ impl Gate {
             Limit::Concurrency => u64::from(limits.max_concurrent),
             Limit::Day => limits.tokens_per_day,
             Limit::Month => limits.monthly_token_budget,
+            Limit::Account => 0,
         };
         let message = match retry_at {
             Some(_) => format!("the tenant's limit {} of {value} is reached", limit.name()),

@@ -47,7 +47,7 @@ impl From<Work> for Action {
 impl From<Limit> for Action {
     fn from(limit: Limit) -> Self {
         match limit {
-            Limit::Requests | Limit::Concurrency => Self::RateLimited,
+            Limit::Requests | Limit::Concurrency | Limit::Account => Self::RateLimited,
             Limit::Day | Limit::Month => Self::BudgetExhausted,
         }
     }

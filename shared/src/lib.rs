@@ -21,6 +21,7 @@ pub mod limits;
 #[cfg(any(feature = "model", feature = "prompt"))]
 pub mod messages;
 pub mod meter;
+pub mod pressure;
 pub mod pricing;
 pub mod random;
 pub mod scope;
@@ -46,6 +47,8 @@ pub mod outbound;
 pub mod prompt;
 #[cfg(any(feature = "dynamodb", feature = "outbound", feature = "vectors"))]
 pub mod retry;
+#[cfg(feature = "dynamodb")]
+pub mod valve;
 #[cfg(feature = "vector-tokens")]
 pub mod vector_token;
 #[cfg(feature = "vectors")]

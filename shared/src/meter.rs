@@ -360,6 +360,8 @@ pub enum Limit {
     Day,
     /// `monthly_token_budget`
     Month,
+    /// The model account, which tenants share. Not the meter's, and of no tenant.
+    Account,
 }
 
 impl Limit {
@@ -370,6 +372,7 @@ impl Limit {
             Self::Concurrency => "max_concurrent",
             Self::Day => "tokens_per_day",
             Self::Month => "monthly_token_budget",
+            Self::Account => "model_account",
         }
     }
 }

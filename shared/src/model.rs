@@ -16,6 +16,7 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::messages::{ContentBlock, Message, MessagesRequest};
 use crate::outbound::{self, OutboundError};
+use crate::pressure::{self, Fill};
 use crate::pricing::Usage;
 use crate::secret::Secret;
 use crate::units::Tokens;
@@ -49,6 +50,7 @@ pub struct Answer {
     events: Pin<Box<dyn Stream<Item = Result<Event, OutboundError>> + Send>>,
     deadline: Instant,
     model: String,
+    fill: Option<Fill>,
     usage: Usage,
     /// Whether the service has reported the input.
     started: bool,
@@ -91,6 +93,7 @@ impl ModelClient {
     /// [`OutboundError`] if it does not.
     pub async fn ask(&self, request: &MessagesRequest, deadline: Instant) -> Result<Answer, OutboundError> {
         let response = outbound::send(|| self.post(&self.url).json(request), deadline).await?;
+        let fill = pressure::fill_of(response.headers());
         let events = response.bytes_stream().eventsource().map(|event| {
             event.map_err(|error| match error {
                 eventsource_stream::EventStreamError::Transport(error) => OutboundError::Connection(error),
@@ -101,6 +104,7 @@ impl ModelClient {
             events: Box::pin(events),
             deadline,
             model: request.model.clone(),
+            fill,
             usage: Usage::default(),
             started: false,
             stop_reason: None,
@@ -132,6 +136,11 @@ impl Answer {
     /// The model that answers, as the service names it.
     pub fn model(&self) -> &str {
         &self.model
+    }
+
+    /// How full the account's own limits are, if the service says.
+    pub fn fill(&self) -> Option<Fill> {
+        self.fill
     }
 
     /// What the answer used, and whether any of it is a bound: where the service has not said, because
@@ -283,6 +292,7 @@ mod tests {
             events: Box::pin(futures_util::stream::iter(events)),
             deadline: Instant::now() + Duration::from_secs(5),
             model: "asked".into(),
+            fill: None,
             usage: Usage::default(),
             started: false,
             stop_reason: None,

@@ -44,6 +44,16 @@ pub enum OutboundError {
 }
 
 impl OutboundError {
+    /// Whether the service is overloaded, and in how many milliseconds it wants to be asked again.
+    pub fn overload(&self) -> Option<Option<u64>> {
+        match self {
+            Self::Overloaded { retry_after, .. } => {
+                Some(retry_after.map(|wait| u64::try_from(wait.as_millis()).unwrap_or(u64::MAX)))
+            }
+            _ => None,
+        }
+    }
+
     /// Whether the service may have done, and may charge for, what it did not answer. A service that
     /// answers with an error charges nothing; one that was not reached did nothing.
     pub fn may_have_cost(&self) -> bool {

@@ -13,10 +13,12 @@ use shared::ledger::Entry;
 use shared::messages::MessagesRequest;
 use shared::meter::Work;
 use shared::model::{self, ModelEvent};
+use shared::outbound::OutboundError;
 use shared::pricing::Usage;
 use shared::prompt::{self, AnswerReader, Inputs, Outline, Passage, Prompt};
 use shared::scope::TenantScope;
 use shared::units::{NanoUsd, Tokens};
+use shared::valve::Call;
 use tokio::time::Instant;
 
 use crate::Context;
@@ -44,6 +46,7 @@ pub(crate) struct Answering {
 struct Ticketed {
     admission: Admission,
     entry: Entry,
+    call: Call,
 }
 
 /// What is known before the first word.
@@ -110,15 +113,18 @@ pub(crate) async fn begin(
     scope: &mut TenantScope,
     question: Question,
     started: Timestamp,
-    deadline: Instant,
+    time: Time,
 ) -> Result<Answering, ApiError> {
+    if let Err(shed) = context.valve.pass(scope.tier(), time.deadline).await {
+        return Err(context.gate.shed(scope, shed).await);
+    }
     let text = searched(&question.message.text);
     let needs = needs(context, scope, &question, &text);
-    let (admission, place) = context.gate.admit(scope, Work::Chat, &needs, deadline).await?;
+    let (admission, place) = context.gate.admit(scope, Work::Chat, &needs, time.deadline).await?;
     let entry = Entry { injection: question.message.injection.clone(), ..Entry::default() };
-    let mut ticketed = Ticketed { admission, entry };
+    let mut ticketed = Ticketed { admission, entry, call: Call::default() };
     let exact = place > 0;
-    match prepare(context, scope, &question, text, exact, &mut ticketed, deadline).await {
+    match prepare(context, scope, &question, text, exact, &mut ticketed, time).await {
         Ok(Prepared { upstream, reader, documents_retrieved, input_most }) => {
             let mut rng = context.entropy;
             Ok(Answering {
@@ -145,6 +151,20 @@ pub(crate) async fn begin(
     }
 }
 
+/// By when a request has to be answered, and when Lambda ends it.
+#[derive(Clone, Copy)]
+pub(crate) struct Time {
+    pub(crate) deadline: Instant,
+    pub(crate) ends_at_s: i64,
+}
+
+/// Tells the other instances if the service is overloaded.
+async fn note(context: &Context, error: &OutboundError) {
+    if let Some(retry_after_ms) = error.overload() {
+        context.valve.note_overloaded(retry_after_ms).await;
+    }
+}
+
 /// Puts a failed request on the books. If that fails too, its lease expires and its bound is charged.
 async fn fail(
     context: &Context,
@@ -153,11 +173,12 @@ async fn fail(
     started: Timestamp,
     error: &ApiError,
 ) {
-    let Ticketed { admission, mut entry } = ticketed;
+    let Ticketed { admission, mut entry, call } = ticketed;
     entry.error = Some(error.code);
     entry.latency_ms = context.clock.now().millis_since(started);
     let record = context.gate.draft(scope, &admission, entry);
-    if let Err(second) = context.gate.settle(scope, admission, record, Along::default()).await {
+    let settled = context.gate.settle(scope, admission, record, Along::default());
+    if let (Err(second), ()) = tokio::join!(settled, context.valve.end(call)) {
         tracing::error!("A failed request could not be settled: {second}");
     }
 }
@@ -176,14 +197,18 @@ async fn prepare(
     text: String,
     exact: bool,
     ticketed: &mut Ticketed,
-    deadline: Instant,
+    Time { deadline, ends_at_s }: Time,
 ) -> Result<Prepared, ApiError> {
-    let Ticketed { admission, entry } = ticketed;
+    let Ticketed { admission, entry, call } = ticketed;
     let collection = context.cells.read(scope, context.embeddings.model())?;
     let texts = [text];
     let now = context.clock.now();
-    let (history, embedded) =
-        tokio::join!(history(context, scope, question, now), context.embeddings.embed(&texts, deadline));
+    let (history, embedded, begun) = tokio::join!(
+        history(context, scope, question, now),
+        context.embeddings.embed(&texts, deadline),
+        context.valve.begin(ends_at_s)
+    );
+    *call = begun;
     let [text] = texts;
     let embedding_model = context.embeddings.model().name.clone();
     let vector = match embedded {
@@ -268,6 +293,7 @@ async fn prepare(
                 Usage::default()
             };
             entry.model = Some((question.model_name.clone(), usage));
+            note(context, &error).await;
             Err(error.into_api("the model"))
         }
     }
@@ -301,9 +327,20 @@ impl Answering {
     }
 
     /// Reads the answer to its end, and gives `show` its text as it comes.
-    pub(crate) async fn read(&mut self, mut show: impl FnMut(&str)) -> Result<(), ApiError> {
+    pub(crate) async fn read(
+        &mut self,
+        context: &Context,
+        mut show: impl FnMut(&str),
+    ) -> Result<(), ApiError> {
         while !self.ended {
-            let text = match self.upstream.next().await.map_err(|e| e.into_api("the model"))? {
+            let event = match self.upstream.next().await {
+                Ok(event) => event,
+                Err(error) => {
+                    note(context, &error).await;
+                    return Err(error.into_api("the model"));
+                }
+            };
+            let text = match event {
                 Some(ModelEvent::Text(delta)) => self.reader.text(&delta),
                 Some(ModelEvent::Citation { passage }) => {
                     self.reader.cite(passage);
@@ -333,16 +370,16 @@ impl Answering {
         read: Result<(), ApiError>,
         key: Option<&IdempotencyKey>,
     ) -> Result<Stored, ApiError> {
-        let Ticketed { admission, mut entry } = self.ticketed;
+        let Ticketed { admission, mut entry, call } = self.ticketed;
         let (usage, bound) = self.upstream.usage(self.input_most, self.output_most);
         entry.model = Some((self.model_name.clone(), usage));
         entry.estimated |= bound;
-        let ticketed = Ticketed { admission, entry };
+        let ticketed = Ticketed { admission, entry, call };
         if let Err(error) = read {
             fail(context, scope, ticketed, self.started, &error).await;
             return Err(error);
         }
-        let Ticketed { admission, mut entry } = ticketed;
+        let Ticketed { admission, mut entry, call } = ticketed;
         let now = context.clock.now();
         let latency_ms = now.millis_since(self.started);
         entry.latency_ms = latency_ms;
@@ -388,7 +425,14 @@ impl Answering {
             turn: Some((&context.conversations, &turn)),
             finished: key.map(|key| context.idempotency.finished(key, &stored, now)),
         };
-        let record = context.gate.settle(scope, admission, record, along).await?;
+        let fill = self.upstream.fill();
+        let settled = context.gate.settle(scope, admission, record, along);
+        let noted = async {
+            context.valve.end(call).await;
+            context.valve.note_limits(fill).await;
+        };
+        let (record, ()) = tokio::join!(settled, noted);
+        let record = record?;
         tracing::info!(
             model = turn.model,
             ticket = record.ticket.map(|ticket| ticket.0),

@@ -25,10 +25,12 @@ use shared::pricing::{self, EmbeddingPrices};
 use shared::random::{Entropy, entropy};
 use shared::scope::TenantScope;
 use shared::tenant::EmbeddingModel;
+use shared::valve::Valve;
 use shared::vectors::Cells;
 use shared::{env, outbound, web};
 use tracing::Instrument;
 
+use answer::Time;
 pub use body::ChatBody;
 use body::Events;
 use question::Question;
@@ -36,6 +38,7 @@ use question::Question;
 /// What the function works with.
 pub struct Context {
     gate: Gate,
+    valve: Valve,
     conversations: ConversationStore,
     idempotency: IdempotencyStore,
     cells: Cells,
@@ -70,6 +73,7 @@ impl Context {
         let conversations = env::text("CONVERSATIONS_TABLE")?;
         Ok(Self {
             gate: Gate::from_env(&config, clock.clone())?,
+            valve: Valve::from_env(&config, clock.clone())?,
             idempotency: IdempotencyStore::new(&config, conversations.clone()),
             conversations: ConversationStore::new(&config, conversations),
             cells: env::parsed("QDRANT_CELLS")?,
@@ -137,17 +141,16 @@ async fn prepare(
     request: &Request,
 ) -> Result<Prepared, ApiError> {
     let started = context.clock.now();
-    let deadline = web::deadline(request, &context.clock);
+    let time = Time { deadline: web::deadline(request, &context.clock), ends_at_s: web::ends_at_s(request) };
     let question = Question::parse(web::json(request)?, scope)?;
     let stream = question.stream;
     let key = web::idempotency_key(request, scope)?;
     if let Some(key) = &key {
-        let until_s = web::ends_at_s(request);
-        if let Some(stored) = context.idempotency.begin(scope, key, until_s, started).await? {
+        if let Some(stored) = context.idempotency.begin(scope, key, time.ends_at_s, started).await? {
             return Ok(Prepared::Answered(if stream { again(&stored)? } else { web::repeated(stored) }));
         }
     }
-    match answer::begin(context, scope, question, started, deadline).await {
+    match answer::begin(context, scope, question, started, time).await {
         Ok(answer) => Ok(Prepared::Answering(Begun { answer: Box::new(answer), stream }, key)),
         Err(error) => {
             context.idempotency.give_back(scope, key.as_ref()).await;
@@ -164,7 +167,7 @@ async fn finish(
     key: Option<IdempotencyKey>,
     show: impl FnMut(&str),
 ) -> Result<Stored, ApiError> {
-    let read = answer.read(show).await;
+    let read = answer.read(context, show).await;
     let settled = answer.settle(context, scope, read, key.as_ref()).await;
     if settled.is_err() {
         context.idempotency.give_back(scope, key.as_ref()).await;

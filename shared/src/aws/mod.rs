@@ -7,6 +7,8 @@ use aws_config::timeout::TimeoutConfig;
 use aws_config::{BehaviorVersion, SdkConfig};
 
 #[cfg(feature = "dynamodb")]
+pub mod accounts;
+#[cfg(feature = "dynamodb")]
 pub mod conversations;
 #[cfg(feature = "dynamodb")]
 pub mod documents;
