@@ -327,9 +327,7 @@ async fn a_record_that_is_too_old_is_given_up_untried() {
     let stream =
         StreamEvent { max_age: Some(Duration::from_secs(1)), on_failure: Some("old".into()), ..mapping() };
     let mut running = stand.run(stream, Vec::new());
-    while messages(&stand.queues(), "old").is_empty() {
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    stand.position(|after| after.is_some()).await;
     stand.put("b");
     assert_eq!(running.keys().await, ["b"]);
     running.stop().await;
