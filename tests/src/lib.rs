@@ -28,6 +28,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 pub struct Options {
     /// Milliseconds between two words of the offline model.
     pub model_delay_ms: u64,
+    /// Parameters of the template.
+    pub parameters: Vec<(&'static str, String)>,
     /// Whether the two tenants that a newcomer gets are left out.
     pub no_seed: bool,
     /// A data directory to use; its own otherwise.
@@ -129,6 +131,9 @@ impl Stack {
             .stdout(output.try_clone().expect("a second handle"))
             .stderr(output)
             .kill_on_drop(true);
+        for (name, value) in &options.parameters {
+            command.args(["--parameter", &format!("{name}={value}")]);
+        }
         if options.no_seed {
             command.arg("--no-seed");
         }

@@ -63,9 +63,17 @@ struct Arguments {
     /// Milliseconds between two words of the offline model
     #[arg(long, default_value_t = 0)]
     model_delay_ms: u64,
+    /// A parameter of the template, as NAME=VALUE; may be repeated
+    #[arg(long = "parameter", value_parser = parameter)]
+    parameters: Vec<(String, String)>,
     /// The functions' log level
     #[arg(long, default_value = "info")]
     log_level: String,
+}
+
+fn parameter(text: &str) -> Result<(String, String), String> {
+    let (name, value) = text.split_once('=').ok_or("it is written NAME=VALUE")?;
+    Ok((name.to_owned(), value.to_owned()))
 }
 
 #[tokio::main]
@@ -118,6 +126,7 @@ async fn run(arguments: Arguments) -> Result<(), String> {
         model,
         embeddings,
         model_delay_ms: arguments.model_delay_ms,
+        parameters: arguments.parameters,
         log_level: arguments.log_level,
     };
     let (mut terminate, mut interrupt) = signals().map_err(|e| format!("signals cannot be received: {e}"))?;

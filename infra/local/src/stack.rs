@@ -55,6 +55,8 @@ pub struct Config {
     pub embeddings: Option<(Endpoint, String, u32)>,
     /// Milliseconds between two words of the offline model.
     pub model_delay_ms: u64,
+    /// Values of the template's parameters, in place of those that the stack itself gives.
+    pub parameters: Vec<(String, String)>,
     /// The functions' log level.
     pub log_level: String,
 }
@@ -247,7 +249,7 @@ impl Stack {
             }
         };
 
-        let parameters = BTreeMap::from(
+        let mut parameters = BTreeMap::from(
             [
                 ("QdrantCells", format!("default={qdrant_url}")),
                 ("ModelUrl", model_url.clone()),
@@ -258,6 +260,7 @@ impl Stack {
             ]
             .map(|(name, value)| (name.to_owned(), value)),
         );
+        parameters.extend(config.parameters);
         let template = Template::load(&config.template, &parameters)?;
         for function in &template.functions {
             if !config.functions.join(&function.binary).is_file() {
