@@ -224,15 +224,53 @@ impl Stack {
 
     /// Writes an item into a table, past the functions: for states that no route makes.
     pub async fn put_item(&self, table: &str, item: Value) {
+        self.dynamodb("PutItem", table, json!({"Item": item})).await;
+    }
+
+    /// Makes a call on a table, past the functions, and returns its answer; `table` is its name without
+    /// the stack's prefix. Faults strike it as they do a function's, and the journal remembers it.
+    ///
+    /// # Panics
+    /// If it is refused.
+    pub async fn dynamodb(&self, operation: &str, table: &str, mut call: Value) -> Value {
+        call["TableName"] = format!("bulkhead-{table}").into();
         let request = self.http.post(text(&self.ready, "dynamodb_url"));
         let request = request
-            .header("x-amz-target", "DynamoDB_20120810.PutItem")
+            .header("x-amz-target", format!("DynamoDB_20120810.{operation}"))
             .header("content-type", "application/x-amz-json-1.0")
             .header("authorization", "AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/dynamodb/aws4_request, SignedHeaders=host, Signature=0")
             .header("x-amz-date", "20260101T000000Z")
-            .body(json!({"TableName": format!("bulkhead-{table}"), "Item": item}).to_string());
+            .body(call.to_string());
         let answer = Answer::read(request.send().await.expect("the table answers")).await;
-        assert!(answer.status.is_success(), "{}", answer.text);
+        assert!(answer.status.is_success(), "{operation}: {}", answer.text);
+        answer.json()
+    }
+
+    /// A tenant's items whose sort keys start with `prefix`, in their order, as plain JSON.
+    pub async fn items(&self, table: &str, tenant: &str, prefix: &str) -> Vec<Value> {
+        let (mut items, mut start) = (Vec::new(), None);
+        loop {
+            let mut query = json!({
+                "KeyConditionExpression": "tenant_id = :t AND begins_with(sk, :p)",
+                "ExpressionAttributeValues": {":t": {"S": tenant}, ":p": {"S": prefix}},
+                "ConsistentRead": true,
+            });
+            if let Some(start) = start {
+                query["ExclusiveStartKey"] = start;
+            }
+            let page = self.dynamodb("Query", table, query).await;
+            items.extend(page["Items"].as_array().expect("items").iter().map(plain_item));
+            start = page.get("LastEvaluatedKey").cloned();
+            if start.is_none() {
+                return items;
+            }
+        }
+    }
+
+    /// A tenant's meter as it is in its table.
+    pub async fn meter_item(&self, tenant: &str) -> Value {
+        let get = json!({"Key": {"tenant_id": {"S": tenant}}, "ConsistentRead": true});
+        self.dynamodb("GetItem", "meters", get).await["Item"].clone()
     }
 
     /// Kills the processes of a function, whatever they are doing.
@@ -287,6 +325,13 @@ impl Stack {
         let url = format!("{}/_faults", text(&self.ready, "model_url"));
         let answer = self.http.post(url).json(&fault).send().await.expect("the model answers");
         assert!(answer.status().is_success(), "{}", answer.text().await.unwrap());
+    }
+
+    /// How many calls the offline model has had, of the latest that it remembers.
+    pub async fn model_calls(&self) -> usize {
+        let url = format!("{}/_requests", text(&self.ready, "model_url"));
+        let all: Value = self.http.get(url).send().await.unwrap().json().await.unwrap();
+        all.as_array().expect("requests").len()
     }
 
     /// What the offline model was last sent.
@@ -355,6 +400,24 @@ pub async fn run_local(arguments: &[&str]) -> String {
     let output = tokio::time::timeout(PATIENCE, output).await.expect("it ends").expect("it runs");
     assert!(!output.status.success());
     String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// An item as plain JSON: `{"n": {"N": "1"}}` is `{"n": 1}`.
+pub fn plain_item(item: &Value) -> Value {
+    let fields = item.as_object().expect("an item").iter();
+    fields.map(|(name, value)| (name.clone(), plain(value))).collect::<serde_json::Map<_, _>>().into()
+}
+
+fn plain(value: &Value) -> Value {
+    let (kind, value) = value.as_object().and_then(|v| v.iter().next()).expect("an attribute's value");
+    match kind.as_str() {
+        "S" | "BOOL" => value.clone(),
+        "N" => value.as_str().expect("a number").parse::<serde_json::Number>().expect("a number").into(),
+        "L" => value.as_array().expect("a list").iter().map(plain).collect(),
+        "M" => plain_item(value),
+        "NULL" => Value::Null,
+        other => panic!("an attribute of type {other}"),
+    }
 }
 
 /// A client that waits as long as a person would.
