@@ -435,7 +435,7 @@ impl Gate {
         along: Along<'_>,
     ) -> Result<Record, ApiError> {
         let Admission { lease, ticket } = admission;
-        let record = match self.books.ledger.settle(scope, ticket, &record, along).await? {
+        let record = match Box::pin(self.books.ledger.settle(scope, ticket, &record, along)).await? {
             Entered::Ours => record,
             Entered::Theirs(theirs) => {
                 tracing::warn!(ticket = ticket.0, "The request was settled too late; its bound was charged");
@@ -452,7 +452,8 @@ impl Gate {
             );
         }
         let known = self.known(scope.tenant_id());
-        if let Some(state) = self.books.release(scope, known, &lease, charge).await {
+        let release = Box::pin(self.books.release(scope, known, &lease, charge));
+        if let Some(state) = release.await {
             self.remember(scope, &state);
         }
         Ok(record)

@@ -141,7 +141,7 @@ impl Valve {
         if let Some(known) = known {
             return known;
         }
-        match self.accounts.read(SHARED).await {
+        match Box::pin(self.accounts.read(SHARED)).await {
             Ok(notes) => {
                 let account = Account { notes, ceiling: self.ceiling };
                 self.known().1 = account.clone();

@@ -259,7 +259,8 @@ pub async fn handle<B: From<String>>(
         key.id = tracing::field::Empty,
     );
     async {
-        let result = run(request).await;
+        // Boxed, and so are what is nested deepest: the runtime moves this future about.
+        let result = Box::pin(run(request)).await;
         let latency_ms = clock.now().millis_since(started);
         let mut response = match result {
             Ok(response) => {

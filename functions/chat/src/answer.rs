@@ -124,7 +124,8 @@ pub(crate) async fn begin(
     let entry = Entry { injection: question.message.injection.clone(), ..Entry::default() };
     let mut ticketed = Ticketed { admission, entry, call: Call::default() };
     let exact = place > 0;
-    match prepare(context, scope, &question, text, exact, &mut ticketed, time).await {
+    let prepared = Box::pin(prepare(context, scope, &question, text, exact, &mut ticketed, time));
+    match prepared.await {
         Ok(Prepared { upstream, reader, documents_retrieved, input_most }) => {
             let mut rng = context.entropy;
             Ok(Answering {

@@ -145,10 +145,10 @@ async fn prepare(
     let question = Question::parse(web::json(request)?, scope)?;
     let stream = question.stream;
     let key = web::idempotency_key(request, scope)?;
-    if let Some(key) = &key {
-        if let Some(stored) = context.idempotency.begin(scope, key, time.ends_at_s, started).await? {
-            return Ok(Prepared::Answered(if stream { again(&stored)? } else { web::repeated(stored) }));
-        }
+    if let Some(key) = &key
+        && let Some(stored) = context.idempotency.begin(scope, key, time.ends_at_s, started).await?
+    {
+        return Ok(Prepared::Answered(if stream { again(&stored)? } else { web::repeated(stored) }));
     }
     match answer::begin(context, scope, question, started, time).await {
         Ok(answer) => Ok(Prepared::Answering(Begun { answer: Box::new(answer), stream }, key)),

@@ -136,7 +136,7 @@ async fn verify(context: &Context, ward: &impl Subject) -> Result<Verdict, Store
         if look > 0 {
             tokio::time::sleep(BETWEEN).await;
         }
-        last = read(context, ward, months).await?.judge();
+        last = Box::pin(read(context, ward, months)).await?.judge();
         if !matches!(last, Verdict::AtWork | Verdict::Behind(_)) {
             break;
         }

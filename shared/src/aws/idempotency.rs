@@ -96,7 +96,7 @@ impl IdempotencyStore {
         until_s: i64,
         now: Timestamp,
     ) -> Result<Option<Stored>, ApiError> {
-        match self.claim(scope, key, until_s, now).await? {
+        match Box::pin(self.claim(scope, key, until_s, now)).await? {
             Claimed::First => Ok(None),
             Claimed::Repeat(stored) => Ok(Some(stored)),
             Claimed::Running => {
