@@ -52,8 +52,10 @@ fn every_route_leads_to_a_function_with_a_binary() {
             "DELETE /v1/documents/{id} ingestion tenant buffered",
             "GET /admin/tenants provisioning iam buffered",
             "GET /admin/tenants/{id} provisioning iam buffered",
+            "GET /admin/usage usage iam buffered",
             "GET /v1/documents ingestion tenant buffered",
             "GET /v1/documents/{id} ingestion tenant buffered",
+            "GET /v1/usage usage tenant buffered",
             "POST /admin/tenants provisioning iam buffered",
             "POST /v1/chat chat tenant stream",
             "POST /v1/documents ingestion tenant buffered",
@@ -101,7 +103,7 @@ fn tables_and_buckets_are_as_declared() {
     assert_eq!(audit.stream_view.as_deref(), Some("NEW_IMAGE"));
     let meters = template.tables.iter().find(|t| t.logical_id == "Meters").unwrap();
     assert_eq!((&meters.range_key, &meters.ttl_attribute), (&None, &None));
-    assert_eq!(template.tables.len(), 6);
+    assert_eq!(template.tables.len(), 7);
 
     let bucket = template.buckets.iter().find(|b| b.logical_id == "AuditBucket").unwrap();
     assert_eq!(bucket.name, "bulkhead-audit-000000000000");
