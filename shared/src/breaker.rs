@@ -27,18 +27,28 @@ pub struct Breaker {
 struct Refusals {
     ward: Ward,
     in_a_row: u32,
-    open: Option<(Limit, Timestamp)>,
+    open: Option<Open>,
     /// By limit: how many, and since when. A limit that was just written down stays with none.
     gathered: HashMap<Limit, (u64, Timestamp)>,
 }
 
+/// What a tenant is refused by without being asked for.
+#[derive(Clone, Copy, Debug)]
+struct Open {
+    limit: Limit,
+    /// When there may be room, as the meter said.
+    retry_at: Timestamp,
+    /// Until when that is believed.
+    until: Timestamp,
+}
+
 impl Breaker {
-    /// The limit by which a tenant is refused from memory, and until when; nothing if it has to be
-    /// asked.
+    /// The limit by which a tenant is refused from memory, and when there may be room; nothing if it
+    /// has to be asked.
     pub fn open(&mut self, tenant: &TenantId, now: Timestamp) -> Option<(Limit, Timestamp)> {
         let refusals = self.tenants.get_mut(tenant)?;
-        refusals.open = refusals.open.filter(|(_, until)| now < *until);
-        refusals.open
+        refusals.open = refusals.open.filter(|open| now < open.until);
+        refusals.open.map(|open| (open.limit, open.retry_at))
     }
 
     /// Counts a refusal.
@@ -64,7 +74,8 @@ impl Breaker {
             if refusals.in_a_row >= TRIPS_AFTER
                 && let Some(retry_at) = retry_at
             {
-                refusals.open = Some((limit, retry_at.min(now.plus_millis(COOL_DOWN_MS))));
+                let until = retry_at.min(now.plus_millis(COOL_DOWN_MS));
+                refusals.open = Some(Open { limit, retry_at, until });
             }
         }
     }

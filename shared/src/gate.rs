@@ -13,7 +13,7 @@ use aws_config::SdkConfig;
 use rand::RngExt;
 use tokio::time::Instant;
 
-use crate::api_key::verify;
+use crate::api_key::{Permission, verify};
 use crate::aws::StoreError;
 use crate::aws::ledger::{Along, Entered, Ledger};
 use crate::aws::meters::{MeterStore, Written};
@@ -26,8 +26,8 @@ use crate::ledger::{Entry, Record};
 use crate::meter::{Asker, Charged, Collected, Lease, Limit, Meter, Refusal, Ticket, Want, Work};
 use crate::random::entropy;
 use crate::retry::Backoff;
-use crate::scope::{Subject, TenantScope};
-use crate::tenant::{TenantId, Tier};
+use crate::scope::{Caller, ScopeError, Subject, TenantScope};
+use crate::tenant::{TenantId, TenantStatus, Tier};
 use crate::units::{NanoUsd, Tokens};
 use crate::valve::Shed;
 
@@ -311,10 +311,7 @@ impl Gate {
                     renewed = true;
                 }
                 Refusal::Stale => return Err(ApiError::unavailable("the tenant's present state")),
-                Refusal::Inactive => {
-                    let message = "the tenant is suspended; its operator can say why";
-                    return Err(ApiError::new(Code::TenantSuspended, message));
-                }
+                Refusal::Inactive => return Err(ScopeError::Suspended.into()),
                 Refusal::Limit { limit: Limit::Concurrency, retry_at: Some(_) }
                     if Instant::now() < patience =>
                 {
@@ -471,27 +468,48 @@ impl Gate {
         }
     }
 
-    /// Runs a request's handler. Whatever it answers, the tenant's standing is noted for the headers.
+    /// Lets a caller in to what needs `permission`, and runs its request. Whatever comes of it, the
+    /// tenant's standing is noted for the headers.
     ///
     /// # Errors
-    /// Those of `run`.
-    pub async fn covering<T>(
+    /// Why it is not let in; or those of `run`.
+    pub async fn enter<T>(
         &self,
-        scope: &mut TenantScope,
-        run: impl AsyncFnOnce(&mut TenantScope) -> Result<T, ApiError>,
+        caller: Caller,
+        permission: Permission,
+        run: impl AsyncFnOnce(TenantScope) -> Result<T, ApiError>,
     ) -> Result<T, ApiError> {
-        // Boxed: what is nested in it is deep, and the compiler has its limits.
-        let result = Box::pin(run(scope)).await;
-        if scope.standing().get().is_none() {
-            match self.known(scope.tenant_id()) {
-                Some(state) => self.remember(scope, &state),
-                None => match self.books.meters.read(scope).await {
-                    Ok(state) => self.remember(scope, &state),
-                    Err(error) => tracing::warn!("The answer lacks its rate-limit headers: {error}"),
-                },
+        let (ward, limits, note) = (caller.ward(), caller.limits().clone(), caller.standing().clone());
+        let result = match TenantScope::open(caller, permission, self.books.clock.now()) {
+            // Boxed: what is nested in it is deep, and the compiler has its limits.
+            Ok(scope) => Box::pin(run(scope)).await,
+            Err(error) => Err(error.into()),
+        };
+        if note.get().is_none() {
+            let known = match self.known(ward.tenant_id()) {
+                Some(state) => Ok(state),
+                None => self.books.meters.read(&ward).await,
+            };
+            match known {
+                Ok(state) => note.set(state.standing(&limits, self.books.clock.now())),
+                Err(error) => tracing::warn!("The answer lacks its rate-limit headers: {error}"),
             }
         }
         result
+    }
+
+    /// Makes sure that a caller who is answered without an admission would be let in now, whatever API
+    /// Gateway has kept: a first result is shown again to nobody who has been shut out since.
+    ///
+    /// # Errors
+    /// The refusal that the caller is to see.
+    pub async fn recheck(&self, scope: &mut TenantScope) -> Result<(), ApiError> {
+        let state = self.books.meters.read(scope).await?;
+        self.remember(scope, &state);
+        if state.status != TenantStatus::Active {
+            return Err(ScopeError::Suspended.into());
+        }
+        if scope.epoch() < state.epoch { self.renew(scope).await } else { Ok(()) }
     }
 
     /// Reads the tenant's and the key's present records, and decides anew.

@@ -87,7 +87,7 @@ impl ModelClient {
         Ok(Tokens(counted.input_tokens))
     }
 
-    /// Asks, and returns once the service has begun to answer.
+    /// Asks, and returns once the service has begun to answer: it has said which model answers.
     ///
     /// # Errors
     /// [`OutboundError`] if it does not.
@@ -100,7 +100,7 @@ impl ModelClient {
                 other => OutboundError::Malformed(other.to_string()),
             })
         });
-        Ok(Answer {
+        let mut answer = Answer {
             events: Box::pin(events),
             deadline,
             model: request.model.clone(),
@@ -109,7 +109,14 @@ impl ModelClient {
             started: false,
             stop_reason: None,
             complete: false,
-        })
+        };
+        while !answer.started {
+            let data = answer.data().await?;
+            if answer.take(&data)?.is_some() || answer.complete {
+                return Err(OutboundError::Malformed("the answer has no beginning".into()));
+            }
+        }
+        Ok(answer)
     }
 }
 
@@ -120,17 +127,22 @@ impl Answer {
     /// [`OutboundError`] if the answer breaks off.
     pub async fn next(&mut self) -> Result<Option<ModelEvent>, OutboundError> {
         while !self.complete {
-            let patience = self.deadline.min(Instant::now() + SILENCE);
-            let event = match timeout_at(patience, self.events.next()).await {
-                Err(_) => return Err(OutboundError::Deadline),
-                Ok(None) => return Err(OutboundError::Malformed("the answer broke off".into())),
-                Ok(Some(event)) => event?,
-            };
-            if let Some(event) = self.take(&event.data)? {
+            let data = self.data().await?;
+            if let Some(event) = self.take(&data)? {
                 return Ok(Some(event));
             }
         }
         Ok(None)
+    }
+
+    /// The data of the service's next event.
+    async fn data(&mut self) -> Result<String, OutboundError> {
+        let patience = self.deadline.min(Instant::now() + SILENCE);
+        match timeout_at(patience, self.events.next()).await {
+            Err(_) => Err(OutboundError::Deadline),
+            Ok(None) => Err(OutboundError::Malformed("the answer broke off".into())),
+            Ok(Some(event)) => Ok(event?.data),
+        }
     }
 
     /// The model that answers, as the service names it.

@@ -1,8 +1,8 @@
 //! Whose request this is: a [`TenantScope`] or an [`Operator`], neither of which can be made up.
 //!
 //! The authorizer turns a [`VerifiedKey`] into a [`Decision`]; API Gateway carries it, outside the
-//! caller's reach, into the function's event; there [`TenantScope::open`] reads it back and checks what
-//! a cached decision cannot know. Every store call of a tenant takes the scope, so code that has not
+//! caller's reach, into the function's event; there [`Caller::of`] reads it back and
+//! [`TenantScope::open`] checks what a cached decision cannot know. Every store call of a tenant takes the scope, so code that has not
 //! come this way cannot name a tenant's data.
 
 use std::collections::{BTreeSet, HashMap};
@@ -160,6 +160,63 @@ impl Decision {
 #[error("a record of another tenant")]
 pub struct ForeignRecord;
 
+/// A request with a recognised key, before it is let in to anything.
+#[derive(Debug)]
+pub struct Caller {
+    decision: Decision,
+    user: Option<http::HeaderValue>,
+    presented: Option<ApiKey>,
+    request_id: RequestId,
+    standing: StandingNote,
+}
+
+impl Caller {
+    /// Who asks, from what API Gateway put into the event. Nothing that the caller wrote takes part,
+    /// except the user's name, which is only an assertion.
+    ///
+    /// # Errors
+    /// [`ScopeError::Unauthorized`].
+    pub fn of(
+        context: &ApiGatewayProxyRequestContext,
+        headers: &http::HeaderMap,
+        standing: StandingNote,
+    ) -> Result<Self, ScopeError> {
+        let authorization = headers.get(http::header::AUTHORIZATION).and_then(|value| value.to_str().ok());
+        Ok(Self {
+            decision: Decision::from_context(&context.authorizer.fields).ok_or(ScopeError::Unauthorized)?,
+            user: headers.get(USER_HEADER).cloned(),
+            presented: authorization.and_then(|value| ApiKey::from_authorization(value).ok()),
+            request_id: RequestId(context.request_id.clone().unwrap_or_default()),
+            standing,
+        })
+    }
+
+    /// The tenant.
+    pub fn tenant_id(&self) -> &TenantId {
+        &self.decision.tenant_id
+    }
+
+    /// The key that was presented.
+    pub fn key_id(&self) -> &KeyId {
+        &self.decision.key_id
+    }
+
+    /// The tenant's limits.
+    pub fn limits(&self) -> &Limits {
+        &self.decision.limits
+    }
+
+    /// Where the tenant's standing is noted for the answer's headers.
+    pub fn standing(&self) -> &StandingNote {
+        &self.standing
+    }
+
+    /// The tenant's books, whether or not the caller is let in to anything else.
+    pub fn ward(&self) -> Ward {
+        Ward(self.decision.tenant_id.clone())
+    }
+}
+
 /// One tenant's request: the only key to that tenant's data. It is not `Clone`, cannot be serialised,
 /// and has no public constructor but [`TenantScope::open`].
 #[derive(Debug)]
@@ -267,18 +324,12 @@ impl From<ScopeError> for ApiError {
 }
 
 impl TenantScope {
-    /// Opens the scope of a request that needs `permission`, from what API Gateway put into the event.
-    /// Nothing that the caller wrote takes part, except the user's name, which is only an assertion.
+    /// Opens the scope of a caller's request that needs `permission`.
     ///
     /// # Errors
     /// [`ScopeError`]; everything a cached decision cannot know is checked here, on each request.
-    pub fn open(
-        context: &ApiGatewayProxyRequestContext,
-        headers: &http::HeaderMap,
-        permission: Permission,
-        now: Timestamp,
-    ) -> Result<Self, ScopeError> {
-        let decision = Decision::from_context(&context.authorizer.fields).ok_or(ScopeError::Unauthorized)?;
+    pub fn open(caller: Caller, permission: Permission, now: Timestamp) -> Result<Self, ScopeError> {
+        let Caller { decision, user, presented, request_id, standing } = caller;
         if decision.key_expires_at.is_some_and(|at| at <= now) {
             return Err(ScopeError::KeyExpired);
         }
@@ -290,8 +341,7 @@ impl TenantScope {
         if !decision.permissions.contains(&permission) {
             return Err(ScopeError::Lacks(permission));
         }
-        let user_id = headers
-            .get(USER_HEADER)
+        let user_id = user
             .map(|value| {
                 std::str::from_utf8(value.as_bytes())
                     .ok()
@@ -299,10 +349,7 @@ impl TenantScope {
                     .ok_or(ScopeError::InvalidUser)
             })
             .transpose()?;
-        let request_id = RequestId(context.request_id.clone().unwrap_or_default());
-        let authorization = headers.get(http::header::AUTHORIZATION).and_then(|value| value.to_str().ok());
-        let presented = authorization.and_then(|value| ApiKey::from_authorization(value).ok());
-        Ok(Self { decision, permission, presented, user_id, request_id, standing: StandingNote::default() })
+        Ok(Self { decision, permission, presented, user_id, request_id, standing })
     }
 
     /// The key that the request presents: to verify it again where the decision about it has grown
@@ -343,11 +390,6 @@ impl TenantScope {
     /// Where the tenant's standing is noted for the answer's headers.
     pub fn standing(&self) -> &StandingNote {
         &self.standing
-    }
-
-    /// Notes the standing elsewhere: where the answer is put together.
-    pub fn note_standing_in(&mut self, note: StandingNote) {
-        self.standing = note;
     }
 
     /// The tenant's books beyond this request.
@@ -495,7 +537,8 @@ mod tests {
     }
 
     fn open(context: &ApiGatewayProxyRequestContext, at: Timestamp) -> Result<TenantScope, ScopeError> {
-        TenantScope::open(context, &http::HeaderMap::new(), Permission::Chat, at)
+        let caller = Caller::of(context, &http::HeaderMap::new(), StandingNote::default())?;
+        TenantScope::open(caller, Permission::Chat, at)
     }
 
     #[test]
@@ -528,7 +571,8 @@ mod tests {
         let with = |value: &[u8]| {
             let mut headers = http::HeaderMap::new();
             headers.insert(USER_HEADER, http::HeaderValue::from_bytes(value).unwrap());
-            TenantScope::open(&context, &headers, Permission::Chat, NOW)
+            let caller = Caller::of(&context, &headers, StandingNote::default()).unwrap();
+            TenantScope::open(caller, Permission::Chat, NOW)
         };
         assert_eq!(with("zoë".as_bytes()).unwrap().user_id().unwrap().as_str(), "zoë");
         for bad in [&b""[..], &b"\xff"[..], &[b'x'; 257][..]] {

@@ -11,12 +11,11 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::time::Instant;
 
-use crate::api_key::Permission;
 use crate::clock::Clock;
 use crate::error::{ApiError, Code};
 use crate::idempotency::{self, IdempotencyKey, Stored};
 use crate::meter::{Remaining, Standing};
-use crate::scope::{Operator, RequestId, StandingNote, TenantScope};
+use crate::scope::{Caller, Operator, RequestId, StandingNote, TenantScope};
 
 /// The header that carries a request's id.
 pub const REQUEST_ID: &str = "x-request-id";
@@ -42,18 +41,18 @@ pub fn route(request: &Request) -> &str {
     context(request).and_then(|c| c.resource_path.as_deref()).unwrap_or_default()
 }
 
-/// Opens the scope of a tenant's request.
+/// Who sends a tenant's request.
 ///
 /// # Errors
 /// The refusal that the caller is to see.
-pub fn tenant(request: &Request, permission: Permission, clock: &Clock) -> Result<TenantScope, ApiError> {
+pub fn caller(request: &Request) -> Result<Caller, ApiError> {
     let context = context(request).ok_or_else(|| ApiError::new(Code::InvalidKey, "not a valid API key"))?;
-    let mut scope = TenantScope::open(context, request.headers(), permission, clock.now())?;
-    scope.note_standing_in(request.extensions().get::<StandingNote>().cloned().unwrap_or_default());
+    let standing = request.extensions().get::<StandingNote>().cloned().unwrap_or_default();
+    let caller = Caller::of(context, request.headers(), standing)?;
     let span = tracing::Span::current();
-    span.record("tenant.id", scope.tenant_id().as_str());
-    span.record("key.id", scope.key_id().as_str());
-    Ok(scope)
+    span.record("tenant.id", caller.tenant_id().as_str());
+    span.record("key.id", caller.key_id().as_str());
+    Ok(caller)
 }
 
 /// Opens the control plane for an operator's request.

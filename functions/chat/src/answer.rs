@@ -322,7 +322,7 @@ impl Answering {
         Meta {
             id: self.id.clone(),
             conversation_id: self.conversation_id.clone(),
-            model: self.model_name.clone(),
+            model: self.upstream.model().to_owned(),
             documents_retrieved: self.documents_retrieved,
         }
     }

@@ -99,9 +99,9 @@ pub async fn handle(context: Arc<Context>, request: Request) -> Response<ChatBod
 }
 
 async fn chat(context: Arc<Context>, request: Request) -> Result<Response<ChatBody>, ApiError> {
-    let mut scope = web::tenant(&request, Permission::Chat, &context.clock)?;
-    let handled = context.gate.covering(&mut scope, async |scope| prepare(&context, scope, &request).await);
-    let (answering, key) = match handled.await? {
+    let prepared = async |mut scope: TenantScope| Ok((prepare(&context, &mut scope, &request).await?, scope));
+    let (prepared, scope) = context.gate.enter(web::caller(&request)?, Permission::Chat, prepared).await?;
+    let (answering, key) = match prepared {
         Prepared::Answering(answering, key) => (answering, key),
         Prepared::Answered(response) => return Ok(response),
     };
@@ -148,6 +148,7 @@ async fn prepare(
     if let Some(key) = &key
         && let Some(stored) = context.idempotency.begin(scope, key, time.ends_at_s, started).await?
     {
+        context.gate.recheck(scope).await?;
         return Ok(Prepared::Answered(if stream { again(&stored)? } else { web::repeated(stored) }));
     }
     match answer::begin(context, scope, question, started, time).await {

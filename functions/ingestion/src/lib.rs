@@ -77,14 +77,15 @@ pub async fn handle(context: &Context, request: Request) -> Response<Body> {
 }
 
 impl Context {
-    /// Opens the scope of a request that needs `permission`, and handles it.
+    /// Handles a request that needs `permission`.
     async fn run(
         &self,
         request: Request,
         permission: Permission,
         handler: impl AsyncFnOnce(&Self, &mut TenantScope, Request) -> Result<Response<Body>, ApiError>,
     ) -> Result<Response<Body>, ApiError> {
-        let mut scope = web::tenant(&request, permission, &self.clock)?;
-        self.gate.covering(&mut scope, async |scope| handler(self, scope, request).await).await
+        let caller = web::caller(&request)?;
+        let run = async |mut scope: TenantScope| handler(self, &mut scope, request).await;
+        self.gate.enter(caller, permission, run).await
     }
 }

@@ -138,6 +138,7 @@ pub(crate) async fn handle(
     if let Some(key) = &key
         && let Some(stored) = context.idempotency.begin(scope, key, ends_at_s, started).await?
     {
+        context.gate.recheck(scope).await?;
         return Ok(web::repeated(stored));
     }
     // Nothing is reserved yet: each document reserves what it needs once that is known.

@@ -64,6 +64,7 @@ pub(crate) async fn handle(
     if let Some(key) = &key
         && let Some(stored) = context.idempotency.begin(scope, key, web::ends_at_s(&request), started).await?
     {
+        context.gate.recheck(scope).await?;
         return Ok(web::repeated(stored));
     }
     // Exactly what the call can use, so that nothing has to be reserved on the way.

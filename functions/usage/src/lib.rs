@@ -15,7 +15,7 @@ use shared::error::ApiError;
 use shared::gate::Gate;
 use shared::limits::Limits;
 use shared::meter::BillingMonth;
-use shared::scope::Subject;
+use shared::scope::{Subject, TenantScope};
 use shared::tenant::TenantId;
 use shared::{env, web};
 
@@ -59,13 +59,12 @@ pub async fn handle(context: &Context, request: Request) -> Response<Body> {
 }
 
 async fn own(context: &Context, request: Request) -> Result<Response<Body>, ApiError> {
-    let mut scope = web::tenant(&request, Permission::UsageRead, &context.clock)?;
-    let run = async |scope: &mut shared::scope::TenantScope| {
+    let run = async |mut scope: TenantScope| {
         let month = month(context, &request)?;
-        context.gate.admit_read(scope).await?;
-        one(context, &*scope, scope.limits(), month).await
+        context.gate.admit_read(&mut scope).await?;
+        one(context, &scope, scope.limits(), month).await
     };
-    let view = context.gate.covering(&mut scope, run).await?;
+    let view = context.gate.enter(web::caller(&request)?, Permission::UsageRead, run).await?;
     Ok(if wants_csv(&request) { csv(&[view]) } else { web::reply(StatusCode::OK, &view) })
 }
 

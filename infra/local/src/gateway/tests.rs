@@ -167,9 +167,9 @@ async fn the_authorizer_decides_and_its_decision_is_kept_by_the_header_alone() {
 
     assert_eq!(code(stack.search("Bearer unknown").await, 401).await, "invalid_key");
     assert_eq!(code(stack.search("Bearer denied").await, 403).await, "insufficient_scope");
-    assert_eq!(code(stack.search("Bearer object").await, 500).await, "unavailable");
-    assert_eq!(code(stack.search("Bearer broken").await, 500).await, "unavailable");
-    assert_eq!(code(stack.search("Bearer crash").await, 500).await, "unavailable");
+    assert_eq!(code(stack.search("Bearer object").await, 503).await, "unavailable");
+    assert_eq!(code(stack.search("Bearer broken").await, 503).await, "unavailable");
+    assert_eq!(code(stack.search("Bearer crash").await, 503).await, "unavailable");
 
     // The kept policy is held against each route.
     assert_eq!(stack.search("Bearer narrow").await.status(), 201);
