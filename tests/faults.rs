@@ -1,7 +1,7 @@
 //! Faults: whatever breaks, the client gets a clean error object and the next request works.
 
 use reqwest::StatusCode;
-use serde_json::json;
+use serde_json::{Value, json};
 use tests::{Options, Stack, all_events};
 
 const FACT: &str = "The lighthouse of Port Ellen was lit for the first time in 1832.";
@@ -52,9 +52,11 @@ async fn a_throttled_table_is_asked_again() {
     let calls = stack.dynamodb_calls().await;
     let throttled: Vec<_> = calls.iter().filter(|call| call["error"] == "ThrottlingException").collect();
     assert_eq!(throttled.len(), 1, "{calls:?}");
-    let table = "bulkhead-conversations";
-    assert_eq!(throttled[0]["tables"], json!([table]));
-    assert!(calls.iter().any(|call| call["operation"] == "PutItem" && call["consumed"][table].is_number()));
+    // The answer is settled and kept in one transaction.
+    let [ledger, turns] = ["bulkhead-audit", "bulkhead-conversations"];
+    assert_eq!(throttled[0]["tables"], json!([ledger, turns]));
+    let settled = |call: &&Value| call["tables"] == json!([ledger, turns]) && call["error"].is_null();
+    assert_eq!(calls.iter().filter(settled).count(), 1, "{calls:?}");
 
     // Nothing is left of what a test asked for.
     stack.dynamodb_faults(json!({"rules": [{"mode": "error"}]})).await;
@@ -75,8 +77,11 @@ async fn an_overloaded_model_is_asked_again_and_then_reported() {
     let answer = acme.chat(json!({"message": QUESTION, "stream": true})).await;
     assert_eq!(answer.expect_error(502, "model_unavailable")["retry_after_ms"], 30_000);
     assert_eq!(answer.headers["retry-after"], "30");
+    // The account is full: whoever can be asked to wait for it waits, and is told so.
     stack.model_fault(json!({"mode": "none"})).await;
-    acme.ask(QUESTION).await;
+    let refused = acme.chat(json!({"message": QUESTION})).await.expect_error(503, "unavailable");
+    assert_eq!(refused["limit"], "model_account");
+    stack.tenant("globex").ask(QUESTION).await;
 }
 
 #[tokio::test]
