@@ -5,6 +5,8 @@
 //! [`aws`] is the only module that imports `aws_sdk_*`.
 
 pub mod api_key;
+#[cfg(feature = "audit-log")]
+pub mod audit_log;
 pub mod breaker;
 #[cfg(feature = "chunk")]
 pub mod chunk;
