@@ -65,8 +65,18 @@ pub fn usage_line(month: BillingMonth, model: &str) -> String {
     format!("USAGE#{month}#{model}")
 }
 
-/// Table `usage`: how far the ledger's stream has been added up.
-pub const CHECKPOINT: &str = "CHECKPOINT";
+/// Table `audit`: the index of the records that are not exported yet, by when they were written.
+pub const PENDING_INDEX: &str = "pending";
+/// Table `audit`: the index's sort key. A record has it until it is exported.
+pub const PENDING: &str = "pending";
+
+/// Table `audit`: where the record under the sort key `sort` stands among those not exported yet.
+pub fn pending(time: Timestamp, sort: &str) -> String {
+    format!("{:015}#{sort}", time.as_millis())
+}
+
+/// Table `usage`: how far the tenant's audit log goes.
+pub const CHAIN: &str = "CHAIN";
 
 /// Table `conversations`: what became of the request with that idempotency key, given as its hash.
 pub fn idempotency(hash: &str) -> String {

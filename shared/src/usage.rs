@@ -1,7 +1,6 @@
 //! The month's bill: what records add up to, line by line. Pure; [`crate::aws::usage`] keeps the lines.
 
 use std::collections::BTreeMap;
-use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
@@ -119,39 +118,6 @@ impl Histogram {
     }
 }
 
-/// A place in a table's stream: a number of up to 40 digits, as text.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct SequenceNumber(String);
-
-impl SequenceNumber {
-    /// The place that `text` names, if it is a number.
-    pub fn parse(text: &str) -> Option<Self> {
-        let digits = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
-        digits.then(|| Self(text.to_owned()))
-    }
-}
-
-impl Ord for SequenceNumber {
-    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        let plain = |s: &Self| s.0.trim_start_matches('0').to_owned();
-        let (one, other) = (plain(self), plain(other));
-        one.len().cmp(&other.len()).then_with(|| one.cmp(&other))
-    }
-}
-
-impl PartialOrd for SequenceNumber {
-    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl fmt::Display for SequenceNumber {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -168,14 +134,5 @@ mod tests {
         histogram.add(0);
         histogram.add(u64::MAX);
         assert!(histogram.quantile(1.0).is_some());
-    }
-
-    #[test]
-    fn places_sort_as_numbers() {
-        let place = |text| SequenceNumber::parse(text).unwrap();
-        assert!(place("9") < place("10"));
-        assert!(place("000000000000000000009") < place("10"));
-        assert!(place("100000000000000000000000000000000000001") > place("99999999999999999999"));
-        assert!(SequenceNumber::parse("x1").is_none() && SequenceNumber::parse("").is_none());
     }
 }

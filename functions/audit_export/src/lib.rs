@@ -1,29 +1,42 @@
-//! The ledger's stream: each record is added to its tenant's bill, exactly once.
+//! Takes the ledger's records into the audit log: objects of a bucket that nothing can change, chained
+//! by hash; and adds them to their tenants' bills.
 //!
-//! The stream delivers at least once and, for one tenant, in order. How far a tenant's records have
-//! been added is kept in the same transaction as the sums, so a record that comes again adds nothing.
+//! The ledger's stream says which records are new; a schedule finds those whose news was lost. Either
+//! way a record is taken in once, as [`shared::aws::chains`] explains.
+
+mod export;
 
 use std::collections::BTreeMap;
 
 use aws_lambda_events::dynamodb::{Event, EventRecord};
 use aws_lambda_events::streams::{DynamoDbBatchItemFailure, DynamoDbEventResponse};
+use futures_util::StreamExt;
 use lambda_runtime::Error;
-use shared::aws::usage::{MOST_LINES, UsageStore};
+use serde::{Deserialize, Serialize};
+use shared::aws::audit_objects::AuditObjects;
+use shared::aws::chains::Chains;
+use shared::aws::ledger::Ledger;
 use shared::aws::{self, StoreError};
+use shared::clock::Clock;
 use shared::env;
-use shared::ledger::Record;
-use shared::scope::{Bookkeeper, Subject, Ward};
+use shared::item_key::{PARTITION, SORT};
+use shared::scope::{Bookkeeper, Subject};
 use shared::tenant::TenantId;
-use shared::usage::{Bill, SequenceNumber};
 
-/// How often a tenant's additions are tried against another that adds for the same tenant.
-const ATTEMPTS: u32 = 5;
+/// A record that has waited so long, in milliseconds, is not on its way any more: 10 minutes.
+const OVERDUE_MS: i64 = 600_000;
+/// Tenants whose records are exported at a time.
+const TENANTS_AT_A_TIME: usize = 8;
 
 /// What the function works with.
 #[derive(Debug)]
 pub struct Context {
-    usage: UsageStore,
+    ledger: Ledger,
+    chains: Chains,
+    objects: AuditObjects,
+    retention_days: u32,
     bookkeeper: Bookkeeper,
+    clock: Clock,
 }
 
 impl Context {
@@ -35,84 +48,165 @@ impl Context {
         let config = aws::config().await;
         #[expect(clippy::disallowed_methods, reason = "the table's stream drives this function")]
         let bookkeeper = Bookkeeper::driven_by_events();
-        Ok(Self { usage: UsageStore::new(&config, env::text("USAGE_TABLE")?), bookkeeper })
+        let ledger = Ledger::new(&config, env::text("AUDIT_TABLE")?);
+        Ok(Self {
+            chains: Chains::new(&config, env::text("USAGE_TABLE")?, ledger.clone()),
+            ledger,
+            objects: AuditObjects::new(&config, env::text("AUDIT_BUCKET")?),
+            retention_days: env::parsed("AUDIT_RETENTION_DAYS")?,
+            bookkeeper,
+            clock: Clock::system(),
+        })
     }
 }
 
-/// A record and its place in the stream.
-struct Placed {
-    place: SequenceNumber,
-    record: Record,
+/// What the function is called with.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+pub enum Call {
+    /// By its schedule.
+    Job {
+        /// What to do.
+        job: Job,
+    },
+    /// By the ledger's stream.
+    Stream(Event),
 }
 
-/// Adds a batch to the bills. What could not be added is reported, and comes again.
-pub async fn handle(context: &Context, event: Event) -> DynamoDbEventResponse {
-    let mut tenants: BTreeMap<TenantId, Vec<Placed>> = BTreeMap::new();
-    let mut failed: Vec<SequenceNumber> = Vec::new();
+/// What the schedule asks for.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Job {
+    /// Export what the stream should have brought long ago. A stream forgets after 24 hours.
+    CatchUp,
+}
+
+/// What is answered.
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+pub enum Answer {
+    /// To the schedule.
+    Report(Report),
+    /// To the stream: what has to be delivered again.
+    Stream(DynamoDbEventResponse),
+}
+
+/// What was caught up on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Report {
+    /// Records that were overdue.
+    pub overdue: usize,
+    /// How many of them are exported now.
+    pub exported: usize,
+}
+
+/// Does what is asked.
+///
+/// # Errors
+/// If a store does not answer; what was exported until then stays so.
+pub async fn handle(context: &Context, call: Call) -> Result<Answer, Error> {
+    Ok(match call {
+        Call::Job { job: Job::CatchUp } => Answer::Report(catch_up(context).await?),
+        Call::Stream(event) => Answer::Stream(stream(context, event).await),
+    })
+}
+
+/// Records of one tenant to export.
+#[derive(Default)]
+struct Batch {
+    sorts: Vec<String>,
+    /// Where the first of them stands in what the stream delivered.
+    first: usize,
+}
+
+/// Exports what the stream delivered. What could not be exported is reported, and comes again.
+async fn stream(context: &Context, event: Event) -> DynamoDbEventResponse {
+    let mut tenants: BTreeMap<TenantId, Batch> = BTreeMap::new();
+    let mut failed: Vec<usize> = Vec::new();
+    let places: Vec<Option<String>> =
+        event.records.iter().map(|record| record.change.sequence_number.clone()).collect();
+    for (place, record) in event.records.into_iter().enumerate().filter(|(_, r)| r.event_name == "INSERT") {
+        match key(record) {
+            Some((tenant, sort)) => {
+                let batch = tenants.entry(tenant).or_default();
+                if batch.sorts.is_empty() {
+                    batch.first = place;
+                }
+                batch.sorts.push(sort);
+            }
+            None => {
+                tracing::error!(alert = "poison_record", "A record of the stream has no key of the ledger");
+                failed.push(place);
+            }
+        }
+    }
+    failed.extend(export_all(context, tenants).await.into_iter().map(|batch| batch.first));
+    // Lambda delivers again from the lowest of them on; what is after it and was exported is passed over.
     let mut response = DynamoDbEventResponse::default();
-    for record in event.records {
-        match read(record) {
-            Ok(Some(placed)) => tenants.entry(placed.record.tenant_id.clone()).or_default().push(placed),
-            Ok(None) => {}
-            Err(place) => failed.extend(place),
-        }
-    }
-    for (tenant, records) in tenants {
-        let ward = context.bookkeeper.of(tenant);
-        if let Err(error) = add(context, &ward, &records).await {
-            tracing::error!(tenant.id = %ward.tenant_id(), "Records could not be added up yet: {error}");
-            failed.extend(records.into_iter().next().map(|first| first.place));
-        }
-    }
-    // Lambda delivers again from the lowest of them on; what is after it and was added is passed over.
     if let Some(lowest) = failed.into_iter().min() {
         let mut failure = DynamoDbBatchItemFailure::default();
-        failure.item_identifier = Some(lowest.to_string());
+        failure.item_identifier = places.into_iter().nth(lowest).flatten();
         response.batch_item_failures = vec![failure];
     }
     response
 }
 
-/// The ledger's record in an event; nothing if the event is of another kind. An item that does not
-/// parse is never passed over: it is reported by its place.
-fn read(event: EventRecord) -> Result<Option<Placed>, Option<SequenceNumber>> {
-    if event.event_name != "INSERT" {
-        return Ok(None);
+/// The key of the ledger's item that an event is about.
+fn key(record: EventRecord) -> Option<(TenantId, String)> {
+    #[derive(Deserialize)]
+    struct Key {
+        #[serde(rename = "tenant_id")]
+        tenant: TenantId,
+        #[serde(rename = "sk")]
+        sort: String,
     }
-    let place = event.change.sequence_number.as_deref().and_then(SequenceNumber::parse);
-    match (serde_dynamo::from_item::<_, Record>(event.change.new_image), place) {
-        (Ok(record), Some(place)) => Ok(Some(Placed { place, record })),
-        (Ok(_), None) => {
-            tracing::error!(alert = "poison_record", "A record of the stream has no place");
-            Err(None)
-        }
-        (Err(error), place) => {
-            tracing::error!(alert = "poison_record", "A record of the stream does not parse: {error}");
-            Err(place)
-        }
-    }
+    const _: () = assert!(PARTITION.len() == "tenant_id".len() && SORT.len() == "sk".len());
+    let key: Key = serde_dynamo::from_item(record.change.keys).ok()?;
+    Some((key.tenant, key.sort))
 }
 
-async fn add(context: &Context, ward: &Ward, records: &[Placed]) -> Result<(), StoreError> {
-    let mut attempt = 0;
+/// Exports batches, and returns those that failed.
+async fn export_all(context: &Context, tenants: BTreeMap<TenantId, Batch>) -> Vec<Batch> {
+    let exports = tenants.into_iter().map(async |(tenant, batch)| {
+        let ward = context.bookkeeper.of(tenant);
+        let exported = Box::pin(export::run(context, &ward, &batch.sorts)).await;
+        exported.map_err(|error| {
+            let tenant = ward.tenant_id();
+            tracing::error!(tenant.id = %tenant, "Records could not be exported yet: {error}");
+            batch
+        })
+    });
+    futures_util::stream::iter(exports)
+        .buffer_unordered(TENANTS_AT_A_TIME)
+        .filter_map(async |exported| exported.err())
+        .collect()
+        .await
+}
+
+/// Exports what has waited too long.
+async fn catch_up(context: &Context) -> Result<Report, StoreError> {
+    let before = context.clock.now().plus_millis(-OVERDUE_MS);
+    let (mut report, mut after) = (Report::default(), None);
     loop {
-        let from = context.usage.checkpoint(ward).await?;
-        let mut bill = Bill::default();
-        let mut through = None;
-        for Placed { place, record } in records.iter().filter(|r| from.as_ref().is_none_or(|f| r.place > *f))
-        {
-            bill.add(record);
-            through = Some(place);
-            if bill.0.len() >= MOST_LINES {
-                break;
-            }
+        let (overdue, next) = context.ledger.overdue(&context.bookkeeper, before, after).await?;
+        if let Some(oldest) = overdue.iter().map(|record| record.since).min() {
+            tracing::error!(
+                alert = "export_behind",
+                records = overdue.len(),
+                oldest = %oldest,
+                "Records of the ledger have waited too long for the audit log"
+            );
         }
-        let Some(through) = through else { return Ok(()) };
-        match context.usage.add(ward, &bill, from.as_ref(), through).await {
-            Ok(()) if records.last().is_none_or(|last| last.place <= *through) => return Ok(()),
-            Ok(()) => {}
-            Err(StoreError::Conflict) if attempt < ATTEMPTS => attempt += 1,
-            Err(error) => return Err(error),
+        let mut tenants: BTreeMap<TenantId, Batch> = BTreeMap::new();
+        report.overdue += overdue.len();
+        for record in overdue {
+            tenants.entry(record.tenant_id).or_default().sorts.push(record.sort);
+        }
+        let failed = export_all(context, tenants).await;
+        report.exported = report.overdue - failed.iter().map(|batch| batch.sorts.len()).sum::<usize>();
+        after = next;
+        if after.is_none() {
+            return Ok(report);
         }
     }
 }

@@ -2,17 +2,16 @@
 
 use std::sync::Arc;
 
-use audit_export::{Context, handle};
-use aws_lambda_events::dynamodb::Event;
+use audit_export::{Call, Context, handle};
 use lambda_runtime::{Error, LambdaEvent, run, service_fn};
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), Error> {
     shared::telemetry::init();
     let context = Arc::new(Context::from_env().await?);
-    run(service_fn(|event: LambdaEvent<Event>| {
+    run(service_fn(|event: LambdaEvent<Call>| {
         let context = Arc::clone(&context);
-        async move { Ok::<_, Error>(handle(&context, event.payload).await) }
+        async move { handle(&context, event.payload).await }
     }))
     .await
 }

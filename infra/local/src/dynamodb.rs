@@ -6,6 +6,7 @@ mod faults;
 mod front;
 mod journal;
 
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::net::Ipv4Addr;
 use std::path::Path;
@@ -20,7 +21,7 @@ use tokio::sync::oneshot;
 pub use self::faults::BadRules;
 pub use self::front::{Front, Kill};
 pub use self::journal::Entry;
-use crate::template::Table;
+use crate::template::{Index, KeyAttribute, Table};
 
 /// Why the tables cannot be served.
 #[derive(Debug, thiserror::Error)]
@@ -80,19 +81,38 @@ pub async fn serve(
 }
 
 fn create_table(table: &Table) -> Value {
-    let keys = [(Some(&table.hash_key), "HASH"), (table.range_key.as_ref(), "RANGE")];
-    let keys = keys.into_iter().filter_map(|(key, kind)| key.map(|key| (key, kind)));
-    let (mut schema, mut attributes) = (Vec::new(), Vec::new());
-    for (key, kind) in keys {
-        schema.push(json!({ "AttributeName": key.name, "KeyType": kind }));
-        attributes.push(json!({ "AttributeName": key.name, "AttributeType": key.kind }));
-    }
+    let mut attributes = BTreeMap::new();
+    let mut schema = |hash: &KeyAttribute, range: Option<&KeyAttribute>| {
+        let keys = [(Some(hash), "HASH"), (range, "RANGE")];
+        let keys = keys.into_iter().filter_map(|(key, kind)| Some((key?, kind)));
+        let schema: Vec<Value> = keys
+            .map(|(key, kind)| {
+                attributes.insert(key.name.clone(), key.kind.clone());
+                json!({ "AttributeName": key.name, "KeyType": kind })
+            })
+            .collect();
+        schema
+    };
+    let keys = schema(&table.hash_key, table.range_key.as_ref());
+    let index = |index: &Index| {
+        json!({
+            "IndexName": index.name,
+            "KeySchema": schema(&index.hash_key, index.range_key.as_ref()),
+            "Projection": { "ProjectionType": "ALL" },
+        })
+    };
+    let indexes: Vec<Value> = table.indexes.iter().map(index).collect();
+    let attributes =
+        attributes.iter().map(|(name, kind)| json!({ "AttributeName": name, "AttributeType": kind }));
     let mut create = json!({
         "TableName": table.name,
         "BillingMode": "PAY_PER_REQUEST",
-        "KeySchema": schema,
-        "AttributeDefinitions": attributes,
+        "KeySchema": keys,
+        "AttributeDefinitions": attributes.collect::<Vec<_>>(),
     });
+    if let (false, Some(fields)) = (indexes.is_empty(), create.as_object_mut()) {
+        fields.insert("GlobalSecondaryIndexes".to_owned(), indexes.into());
+    }
     if let (Some(view), Some(fields)) = (&table.stream_view, create.as_object_mut()) {
         let stream = json!({ "StreamEnabled": true, "StreamViewType": view });
         fields.insert("StreamSpecification".to_owned(), stream);

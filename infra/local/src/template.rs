@@ -120,6 +120,19 @@ pub struct Table {
     pub ttl_attribute: Option<String>,
     /// What the table's stream shows, if it has one: `NEW_IMAGE` and so on.
     pub stream_view: Option<String>,
+    /// Its global secondary indexes.
+    pub indexes: Vec<Index>,
+}
+
+/// A global secondary index, which holds whole items.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Index {
+    /// Its name.
+    pub name: String,
+    /// Its partition key.
+    pub hash_key: KeyAttribute,
+    /// Its sort key.
+    pub range_key: Option<KeyAttribute>,
 }
 
 /// A key attribute of a table.
@@ -444,31 +457,49 @@ fn merge(base: Value, over: Value) -> Value {
 }
 
 fn table(resource: &Resource) -> Result<Table, TemplateError> {
-    resource.refuse(&["GlobalSecondaryIndexes", "LocalSecondaryIndexes"])?;
-    let list = |name: &str| match resource.get(name) {
-        Some(Value::Array(items)) => Ok(items.as_slice()),
-        _ => Err(invalid(resource.at(name), "is not a list")),
-    };
+    resource.refuse(&["LocalSecondaryIndexes"])?;
     let field = |item: &Value, name: &str| item.get(name).and_then(scalar).unwrap_or_default();
-    let kinds: BTreeMap<String, String> = list("/AttributeDefinitions")?
-        .iter()
-        .map(|item| (field(item, "AttributeName"), field(item, "AttributeType")))
-        .collect();
-    let schema = list("/KeySchema")?;
-    let key = |role: &str| {
-        let item = schema.iter().find(|item| field(item, "KeyType") == role)?;
-        let name = field(item, "AttributeName");
-        Some(match kinds.get(&name) {
-            Some(kind) => Ok(KeyAttribute { name, kind: kind.clone() }),
-            None => Err(invalid(resource.at("/KeySchema"), format!("`{name}` is not defined"))),
-        })
+    let list = |value: Option<&Value>, at: &str| match value {
+        Some(Value::Array(items)) => Ok(items.clone()),
+        _ => Err(invalid(resource.at(at), "is not a list")),
     };
+    let kinds: BTreeMap<String, String> =
+        list(resource.get("/AttributeDefinitions"), "/AttributeDefinitions")?
+            .iter()
+            .map(|item| (field(item, "AttributeName"), field(item, "AttributeType")))
+            .collect();
+    let keys = |schema: Option<&Value>, at: &str| {
+        let schema = list(schema, at)?;
+        let key = |role: &str| {
+            let item = schema.iter().find(|item| field(item, "KeyType") == role)?;
+            let name = field(item, "AttributeName");
+            Some(match kinds.get(&name) {
+                Some(kind) => Ok(KeyAttribute { name, kind: kind.clone() }),
+                None => Err(invalid(resource.at(at), format!("`{name}` is not defined"))),
+            })
+        };
+        let hash = key("HASH").ok_or_else(|| invalid(resource.at(at), "has no HASH key"))??;
+        Ok((hash, key("RANGE").transpose()?))
+    };
+    let (hash_key, range_key) = keys(resource.get("/KeySchema"), "/KeySchema")?;
+    const INDEXES: &str = "/GlobalSecondaryIndexes";
+    let mut indexes = Vec::new();
+    for index in
+        resource.get(INDEXES).map(|_| list(resource.get(INDEXES), INDEXES)).transpose()?.unwrap_or_default()
+    {
+        if index.pointer("/Projection/ProjectionType").and_then(Value::as_str) != Some("ALL") {
+            return Err(invalid(resource.at(INDEXES), "has an index that does not project ALL"));
+        }
+        let (hash_key, range_key) = keys(index.get("KeySchema"), INDEXES)?;
+        indexes.push(Index { name: field(&index, "IndexName"), hash_key, range_key });
+    }
     let ttl = is_true(resource.get("/TimeToLiveSpecification/Enabled"));
     Ok(Table {
         logical_id: resource.id.clone(),
         name: physical_name(resource),
-        hash_key: key("HASH").ok_or_else(|| invalid(resource.at("/KeySchema"), "has no HASH key"))??,
-        range_key: key("RANGE").transpose()?,
+        hash_key,
+        range_key,
+        indexes,
         ttl_attribute: if ttl {
             Some(resource.text("/TimeToLiveSpecification/AttributeName")?)
         } else {

@@ -1,21 +1,27 @@
-//! Table `audit`: the ledger. And the one transaction that settles a request: its record, its turn and
+//! Table `audit`: the ledger. A record waits there, visible to the index `pending`, until the audit log
+//! has it; its table forgets it long after. And the one transaction that settles a request: its record, its turn and
 //! its idempotency record together. None of these items is written by anybody else, so nothing
 //! contends for them.
 
 use std::time::Duration;
 
 use aws_config::SdkConfig;
+use aws_sdk_dynamodb::types::{AttributeValue, KeysAndAttributes};
+#[cfg(feature = "audit-log")]
+use aws_sdk_dynamodb::types::{TransactWriteItem, Update};
 
 use super::conversations::ConversationStore;
 use super::idempotency::{Finished, IdempotencyStore};
 use super::table::{Cancelled, Item, Page, StoreError, Table};
+use crate::clock::Timestamp;
 use crate::conversation::Turn;
-use crate::item_key;
+use crate::item_key::{self, PARTITION, SORT};
 use crate::ledger::{Outcome, Record};
 use crate::meter::Ticket;
 use crate::random::{self, entropy};
 use crate::retry::Backoff;
-use crate::scope::{Subject, TenantScope};
+use crate::scope::{Bookkeeper, Subject, TenantScope, Ward};
+use crate::tenant::TenantId;
 
 /// Settling is worth waiting for: without it a request is charged at its bound.
 const BACKOFF: Backoff =
@@ -43,14 +49,33 @@ pub struct Along<'a> {
     pub finished: Option<(&'a IdempotencyStore, Finished<'a>)>,
 }
 
+/// A record that has waited long to be exported.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Overdue {
+    /// Whose it is.
+    pub tenant_id: TenantId,
+    /// Its sort key.
+    pub sort: String,
+    /// When it was written.
+    pub since: Timestamp,
+}
+
+/// Where a list goes on.
+#[derive(Clone, Debug)]
+pub struct Place(Item);
+
 impl Ledger {
     /// The table of that name.
     pub fn new(config: &SdkConfig, table: String) -> Self {
         Self(Table::new(config, table))
     }
 
+    /// A record as an item, which waits to be exported.
     fn item(&self, record: &Record, sort: &str) -> Result<Item, StoreError> {
-        self.0.item(record, sort)
+        let mut item = self.0.item(record, sort)?;
+        let pending = item_key::pending(record.time, sort);
+        item.insert(item_key::PENDING.to_owned(), AttributeValue::S(pending));
+        Ok(item)
     }
 
     /// Enters the record of a settled request, with what goes along, all or nothing. Asked again after
@@ -154,6 +179,139 @@ impl Ledger {
     ) -> Result<(Vec<Record>, Option<String>), StoreError> {
         let page = Page { prefix: item_key::TICKETS, newest_first: true, limit: 1_000, after };
         self.0.query(subject.tenant_id(), page).await
+    }
+
+    /// The records under these sort keys that wait to be exported, at most 100; of one that does not
+    /// parse, why. The others are exported, or there are none.
+    ///
+    /// # Errors
+    /// If the table does not answer.
+    pub async fn pending_of(
+        &self,
+        ward: &Ward,
+        sorts: &[String],
+    ) -> Result<Vec<(String, Result<Record, StoreError>)>, StoreError> {
+        let mut keys: Vec<Item> = sorts.iter().map(|sort| Table::key(ward.tenant_id(), sort)).collect();
+        let (mut found, mut failed) = (Vec::new(), 0);
+        while !keys.is_empty() {
+            let wanted = KeysAndAttributes::builder()
+                .set_keys(Some(std::mem::take(&mut keys)))
+                .consistent_read(true)
+                .build()
+                .map_err(|e| self.0.corrupt(e))?;
+            let call = self.0.client.batch_get_item().request_items(&self.0.name, wanted);
+            let answer = call.send().await.map_err(|e| self.0.failed(e))?;
+            let items = answer.responses.and_then(|mut tables| tables.remove(&self.0.name));
+            for item in items.unwrap_or_default() {
+                if !item.contains_key(item_key::PENDING) {
+                    continue;
+                }
+                let sort = item.get(SORT).and_then(|sort| sort.as_s().ok().cloned());
+                found.push((sort.ok_or_else(|| self.0.missing())?, self.0.record(item)));
+            }
+            let left = answer.unprocessed_keys.and_then(|mut tables| tables.remove(&self.0.name));
+            if let Some(left) = left {
+                keys = left.keys;
+                failed = self.pause(failed, self.0.missing_answer("unprocessed keys")).await?;
+            }
+        }
+        Ok(found)
+    }
+
+    /// A page of all tenants' records that wait to be exported since before `before`: whose they are,
+    /// their sort keys and when they were written; and where to go on.
+    ///
+    /// # Errors
+    /// If the table does not answer.
+    pub async fn overdue(
+        &self,
+        _bookkeeper: &Bookkeeper,
+        before: Timestamp,
+        after: Option<Place>,
+    ) -> Result<(Vec<Overdue>, Option<Place>), StoreError> {
+        let answer = self
+            .0
+            .client
+            .scan()
+            .table_name(&self.0.name)
+            .index_name(item_key::PENDING_INDEX)
+            .projection_expression("#t, #s, #p")
+            .filter_expression("#p < :before")
+            .expression_attribute_names("#t", PARTITION)
+            .expression_attribute_names("#s", SORT)
+            .expression_attribute_names("#p", item_key::PENDING)
+            .expression_attribute_values(":before", AttributeValue::S(item_key::pending(before, "")))
+            .set_exclusive_start_key(after.map(|place| place.0))
+            .send()
+            .await
+            .map_err(|e| self.0.failed(e))?;
+        let text = |item: &Item, name: &str| item.get(name).and_then(|value| value.as_s().ok().cloned());
+        let overdue = answer.items.unwrap_or_default().into_iter().map(|item| {
+            let since = text(&item, item_key::PENDING)?.split('#').next()?.parse().ok()?;
+            Some(Overdue {
+                tenant_id: text(&item, PARTITION)?.parse().ok()?,
+                sort: text(&item, SORT)?,
+                since: Timestamp::from_millis(since),
+            })
+        });
+        let overdue = overdue.collect::<Option<_>>().ok_or_else(|| self.0.missing())?;
+        Ok((overdue, answer.last_evaluated_key.map(Place)))
+    }
+
+    /// A tenant's records that wait to be exported, the oldest first, with their sort keys: at most
+    /// `limit`, and those after `from`, a text that [`item_key::pending`] makes. What was written in the
+    /// last moments may be missing: the index follows its table.
+    ///
+    /// # Errors
+    /// If the table does not answer or an item does not parse.
+    pub async fn pending(
+        &self,
+        subject: &impl Subject,
+        from: &str,
+        limit: i32,
+    ) -> Result<Vec<(String, Record)>, StoreError> {
+        let answer = self
+            .0
+            .client
+            .query()
+            .table_name(&self.0.name)
+            .index_name(item_key::PENDING_INDEX)
+            .key_condition_expression("#t = :t AND #p > :from")
+            .expression_attribute_names("#t", PARTITION)
+            .expression_attribute_names("#p", item_key::PENDING)
+            .expression_attribute_values(":t", AttributeValue::S(subject.tenant_id().to_string()))
+            .expression_attribute_values(":from", AttributeValue::S(from.to_owned()))
+            .limit(limit)
+            .send()
+            .await
+            .map_err(|e| self.0.failed(e))?;
+        let records = answer.items.unwrap_or_default().into_iter().map(|item| {
+            let sort = item.get(SORT).and_then(|sort| sort.as_s().ok().cloned());
+            Ok((sort.ok_or_else(|| self.0.missing())?, self.0.record(item)?))
+        });
+        records.collect()
+    }
+
+    /// The part of a transaction that takes a record out of those that wait, and lets the table forget
+    /// it at `expires_at_s`. It must wait.
+    #[cfg(feature = "audit-log")]
+    pub(super) fn exported_part(
+        &self,
+        ward: &Ward,
+        sort: &str,
+        expires_at_s: i64,
+    ) -> Result<TransactWriteItem, StoreError> {
+        let update = Update::builder()
+            .table_name(&self.0.name)
+            .set_key(Some(Table::key(ward.tenant_id(), sort)))
+            .update_expression("SET #e = :e REMOVE #p")
+            .condition_expression("attribute_exists(#p)")
+            .expression_attribute_names("#e", "expires_at_s")
+            .expression_attribute_names("#p", item_key::PENDING)
+            .expression_attribute_values(":e", AttributeValue::N(expires_at_s.to_string()))
+            .build()
+            .map_err(|e| self.0.corrupt(e))?;
+        Ok(TransactWriteItem::builder().update(update).build())
     }
 
     /// Waits before the next attempt, or gives up.

@@ -8,6 +8,10 @@ use aws_config::{BehaviorVersion, SdkConfig};
 
 #[cfg(feature = "dynamodb")]
 pub mod accounts;
+#[cfg(feature = "objects")]
+pub mod audit_objects;
+#[cfg(all(feature = "dynamodb", feature = "audit-log"))]
+pub mod chains;
 #[cfg(feature = "dynamodb")]
 pub mod conversations;
 #[cfg(feature = "dynamodb")]

@@ -139,6 +139,11 @@ impl Table {
         StoreError::Missing { table: self.name.clone() }
     }
 
+    /// The table answered, but not for all of what it was asked.
+    pub(super) fn missing_answer(&self, what: &'static str) -> StoreError {
+        StoreError::Unavailable { table: self.name.clone(), code: what.to_owned(), source: what.into() }
+    }
+
     pub(super) fn record<T: DeserializeOwned>(&self, item: Item) -> Result<T, StoreError> {
         from_item(item).map_err(|e| self.corrupt(e))
     }

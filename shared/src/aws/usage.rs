@@ -1,24 +1,21 @@
-//! Table `usage`: the month's bill of each tenant, added up from the ledger's stream exactly once: how
-//! far the stream has been added up is kept in the same transaction as what it adds.
+//! Table `usage`: the month's bill of each tenant. A record is added to it in the transaction that takes
+//! it into the audit log ([`super::chains`]), and therefore once.
 
 use std::collections::BTreeMap;
 
 use aws_config::SdkConfig;
 use aws_sdk_dynamodb::types::{AttributeValue, TransactWriteItem, Update};
 
-use super::table::{Cancelled, Page, StoreError, Table};
+use super::table::{Page, StoreError, Table};
 use crate::item_key::{self, SORT};
 use crate::meter::BillingMonth;
-use crate::scope::{Subject, Ward};
+use crate::scope::Subject;
 use crate::tenant::TenantId;
 use crate::units::{NanoUsd, Tokens};
-use crate::usage::{Bill, Histogram, SequenceNumber, Sums};
+use crate::usage::{Bill, Histogram, Sums};
 
 /// What the attributes that count durations are called before their bucket.
 const LATENCY: &str = "latency_";
-
-/// The most lines that one transaction adds to; DynamoDB takes 100 parts.
-pub const MOST_LINES: usize = 90;
 
 /// The table.
 #[derive(Clone, Debug)]
@@ -30,56 +27,20 @@ impl UsageStore {
         Self(Table::new(config, table))
     }
 
-    /// How far the ledger's stream has been added up for a tenant.
-    ///
-    /// # Errors
-    /// If the table does not answer or the item does not parse.
-    pub async fn checkpoint(&self, ward: &Ward) -> Result<Option<SequenceNumber>, StoreError> {
-        #[derive(serde::Deserialize)]
-        struct Checkpoint {
-            through: SequenceNumber,
-        }
-        let checkpoint: Option<Checkpoint> = self.0.get(ward.tenant_id(), item_key::CHECKPOINT).await?;
-        Ok(checkpoint.map(|checkpoint| checkpoint.through))
-    }
-
-    /// Adds `bill`, which is what the stream holds after `from` and up to `through`. At most
-    /// [`MOST_LINES`] lines.
-    ///
-    /// # Errors
-    /// [`StoreError::Conflict`] if the stream has been added up to another place meanwhile; then
-    /// nothing is added. Otherwise if the table does not answer.
-    pub async fn add(
+    /// The parts of a transaction that add `bill`, one for each of its lines.
+    #[cfg(feature = "audit-log")]
+    pub(super) fn additions(
         &self,
-        ward: &Ward,
+        ward: &crate::scope::Ward,
         bill: &Bill,
-        from: Option<&SequenceNumber>,
-        through: &SequenceNumber,
-    ) -> Result<(), StoreError> {
-        let mut checkpoint = Update::builder()
-            .table_name(&self.0.name)
-            .set_key(Some(Table::key(ward.tenant_id(), item_key::CHECKPOINT)))
-            .update_expression("SET #t = :through")
-            .expression_attribute_names("#t", "through")
-            .expression_attribute_values(":through", AttributeValue::S(through.to_string()));
-        checkpoint = match from {
-            None => checkpoint.condition_expression("attribute_not_exists(#t)"),
-            Some(from) => checkpoint
-                .condition_expression("#t = :from")
-                .expression_attribute_values(":from", AttributeValue::S(from.to_string())),
-        };
-        let checkpoint = checkpoint.build().map_err(|e| self.0.corrupt(e))?;
-        let mut parts = vec![TransactWriteItem::builder().update(checkpoint).build()];
-        for ((month, model), sums) in &bill.0 {
-            parts.push(self.addition(ward.tenant_id(), *month, model, sums)?);
-        }
-        match self.0.transact(parts).await {
-            Ok(()) => Ok(()),
-            Err(Cancelled::Conditions(_)) => Err(StoreError::Conflict),
-            Err(Cancelled::Failed(error)) => Err(error),
-        }
+    ) -> Result<Vec<TransactWriteItem>, StoreError> {
+        bill.0
+            .iter()
+            .map(|((month, model), sums)| self.addition(ward.tenant_id(), *month, model, sums))
+            .collect()
     }
 
+    #[cfg(feature = "audit-log")]
     fn addition(
         &self,
         tenant: &TenantId,

@@ -21,6 +21,7 @@ fn table() -> Table {
         name: "bulkhead-notes".into(),
         hash_key: KeyAttribute { name: "pk".into(), kind: "S".into() },
         range_key: None,
+        indexes: Vec::new(),
         ttl_attribute: None,
         stream_view: None,
     }

@@ -77,6 +77,7 @@ impl Stand {
             name: "notes".into(),
             hash_key: KeyAttribute { name: "pk".into(), kind: "S".into() },
             range_key: None,
+            indexes: Vec::new(),
             ttl_attribute: None,
             stream_view: Some("NEW_IMAGE".into()),
         };

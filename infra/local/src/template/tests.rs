@@ -100,7 +100,11 @@ fn tables_and_buckets_are_as_declared() {
     assert_eq!(audit.hash_key, KeyAttribute { name: "tenant_id".into(), kind: "S".into() });
     assert_eq!(audit.range_key, Some(KeyAttribute { name: "sk".into(), kind: "S".into() }));
     assert_eq!(audit.ttl_attribute.as_deref(), Some("expires_at_s"));
-    assert_eq!(audit.stream_view.as_deref(), Some("NEW_IMAGE"));
+    assert_eq!(audit.stream_view.as_deref(), Some("KEYS_ONLY"));
+    let pending = KeyAttribute { name: "pending".into(), kind: "S".into() };
+    let [index] = audit.indexes.as_slice() else { panic!("{:?}", audit.indexes) };
+    assert_eq!((index.name.as_str(), index.range_key.as_ref()), ("pending", Some(&pending)));
+    assert_eq!(index.hash_key, audit.hash_key);
     let meters = template.tables.iter().find(|t| t.logical_id == "Meters").unwrap();
     assert_eq!((&meters.range_key, &meters.ttl_attribute), (&None, &None));
     assert_eq!(template.tables.len(), 7);

@@ -1,0 +1,213 @@
+//! The audit log's bucket: objects that are put once and locked, and read by their first version,
+//! whatever was put over them or marks them deleted.
+
+use std::time::Duration;
+
+use aws_config::SdkConfig;
+use aws_config::retry::RetryConfig;
+use aws_config::timeout::TimeoutConfig;
+use aws_sdk_s3::Client;
+use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
+use aws_sdk_s3::primitives::{ByteStream, DateTime};
+use aws_sdk_s3::types::{ChecksumAlgorithm, ObjectLockMode};
+
+use crate::audit_log::{HEAD, Head, tenant_prefix};
+use crate::clock::Timestamp;
+use crate::scope::{Subject, Ward};
+
+/// The bucket.
+#[derive(Clone, Debug)]
+pub struct AuditObjects {
+    client: Client,
+    bucket: String,
+}
+
+/// Why the bucket gave no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum ObjectError {
+    /// It did not answer, or refused. Whether an object was put is unknown.
+    #[error("bucket {bucket} did not answer: {code}")]
+    Unavailable {
+        /// The bucket.
+        bucket: String,
+        /// S3's error code, or what kind of failure it was.
+        code: String,
+        /// The failure.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// A key that is none of the tenant's was named. It must never happen.
+    #[error("a key of another tenant")]
+    Foreign,
+}
+
+/// An object's first version.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct First {
+    /// The object's key.
+    pub key: String,
+    /// The version.
+    pub version: String,
+}
+
+impl AuditObjects {
+    /// The bucket of that name.
+    pub fn new(config: &SdkConfig, bucket: String) -> Self {
+        // An object of some 100 kB takes longer than an item, and more than one attempt costs nothing.
+        let config = aws_sdk_s3::config::Builder::from(config)
+            .retry_config(RetryConfig::standard().with_max_attempts(4))
+            .timeout_config(
+                TimeoutConfig::builder()
+                    .connect_timeout(Duration::from_secs(1))
+                    .operation_attempt_timeout(Duration::from_secs(5))
+                    .operation_timeout(Duration::from_secs(15))
+                    .build(),
+            )
+            .build();
+        Self { client: Client::from_conf(config), bucket }
+    }
+
+    /// Puts an object that is not there, locked until `retain_until`. Says whether it did; if not, there
+    /// is one.
+    ///
+    /// # Errors
+    /// [`ObjectError`]; then it may be there.
+    pub async fn put(
+        &self,
+        ward: &Ward,
+        key: &str,
+        bytes: Vec<u8>,
+        retain_until: Timestamp,
+    ) -> Result<bool, ObjectError> {
+        own(ward, key)?;
+        let put = self
+            .client
+            .put_object()
+            .bucket(&self.bucket)
+            .key(key)
+            .body(ByteStream::from(bytes))
+            .content_type("application/gzip")
+            .if_none_match("*")
+            .checksum_algorithm(ChecksumAlgorithm::Sha256)
+            .object_lock_mode(ObjectLockMode::Compliance)
+            .object_lock_retain_until_date(DateTime::from_millis(retain_until.as_millis()));
+        match put.send().await {
+            Ok(_) => Ok(true),
+            Err(error) if error.code() == Some("PreconditionFailed") => Ok(false),
+            Err(error) => Err(self.failed(error)),
+        }
+    }
+
+    /// Puts the file that says where the log ends.
+    ///
+    /// # Errors
+    /// [`ObjectError`].
+    pub async fn put_head(
+        &self,
+        ward: &Ward,
+        head: &Head,
+        retain_until: Timestamp,
+    ) -> Result<(), ObjectError> {
+        let text = serde_json::to_vec(head).map_err(|e| self.unavailable("unserialisable", e.into()))?;
+        self.client
+            .put_object()
+            .bucket(&self.bucket)
+            .key(format!("{}{HEAD}", tenant_prefix(ward.tenant_id())))
+            .body(ByteStream::from(text))
+            .content_type("application/json")
+            .checksum_algorithm(ChecksumAlgorithm::Sha256)
+            .object_lock_mode(ObjectLockMode::Compliance)
+            .object_lock_retain_until_date(DateTime::from_millis(retain_until.as_millis()))
+            .send()
+            .await
+            .map_err(|e| self.failed(e))?;
+        Ok(())
+    }
+
+    /// The first version of the object under exactly this key, if there ever was one.
+    ///
+    /// # Errors
+    /// [`ObjectError`].
+    pub async fn first(&self, subject: &impl Subject, key: &str) -> Result<Option<First>, ObjectError> {
+        let (found, _) = self.page(subject, key, None).await?;
+        Ok(found.into_iter().find(|first| first.key == key))
+    }
+
+    /// A page of a tenant's objects whose keys begin with `prefix`, in the order of their keys, and the
+    /// key to go on after.
+    ///
+    /// # Errors
+    /// [`ObjectError`].
+    pub async fn page(
+        &self,
+        subject: &impl Subject,
+        prefix: &str,
+        after: Option<String>,
+    ) -> Result<(Vec<First>, Option<String>), ObjectError> {
+        own(subject, prefix)?;
+        let answer = self
+            .client
+            .list_object_versions()
+            .bucket(&self.bucket)
+            .prefix(prefix)
+            .set_key_marker(after)
+            .send()
+            .await
+            .map_err(|e| self.failed(e))?;
+        let mut found: Vec<First> = Vec::new();
+        // Of each key the latest come first, so that the last one seen is the first there was.
+        for version in answer.versions() {
+            let (Some(key), Some(id)) = (version.key(), version.version_id()) else { continue };
+            let first = First { key: key.to_owned(), version: id.to_owned() };
+            match found.last_mut() {
+                Some(last) if last.key == key => *last = first,
+                _ => found.push(first),
+            }
+        }
+        let mut next = answer.next_key_marker.filter(|_| answer.is_truncated == Some(true));
+        // A page may end between the versions of a key. That key is left to the next page, unless it
+        // is all that this one has.
+        if let Some(marker) = &next
+            && found.len() > 1
+            && found.last().is_some_and(|last| last.key == *marker)
+        {
+            found.pop();
+            next = found.last().map(|last| last.key.clone());
+        }
+        Ok((found, next))
+    }
+
+    /// An object's bytes.
+    ///
+    /// # Errors
+    /// [`ObjectError`].
+    pub async fn read(&self, subject: &impl Subject, first: &First) -> Result<Vec<u8>, ObjectError> {
+        own(subject, &first.key)?;
+        let call = self.client.get_object().bucket(&self.bucket).key(&first.key);
+        let answer = call.version_id(&first.version).send().await.map_err(|e| self.failed(e))?;
+        let bytes = answer.body.collect().await.map_err(|e| self.unavailable("cut off", e.into()))?;
+        Ok(bytes.to_vec())
+    }
+
+    fn failed<E, R>(&self, error: SdkError<E, R>) -> ObjectError
+    where
+        E: ProvideErrorMetadata + std::error::Error + Send + Sync + 'static,
+        R: std::fmt::Debug + Send + Sync + 'static,
+    {
+        let code = match &error {
+            SdkError::TimeoutError(_) => "timeout".to_owned(),
+            SdkError::DispatchFailure(_) => "unreachable".to_owned(),
+            other => other.code().unwrap_or("unknown").to_owned(),
+        };
+        self.unavailable(&code, error.into())
+    }
+
+    fn unavailable(&self, code: &str, source: Box<dyn std::error::Error + Send + Sync>) -> ObjectError {
+        ObjectError::Unavailable { bucket: self.bucket.clone(), code: code.to_owned(), source }
+    }
+}
+
+/// Whether a key or prefix is one of the tenant's: the second look.
+fn own(subject: &impl Subject, key: &str) -> Result<(), ObjectError> {
+    if key.starts_with(&tenant_prefix(subject.tenant_id())) { Ok(()) } else { Err(ObjectError::Foreign) }
+}
