@@ -133,6 +133,8 @@ pub struct WireRecord {
     pub user_id: Option<UserId>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub key_id: Option<KeyId>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub operator: Option<String>,
     pub request_id: RequestId,
     pub action: Action,
     pub outcome: Outcome,
@@ -174,6 +176,7 @@ impl WireRecord {
             month: record.month,
             user_id: record.user_id,
             key_id: record.key_id,
+            operator: record.operator,
             request_id: record.request_id,
             action: record.action,
             outcome: record.outcome,
@@ -210,6 +213,7 @@ impl From<WireRecord> for Record {
             month: wire.month,
             user_id: wire.user_id,
             key_id: wire.key_id,
+            operator: wire.operator,
             request_id: wire.request_id,
             action: wire.action,
             outcome: wire.outcome,

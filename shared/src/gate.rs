@@ -22,11 +22,13 @@ use crate::breaker::Breaker;
 use crate::clock::{Clock, Timestamp};
 use crate::env::{self, EnvError};
 use crate::error::{ApiError, Code};
-use crate::ledger::{Entry, Record};
+use crate::ids::DocumentId;
+use crate::ledger::{Action, Asked, Denial, Entry, Record};
 use crate::meter::{Asker, Charged, Collected, Lease, Limit, Meter, Refusal, Ticket, Want, Work};
 use crate::random::entropy;
 use crate::retry::Backoff;
-use crate::scope::{Caller, ScopeError, Subject, TenantScope};
+use crate::scope::{Caller, ScopeError, Subject, TenantScope, Ward};
+use crate::tally::{Due, Tally};
 use crate::tenant::{TenantId, TenantStatus, Tier};
 use crate::units::{NanoUsd, Tokens};
 use crate::valve::Shed;
@@ -58,6 +60,7 @@ pub struct Gate {
     tenants: TenantStore,
     known: Mutex<HashMap<TenantId, Meter>>,
     breaker: Mutex<Breaker>,
+    tally: Mutex<Tally>,
 }
 
 /// What a request needs at most.
@@ -229,8 +232,8 @@ impl From<StoreError> for Denied {
 impl Gate {
     /// A gate over these stores. `tenants` is asked where a decision has grown stale.
     pub fn new(books: Books, tenants: TenantStore) -> Self {
-        let (known, breaker) = (Mutex::default(), Mutex::default());
-        Self { books, tenants, known, breaker }
+        let (known, breaker, tally) = (Mutex::default(), Mutex::default(), Mutex::default());
+        Self { books, tenants, known, breaker, tally }
     }
 
     /// The gate that the environment describes: `METERS_TABLE`, `AUDIT_TABLE` and `TENANTS_TABLE`.
@@ -285,7 +288,7 @@ impl Gate {
         };
         let wants: Vec<Want> =
             if needs.is_empty() { vec![Want::Read] } else { needs.iter().map(want).collect() };
-        self.write_down_refusals(scope).await;
+        self.write_down_denials().await;
         if let Some((limit, retry_at)) = self.breaker(|b| b.open(scope.tenant_id(), self.books.clock.now())) {
             return Err(self.refused(scope, limit, Some(retry_at), true).await);
         }
@@ -459,8 +462,7 @@ impl Gate {
     /// The refusal of a request that makes room at the model account for those of higher tiers.
     pub async fn shed(&self, scope: &TenantScope, shed: Shed) -> ApiError {
         let now = self.books.clock.now();
-        self.breaker(|b| b.refused(scope, Limit::Account, Some(shed.retry_at), true, now));
-        self.write_down_refusals(scope).await;
+        self.deny(scope.ward(), Denial::Limit(Limit::Account), scope.asked()).await;
         ApiError {
             limit: Some(Limit::Account.name()),
             retry_after_ms: Some(shed.retry_at.millis_since(now).max(1)),
@@ -480,11 +482,18 @@ impl Gate {
         run: impl AsyncFnOnce(TenantScope) -> Result<T, ApiError>,
     ) -> Result<T, ApiError> {
         let (ward, limits, note) = (caller.ward(), caller.limits().clone(), caller.standing().clone());
-        let result = match TenantScope::open(caller, permission, self.books.clock.now()) {
+        let asked = caller.asked();
+        let result: Result<T, ApiError> = match TenantScope::open(caller, permission, self.books.clock.now())
+        {
             // Boxed: what is nested in it is deep, and the compiler has its limits.
             Ok(scope) => Box::pin(run(scope)).await,
             Err(error) => Err(error.into()),
         };
+        if let Err(error) = &result
+            && let Some(denial) = Denial::of(error.code)
+        {
+            self.deny(ward.clone(), denial, asked).await;
+        }
         if note.get().is_none() {
             let known = match self.known(ward.tenant_id()) {
                 Some(state) => Ok(state),
@@ -534,8 +543,10 @@ impl Gate {
         from_memory: bool,
     ) -> ApiError {
         let now = self.books.clock.now();
-        self.breaker(|b| b.refused(scope, limit, retry_at, from_memory, now));
-        self.write_down_refusals(scope).await;
+        if !from_memory {
+            self.breaker(|b| b.refused(scope.tenant_id(), limit, retry_at, now));
+        }
+        self.deny(scope.ward(), Denial::Limit(limit), scope.asked()).await;
         let code = match limit {
             Limit::Requests | Limit::Account => Code::RateLimitExceeded,
             Limit::Concurrency => Code::ConcurrencyLimitExceeded,
@@ -562,18 +573,47 @@ impl Gate {
         }
     }
 
-    /// Enters refusals into the ledger that have waited long enough: many alike are one record.
-    async fn write_down_refusals(&self, scope: &TenantScope) {
-        let due = self.breaker(|b| b.due(self.books.clock.now()));
-        for (limit, count, whose) in due {
-            let now = self.books.clock.now();
-            let record =
-                Record::refused(whose.tenant_id().clone(), limit, count, now, scope.request_id().clone());
-            if let Err(error) = self.books.ledger.note(&record).await {
-                tracing::error!("Refusals could not be written down yet: {error}");
-                self.breaker(|b| b.not_written(&whose, limit, count, now));
+    /// Counts a request that is turned away, and writes down what is due.
+    async fn deny(&self, ward: Ward, denial: Denial, asked: Asked) {
+        self.tally(|tally| tally.count(ward, denial, asked));
+        self.write_down_denials().await;
+    }
+
+    /// Enters denials into the ledger that have waited long enough: many alike are one record.
+    async fn write_down_denials(&self) {
+        let now = self.books.clock.now();
+        let due = self.tally(|tally| tally.due(now));
+        self.write_down(due, now).await;
+    }
+
+    /// Writes down what is still only remembered: the process is about to end.
+    pub async fn close(&self) {
+        let due = self.tally(Tally::drain);
+        self.write_down(due, self.books.clock.now()).await;
+    }
+
+    async fn write_down(&self, due: Vec<Due>, now: Timestamp) {
+        for due in due {
+            if let Err(error) = self.books.ledger.note(&due.record(now)).await {
+                tracing::error!("Denials could not be written down yet: {error}");
+                self.tally(|tally| tally.not_written(due, now));
             }
         }
+    }
+
+    /// Enters what a tenant does into the ledger, where it costs nothing and has no ticket. Whoever is
+    /// shown something is on record before.
+    ///
+    /// # Errors
+    /// If the ledger does not answer.
+    pub async fn note(
+        &self,
+        scope: &TenantScope,
+        action: Action,
+        documents: Vec<DocumentId>,
+    ) -> Result<(), ApiError> {
+        let record = Record::event(scope, action, documents, self.books.clock.now());
+        Ok(self.books.ledger.note(&record).await?)
     }
 
     fn asker<'a>(&self, scope: &'a TenantScope, now: Timestamp) -> Asker<'a> {
@@ -591,6 +631,10 @@ impl Gate {
             known.clear();
         }
         known.insert(scope.tenant_id().clone(), state.clone());
+    }
+
+    fn tally<T>(&self, with: impl FnOnce(&mut Tally) -> T) -> T {
+        with(&mut self.tally.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     fn breaker<T>(&self, with: impl FnOnce(&mut Breaker) -> T) -> T {

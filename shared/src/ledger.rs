@@ -11,7 +11,7 @@ use crate::error::Code;
 use crate::ids::{DocumentId, UserId};
 use crate::meter::{BillingMonth, Charged, Lease, Limit, Ticket, Work};
 use crate::pricing::{self, Usage};
-use crate::scope::{RequestId, TenantScope};
+use crate::scope::{Operator, RequestId, TenantScope};
 use crate::tenant::TenantId;
 use crate::units::{NanoUsd, Tokens};
 
@@ -32,6 +32,73 @@ pub enum Action {
     RateLimited,
     /// Requests were refused by a token budget.
     BudgetExhausted,
+    /// Requests were refused because of who asked: a key that is not valid, or may not do this.
+    AuthDenied,
+    /// Requests were refused because they look like an injection.
+    InjectionSuspected,
+    /// Documents were listed.
+    DocumentsListed,
+    /// A document's description was read.
+    DocumentRead,
+    /// A document was deleted.
+    DocumentDeleted,
+    /// A bill was read.
+    UsageRead,
+    /// The audit log was read.
+    AuditRead,
+    /// A bundle of the audit log was made, or its links renewed.
+    AuditExported,
+    /// An operator made the tenant, and its first key with it.
+    TenantProvisioned,
+    /// An operator read the tenant's record.
+    TenantRead,
+}
+
+/// Why requests were turned away before they got a ticket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Denial {
+    /// By a limit.
+    Limit(Limit),
+    /// Because of who asked.
+    Auth(Code),
+    /// As an injection.
+    Injection,
+}
+
+impl Denial {
+    /// The denial that an error means, if it means one. Limits are the gate's to tell.
+    pub const fn of(code: Code) -> Option<Self> {
+        match code {
+            Code::InjectionRefused => Some(Self::Injection),
+            Code::InvalidKey
+            | Code::InsufficientScope
+            | Code::IpNotAllowed
+            | Code::TenantSuspended
+            | Code::ModelNotAllowed => Some(Self::Auth(code)),
+            _ => None,
+        }
+    }
+}
+
+impl From<Denial> for Action {
+    fn from(denial: Denial) -> Self {
+        match denial {
+            Denial::Limit(limit) => limit.into(),
+            Denial::Auth(_) => Self::AuthDenied,
+            Denial::Injection => Self::InjectionSuspected,
+        }
+    }
+}
+
+/// Who asked for what, as far as it is known.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Asked {
+    /// The request.
+    pub request_id: RequestId,
+    /// The key that was presented.
+    pub key_id: Option<KeyId>,
+    /// The tenant's user, as the tenant named it.
+    pub user_id: Option<UserId>,
 }
 
 impl From<Work> for Action {
@@ -85,6 +152,9 @@ pub struct Record {
     /// The key that was presented.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub key_id: Option<KeyId>,
+    /// The operator, by ARN, where it was one and not the tenant.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub operator: Option<String>,
     /// The request.
     pub request_id: RequestId,
     /// What was done.
@@ -195,6 +265,7 @@ impl Record {
             month: BillingMonth::of(time.as_seconds()),
             user_id: None,
             key_id: None,
+            operator: None,
             request_id,
             action,
             outcome: Outcome::Ok,
@@ -267,19 +338,48 @@ impl Record {
         }
     }
 
-    /// The record of `count` requests that a limit refused; `request_id` is the last of them.
-    pub fn refused(
-        tenant_id: TenantId,
-        limit: Limit,
-        count: u64,
-        now: Timestamp,
-        request_id: RequestId,
-    ) -> Self {
+    /// The record of `count` requests that were turned away; `asked` is the last of them. Of many, it
+    /// names the request alone: the others may have been other people's.
+    pub fn denied(tenant_id: TenantId, denial: Denial, count: u64, now: Timestamp, asked: Asked) -> Self {
+        let Asked { request_id, key_id, user_id } = asked;
+        let (limit, error) = match denial {
+            Denial::Limit(limit) => (Some(limit.name().to_owned()), None),
+            Denial::Auth(code) => (None, Some(code)),
+            Denial::Injection => (None, Some(Code::InjectionRefused)),
+        };
         Self {
             outcome: Outcome::Refused,
-            limit: Some(limit.name().to_owned()),
+            limit,
+            error,
             count,
-            ..Self::blank(tenant_id, limit.into(), now, request_id)
+            key_id: key_id.filter(|_| count == 1),
+            user_id: user_id.filter(|_| count == 1),
+            ..Self::blank(tenant_id, denial.into(), now, request_id)
+        }
+    }
+
+    /// The record of something that a tenant did and that costs nothing.
+    pub fn event(scope: &TenantScope, action: Action, documents: Vec<DocumentId>, now: Timestamp) -> Self {
+        Self {
+            user_id: scope.user_id().cloned(),
+            key_id: Some(scope.key_id().clone()),
+            documents,
+            ..Self::blank(scope.tenant_id().clone(), action, now, scope.request_id().clone())
+        }
+    }
+
+    /// The record of something that an operator did to a tenant; `key_id` is the key that came of it.
+    pub fn operation(
+        operator: &Operator,
+        tenant_id: TenantId,
+        action: Action,
+        key_id: Option<KeyId>,
+        now: Timestamp,
+    ) -> Self {
+        Self {
+            operator: Some(operator.arn().to_owned()),
+            key_id,
+            ..Self::blank(tenant_id, action, now, operator.request_id().clone())
         }
     }
 
@@ -360,13 +460,8 @@ mod tests {
         assert_eq!(lines.iter().map(|l| l.cost.0).sum::<u64>(), record.cost_nano_usd.0);
         assert_eq!(lines.iter().map(|l| l.requests).sum::<u64>(), 1);
         assert_eq!(record.charged().tokens, Tokens(12));
-        let refused = Record::refused(
-            "acme".parse().unwrap(),
-            Limit::Requests,
-            9,
-            Timestamp::from_millis(0),
-            RequestId::from("r".to_owned()),
-        );
-        assert!(refused.lines().is_empty());
+        let asked = Asked { request_id: RequestId::from("r".to_owned()), key_id: None, user_id: None };
+        let (denial, now) = (Denial::Limit(Limit::Requests), Timestamp::from_millis(0));
+        assert!(Record::denied("acme".parse().unwrap(), denial, 9, now, asked).lines().is_empty());
     }
 }

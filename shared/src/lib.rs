@@ -6,6 +6,8 @@
 
 pub mod api_key;
 #[cfg(feature = "audit-log")]
+pub mod audit_filter;
+#[cfg(feature = "audit-log")]
 pub mod audit_log;
 pub mod breaker;
 #[cfg(feature = "chunk")]
@@ -28,6 +30,7 @@ pub mod pricing;
 pub mod random;
 pub mod scope;
 pub mod secret;
+pub mod tally;
 pub mod telemetry;
 pub mod tenant;
 pub mod units;

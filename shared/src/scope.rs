@@ -18,6 +18,7 @@ use crate::api_key::{ApiKey, KeyId, Permission, VerifiedKey};
 use crate::clock::Timestamp;
 use crate::error::{ApiError, Code};
 use crate::ids::UserId;
+use crate::ledger::Asked;
 use crate::limits::Limits;
 use crate::meter::Standing;
 use crate::tenant::{EmbeddingModel, InjectionPolicy, Tenant, TenantId, TenantStatus, Tier};
@@ -211,6 +212,12 @@ impl Caller {
         &self.standing
     }
 
+    /// Who asks.
+    pub fn asked(&self) -> Asked {
+        let user = self.user.as_ref().and_then(|value| value.to_str().ok()?.parse().ok());
+        Asked { request_id: self.request_id.clone(), key_id: Some(self.key_id().clone()), user_id: user }
+    }
+
     /// The tenant's books, whether or not the caller is let in to anything else.
     pub fn ward(&self) -> Ward {
         Ward(self.decision.tenant_id.clone())
@@ -267,6 +274,18 @@ impl Subject for TenantScope {
 /// One tenant's books, without a request: what is left to write down once requests are gone.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ward(TenantId);
+
+impl Ward {
+    /// The books of a tenant that was looked up.
+    pub(crate) fn of(tenant: &Tenant) -> Self {
+        Self(tenant.tenant_id.clone())
+    }
+
+    #[cfg(test)]
+    pub(crate) const fn named(tenant_id: TenantId) -> Self {
+        Self(tenant_id)
+    }
+}
 
 impl Subject for Ward {
     fn tenant_id(&self) -> &TenantId {
@@ -392,6 +411,15 @@ impl TenantScope {
         &self.standing
     }
 
+    /// Who asks.
+    pub fn asked(&self) -> Asked {
+        Asked {
+            request_id: self.request_id.clone(),
+            key_id: Some(self.key_id().clone()),
+            user_id: self.user_id.clone(),
+        }
+    }
+
     /// The tenant's books beyond this request.
     pub fn ward(&self) -> Ward {
         Ward(self.decision.tenant_id.clone())
@@ -465,6 +493,7 @@ impl TenantScope {
 #[derive(Debug)]
 pub struct Operator {
     arn: String,
+    request_id: RequestId,
 }
 
 impl Operator {
@@ -474,7 +503,13 @@ impl Operator {
     /// [`ScopeError::Unauthorized`] if the route was not signed.
     pub fn open(context: &ApiGatewayProxyRequestContext) -> Result<Self, ScopeError> {
         let arn = context.identity.user_arn.clone().filter(|arn| !arn.is_empty());
-        arn.map(|arn| Self { arn }).ok_or(ScopeError::Unauthorized)
+        let request_id = RequestId(context.request_id.clone().unwrap_or_default());
+        arn.map(|arn| Self { arn, request_id }).ok_or(ScopeError::Unauthorized)
+    }
+
+    /// The request.
+    pub const fn request_id(&self) -> &RequestId {
+        &self.request_id
     }
 
     /// One tenant's books.

@@ -159,6 +159,25 @@ impl Stack {
         Self { child, directory, ready, http: client() }
     }
 
+    /// A client of the stack's buckets, as an operator.
+    pub fn s3(&self) -> aws_sdk_s3::Client {
+        let admin = &self.ready["admin"];
+        let (id, secret) = (text(admin, "access_key_id"), text(admin, "secret_access_key"));
+        let config = aws_sdk_s3::Config::builder()
+            .behavior_version(aws_sdk_s3::config::BehaviorVersion::latest())
+            .region(aws_sdk_s3::config::Region::new(text(admin, "region").to_owned()))
+            .endpoint_url(text(&self.ready, "s3_url"))
+            .credentials_provider(aws_sdk_s3::config::Credentials::new(id, secret, None, None, "rig"))
+            .force_path_style(true)
+            .build();
+        aws_sdk_s3::Client::from_conf(config)
+    }
+
+    /// The bucket of the audit log.
+    pub fn audit_bucket(&self) -> &str {
+        text(&self.ready, "audit_bucket")
+    }
+
     /// What the stack says of itself once it answers.
     pub fn ready(&self) -> &Value {
         &self.ready

@@ -1,6 +1,8 @@
 //! Who is asking: turns the `Authorization` header into a decision that API Gateway caches and hands
 //! to every other function.
 
+use std::sync::{Mutex, PoisonError};
+
 use aws_lambda_events::apigw::{
     ApiGatewayCustomAuthorizerPolicy, ApiGatewayCustomAuthorizerRequestTypeRequest,
     ApiGatewayCustomAuthorizerResponse,
@@ -9,19 +11,26 @@ use aws_lambda_events::iam::{IamPolicyEffect, IamPolicyStatement};
 use lambda_runtime::{Diagnostic, Error};
 use serde_json::Value;
 use shared::api_key::{ApiKey, InvalidKey, Permission, verify};
+use shared::aws::ledger::Ledger;
 use shared::aws::secrets;
 use shared::aws::tenants::TenantStore;
-use shared::clock::Clock;
-use shared::scope::Decision;
+use shared::clock::{Clock, Timestamp};
+use shared::error::Code;
+use shared::ledger::{Asked, Denial};
+use shared::scope::{Decision, Ward};
 use shared::secret::Secret;
+use shared::tally::{Due, Tally};
+use shared::tenant::TenantStatus;
 use shared::vector_token::{Access, mint};
-use shared::{aws, env, tenant::TenantStatus};
+use shared::{aws, env};
 
 /// What the authorizer works with. It alone of the functions on a request's path holds the vector
 /// store's root key.
 #[derive(Debug)]
 pub struct Context {
     tenants: TenantStore,
+    ledger: Ledger,
+    tally: Mutex<Tally>,
     vector_root_key: Secret,
     clock: Clock,
 }
@@ -35,9 +44,39 @@ impl Context {
         let config = aws::config().await;
         Ok(Self {
             tenants: TenantStore::new(&config, env::text("TENANTS_TABLE")?),
+            ledger: Ledger::new(&config, env::text("AUDIT_TABLE")?),
+            tally: Mutex::default(),
             vector_root_key: secrets::read(&config, "QDRANT_ROOT_KEY_SECRET").await?,
             clock: Clock::system(),
         })
+    }
+}
+
+impl Context {
+    /// Counts a key of a tenant that is not valid, and writes down what is due. A tenant that is none
+    /// has no ledger.
+    async fn deny(&self, ward: Ward, asked: Asked, now: Timestamp) {
+        let due = {
+            let mut tally = self.tally.lock().unwrap_or_else(PoisonError::into_inner);
+            tally.count(ward, Denial::Auth(Code::InvalidKey), asked);
+            tally.due(now)
+        };
+        self.write_down(due, now).await;
+    }
+
+    /// Writes down what is still only remembered: the process is about to end.
+    pub async fn close(&self) {
+        let due = self.tally.lock().unwrap_or_else(PoisonError::into_inner).drain();
+        self.write_down(due, self.clock.now()).await;
+    }
+
+    async fn write_down(&self, due: Vec<Due>, now: Timestamp) {
+        for due in due {
+            if let Err(error) = self.ledger.note(&due.record(now)).await {
+                tracing::error!("Denials could not be written down yet: {error}");
+                self.tally.lock().unwrap_or_else(PoisonError::into_inner).not_written(due, now);
+            }
+        }
     }
 }
 
@@ -79,7 +118,18 @@ pub async fn authorize(
         Refusal::Unknown
     })?;
     let now = context.clock.now();
-    let key = verify(&presented, claimed.key, claimed.tenant.as_ref().map(|t| t.status), now)?;
+    let (ward, known) = (claimed.ward(), claimed.key.is_some());
+    let key = match verify(&presented, claimed.key, claimed.tenant.as_ref().map(|t| t.status), now) {
+        Ok(key) => key,
+        Err(invalid) => {
+            let request_id = event.request_context.request_id.clone().unwrap_or_default().into();
+            let key_id = known.then(|| presented.key_id().clone());
+            if let Some(ward) = ward {
+                context.deny(ward, Asked { request_id, key_id, user_id: None }, now).await;
+            }
+            return Err(invalid.into());
+        }
+    };
     let tenant = claimed.tenant.ok_or(Refusal::Unauthorized)?;
 
     let token = |access| {

@@ -9,6 +9,8 @@ use lambda_runtime::{Error, LambdaEvent, run, service_fn};
 async fn main() -> Result<(), Error> {
     shared::telemetry::init();
     let context = Arc::new(Context::from_env().await?);
+    let closing = Arc::clone(&context);
+    lambda_runtime::spawn_graceful_shutdown_handler(|| async move { closing.close().await }).await;
     run(service_fn(|event: LambdaEvent<_>| {
         let context = Arc::clone(&context);
         async move { authorize(&context, event.payload).await }

@@ -86,6 +86,13 @@ impl Context {
     }
 }
 
+impl Context {
+    /// Writes down what is still only remembered: the process is about to end.
+    pub async fn close(&self) {
+        self.gate.close().await;
+    }
+}
+
 /// Answers one request.
 pub async fn handle(context: Arc<Context>, request: Request) -> Response<ChatBody> {
     let clock = context.clock.clone();

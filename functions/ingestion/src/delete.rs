@@ -4,6 +4,7 @@ use http::{Response, StatusCode};
 use lambda_http::{Body, Request};
 use shared::error::ApiError;
 use shared::ids::DocumentId;
+use shared::ledger::{Action, Record};
 use shared::scope::TenantScope;
 use shared::web;
 
@@ -21,7 +22,8 @@ pub(crate) async fn handle(
     // passages that nothing names.
     let collection = context.cells.write(scope, context.embeddings.model())?;
     collection.delete_document(&id).await?;
-    context.documents.delete(scope, &id).await?;
+    let record = Record::event(scope, Action::DocumentDeleted, vec![id.clone()], context.clock.now());
+    context.documents.delete(scope, &id, &context.ledger, &record).await?;
     let mut response = Response::new(Body::Empty);
     *response.status_mut() = StatusCode::NO_CONTENT;
     Ok(response)

@@ -13,6 +13,7 @@ use reqwest::Url;
 use shared::api_key::Permission::{self, Chat, DocumentsRead, DocumentsWrite};
 use shared::aws::documents::DocumentStore;
 use shared::aws::idempotency::IdempotencyStore;
+use shared::aws::ledger::Ledger;
 use shared::aws::{self, secrets};
 use shared::clock::Clock;
 use shared::embeddings::EmbeddingsClient;
@@ -27,6 +28,7 @@ use shared::{env, outbound, web};
 /// What the function works with.
 pub struct Context {
     gate: Gate,
+    ledger: Ledger,
     idempotency: IdempotencyStore,
     documents: DocumentStore,
     cells: Cells,
@@ -53,6 +55,7 @@ impl Context {
         let clock = Clock::system();
         Ok(Self {
             gate: Gate::from_env(&config, clock.clone())?,
+            ledger: Ledger::new(&config, env::text("AUDIT_TABLE")?),
             idempotency: IdempotencyStore::new(&config, env::text("CONVERSATIONS_TABLE")?),
             documents: DocumentStore::new(&config, env::text("DOCUMENTS_TABLE")?),
             cells: env::parsed("QDRANT_CELLS")?,
@@ -60,6 +63,13 @@ impl Context {
             embedding_prices,
             clock,
         })
+    }
+}
+
+impl Context {
+    /// Writes down what is still only remembered: the process is about to end.
+    pub async fn close(&self) {
+        self.gate.close().await;
     }
 }
 

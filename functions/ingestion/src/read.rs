@@ -7,6 +7,7 @@ use serde_json::{Map, Value};
 use shared::document::{ContentType, Document, DocumentStatus};
 use shared::error::ApiError;
 use shared::ids::DocumentId;
+use shared::ledger::Action;
 use shared::scope::TenantScope;
 use shared::web;
 
@@ -63,6 +64,8 @@ pub(crate) async fn list(
     let after: Option<String> = web::query(&request, "cursor")?;
     context.gate.admit_read(scope).await?;
     let (documents, cursor) = context.documents.list(scope, limit, after.as_deref()).await?;
+    let ids = documents.iter().map(|document| document.id.clone()).collect();
+    context.gate.note(scope, Action::DocumentsListed, ids).await?;
     let documents = documents.into_iter().map(View::from).collect();
     Ok(web::reply(StatusCode::OK, &List { documents, cursor }))
 }
@@ -75,5 +78,6 @@ pub(crate) async fn one(
     let id: DocumentId = web::path_id(&request, "id")?;
     context.gate.admit_read(scope).await?;
     let document = context.documents.get(scope, &id).await?.ok_or_else(ApiError::not_found)?;
+    context.gate.note(scope, Action::DocumentRead, vec![id]).await?;
     Ok(web::reply(StatusCode::OK, &View::from(document)))
 }

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use shared::api_key::{ApiKey, KeyId, KeyRecord, Permission};
 use shared::aws::StoreError;
 use shared::error::{ApiError, Code};
+use shared::ledger::{Action, Record};
 use shared::limits::{LimitChanges, Limits};
 use shared::meter::Meter;
 use shared::scope::Operator;
@@ -60,7 +61,10 @@ pub(crate) async fn handle(context: &Context, request: Request) -> Result<Respon
     // not exist, and whatever stopped the work is mended by asking again.
     make_collection(context, &operator, &tenant).await?;
     let meter = Meter::new(tenant.status, tenant.epoch, tenant.created_at);
-    match context.tenants.create(&operator, &tenant, &record, &context.meters, &meter).await {
+    let (id, key_id) = (tenant.tenant_id.clone(), key.key_id().clone());
+    let done = Record::operation(&operator, id, Action::TenantProvisioned, Some(key_id), context.clock.now());
+    let (meter, done) = ((&context.meters, &meter), (&context.ledger, &done));
+    match context.tenants.create(&operator, &tenant, &record, meter, done).await {
         Ok(()) => {}
         // Somebody else was faster; the collection is theirs now.
         Err(StoreError::Conflict) => return Err(exists()),

@@ -6,6 +6,7 @@ mod read;
 use http::{Method, Response};
 use lambda_http::{Body, Error, Request};
 use serde::Serialize;
+use shared::aws::ledger::Ledger;
 use shared::aws::meters::MeterStore;
 use shared::aws::tenants::TenantStore;
 use shared::aws::{self, secrets};
@@ -22,6 +23,7 @@ use shared::{env, web};
 pub struct Context {
     tenants: TenantStore,
     meters: MeterStore,
+    ledger: Ledger,
     cells: Cells,
     vector_root_key: Secret,
     embedding: EmbeddingModel,
@@ -39,6 +41,7 @@ impl Context {
         Ok(Self {
             tenants: TenantStore::new(&config, env::text("TENANTS_TABLE")?),
             meters: MeterStore::new(&config, env::text("METERS_TABLE")?),
+            ledger: Ledger::new(&config, env::text("AUDIT_TABLE")?),
             cells: env::parsed("QDRANT_CELLS")?,
             vector_root_key: secrets::read(&config, "QDRANT_ROOT_KEY_SECRET").await?,
             embedding: EmbeddingModel {

@@ -4,6 +4,7 @@ use http::{Response, StatusCode};
 use lambda_http::{Body, Request};
 use serde::Serialize;
 use shared::error::ApiError;
+use shared::ledger::{Action, Record};
 use shared::tenant::TenantId;
 use shared::web;
 
@@ -29,5 +30,7 @@ pub(crate) async fn one(context: &Context, request: Request) -> Result<Response<
     let operator = web::operator(&request)?;
     let id: TenantId = web::path_id(&request, "id")?;
     let tenant = context.tenants.get(&operator, &id).await?.ok_or_else(ApiError::not_found)?;
+    let record = Record::operation(&operator, id, Action::TenantRead, None, context.clock.now());
+    context.ledger.note(&record).await?;
     Ok(web::reply(StatusCode::OK, &View::from(tenant)))
 }

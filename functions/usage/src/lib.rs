@@ -13,6 +13,7 @@ use shared::aws::usage::UsageStore;
 use shared::clock::Clock;
 use shared::error::ApiError;
 use shared::gate::Gate;
+use shared::ledger::Action;
 use shared::limits::Limits;
 use shared::meter::BillingMonth;
 use shared::scope::{Subject, TenantScope};
@@ -48,6 +49,13 @@ impl Context {
     }
 }
 
+impl Context {
+    /// Writes down what is still only remembered: the process is about to end.
+    pub async fn close(&self) {
+        self.gate.close().await;
+    }
+}
+
 /// Answers one request.
 pub async fn handle(context: &Context, request: Request) -> Response<Body> {
     web::handle(request, &context.clock, async |request| match (request.method(), web::route(&request)) {
@@ -62,7 +70,9 @@ async fn own(context: &Context, request: Request) -> Result<Response<Body>, ApiE
     let run = async |mut scope: TenantScope| {
         let month = month(context, &request)?;
         context.gate.admit_read(&mut scope).await?;
-        one(context, &scope, scope.limits(), month).await
+        let view = one(context, &scope, scope.limits(), month).await?;
+        context.gate.note(&scope, Action::UsageRead, Vec::new()).await?;
+        Ok(view)
     };
     let view = context.gate.enter(web::caller(&request)?, Permission::UsageRead, run).await?;
     Ok(if wants_csv(&request) { csv(&[view]) } else { web::reply(StatusCode::OK, &view) })

@@ -10,6 +10,8 @@ use usage::{Context, handle};
 async fn main() -> Result<(), Error> {
     shared::telemetry::init();
     let context = Arc::new(Context::from_env().await?);
+    let closing = Arc::clone(&context);
+    lambda_runtime::spawn_graceful_shutdown_handler(|| async move { closing.close().await }).await;
     run(service_fn(|request| {
         let context = Arc::clone(&context);
         async move { Ok::<_, Infallible>(handle(&context, request).await) }

@@ -8,6 +8,7 @@ use aws_config::retry::RetryConfig;
 use aws_config::timeout::TimeoutConfig;
 use aws_sdk_s3::Client;
 use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
+use aws_sdk_s3::presigning::PresigningConfig;
 use aws_sdk_s3::primitives::{ByteStream, DateTime};
 use aws_sdk_s3::types::{ChecksumAlgorithm, ObjectLockMode};
 
@@ -187,6 +188,24 @@ impl AuditObjects {
         let answer = call.version_id(&first.version).send().await.map_err(|e| self.failed(e))?;
         let bytes = answer.body.collect().await.map_err(|e| self.unavailable("cut off", e.into()))?;
         Ok(bytes.to_vec())
+    }
+
+    /// A link under which anybody can fetch an object for a while.
+    ///
+    /// # Errors
+    /// [`ObjectError`].
+    pub async fn link(
+        &self,
+        subject: &impl Subject,
+        first: &First,
+        holds: Duration,
+    ) -> Result<String, ObjectError> {
+        own(subject, &first.key)?;
+        let config =
+            PresigningConfig::expires_in(holds).map_err(|e| self.unavailable("no such period", e.into()))?;
+        let call = self.client.get_object().bucket(&self.bucket).key(&first.key).version_id(&first.version);
+        let signed = call.presigned(config).await.map_err(|e| self.failed(e))?;
+        Ok(signed.uri().to_owned())
     }
 
     fn failed<E, R>(&self, error: SdkError<E, R>) -> ObjectError

@@ -1,12 +1,14 @@
 //! Table `documents`: what a tenant has handed in, and where it stands.
 
 use aws_config::SdkConfig;
-use aws_sdk_dynamodb::types::AttributeValue;
+use aws_sdk_dynamodb::types::{AttributeValue, Delete, TransactWriteItem};
 
-use super::table::{Page, StoreError, Table};
+use super::ledger::Ledger;
+use super::table::{Cancelled, Page, StoreError, Table};
 use crate::document::Document;
 use crate::ids::DocumentId;
 use crate::item_key;
+use crate::ledger::Record;
 use crate::scope::TenantScope;
 
 /// The table.
@@ -63,20 +65,30 @@ impl DocumentStore {
         Ok(())
     }
 
-    /// Forgets a document. Forgetting one that is not there changes nothing.
+    /// Forgets a document, with the record that says so. One that is not there any more is none's to
+    /// forget, and nothing is recorded.
     ///
     /// # Errors
     /// If the table does not answer.
-    pub async fn delete(&self, scope: &TenantScope, id: &DocumentId) -> Result<(), StoreError> {
-        self.0
-            .client
-            .delete_item()
+    pub async fn delete(
+        &self,
+        scope: &TenantScope,
+        id: &DocumentId,
+        ledger: &Ledger,
+        record: &Record,
+    ) -> Result<(), StoreError> {
+        let delete = Delete::builder()
             .table_name(&self.0.name)
             .set_key(Some(Table::key(scope.tenant_id(), &item_key::document(id))))
-            .send()
-            .await
-            .map_err(|e| self.0.failed(e))?;
-        Ok(())
+            .condition_expression("attribute_exists(#p)")
+            .expression_attribute_names("#p", item_key::PARTITION)
+            .build()
+            .map_err(|e| self.0.corrupt(e))?;
+        let parts = vec![TransactWriteItem::builder().delete(delete).build(), ledger.event_part(record)?];
+        match self.0.transact(parts).await {
+            Ok(()) | Err(Cancelled::Conditions(_)) => Ok(()),
+            Err(Cancelled::Failed(error)) => Err(error),
+        }
     }
 
     /// A page of the tenant's documents by id, and the id to go on after if there are more.

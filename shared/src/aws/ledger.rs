@@ -159,13 +159,35 @@ impl Ledger {
     /// Enters an event.
     ///
     /// # Errors
-    /// If the table does not answer.
+    /// If the table does not answer however often it is asked: then the record may be there or not.
     pub async fn note(&self, record: &Record) -> Result<(), StoreError> {
-        let sort = item_key::event(record.time, &random::base62(8, &mut entropy()));
-        let item = self.item(record, &sort)?;
-        let put = self.0.client.put_item().table_name(&self.0.name).set_item(Some(item));
-        put.send().await.map_err(|e| self.0.failed(e))?;
-        Ok(())
+        let mut failed = 0;
+        // The same key each time: asked again after an answer was lost, it is still one event.
+        let item = self.event(record)?;
+        loop {
+            let put = self
+                .0
+                .client
+                .put_item()
+                .table_name(&self.0.name)
+                .set_item(Some(item.clone()))
+                .condition_expression("attribute_not_exists(#p)")
+                .expression_attribute_names("#p", PARTITION);
+            match put.send().await.map_err(|e| self.0.failed(e)) {
+                // It is there already, and perhaps exported: it was ours, the key is random.
+                Ok(_) | Err(StoreError::Conflict) => return Ok(()),
+                Err(error) => failed = self.pause(failed, error).await?,
+            }
+        }
+    }
+
+    fn event(&self, record: &Record) -> Result<Item, StoreError> {
+        self.item(record, &item_key::event(record.time, &random::base62(8, &mut entropy())))
+    }
+
+    /// The part of a transaction that enters an event.
+    pub(super) fn event_part(&self, record: &Record) -> Result<TransactWriteItem, StoreError> {
+        self.0.put_new(self.event(record)?)
     }
 
     /// A page of the records of a tenant's tickets, the last number first, and where to go on.

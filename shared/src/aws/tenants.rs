@@ -3,12 +3,14 @@
 use aws_config::SdkConfig;
 use aws_sdk_dynamodb::types::AttributeValue;
 
+use super::ledger::Ledger;
 use super::meters::MeterStore;
 use super::table::{Cancelled, Item, StoreError, Table};
 use crate::api_key::{ApiKey, KeyRecord};
 use crate::item_key;
+use crate::ledger::Record;
 use crate::meter::Meter;
-use crate::scope::Operator;
+use crate::scope::{Operator, Ward};
 use crate::tenant::{Tenant, TenantId};
 
 /// The table. Tenants themselves have no access to it: only the authorizer, which looks up what a
@@ -23,6 +25,14 @@ pub struct Claimed {
     pub tenant: Option<Tenant>,
     /// The key's record.
     pub key: Option<KeyRecord>,
+}
+
+impl Claimed {
+    /// The books of the tenant that the key names, if there is one: a key that turns out not to be
+    /// valid is written down there.
+    pub fn ward(&self) -> Option<Ward> {
+        self.tenant.as_ref().map(Ward::of)
+    }
 }
 
 impl TenantStore {
@@ -43,7 +53,7 @@ impl TenantStore {
         Ok(Claimed { tenant, key })
     }
 
-    /// Adds a tenant, its first key and its meter: all or none.
+    /// Adds a tenant, its first key, its meter and the record that an operator did: all or none.
     ///
     /// # Errors
     /// [`StoreError::Conflict`] if the tenant exists.
@@ -52,13 +62,14 @@ impl TenantStore {
         _operator: &Operator,
         tenant: &Tenant,
         key: &KeyRecord,
-        meters: &MeterStore,
-        meter: &Meter,
+        (meters, meter): (&MeterStore, &Meter),
+        (ledger, record): (&Ledger, &Record),
     ) -> Result<(), StoreError> {
         let parts = vec![
             self.0.put_new(self.0.item(tenant, item_key::TENANT)?)?,
             self.0.put_new(self.0.item(key, &item_key::api_key(&key.key_id))?)?,
             meters.new_part(&tenant.tenant_id, meter)?,
+            ledger.event_part(record)?,
         ];
         match self.0.transact(parts).await {
             Ok(()) => Ok(()),

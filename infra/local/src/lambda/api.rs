@@ -11,6 +11,7 @@ use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, StatusCode};
 use http_body_util::BodyExt;
 use serde::Deserialize;
+use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 
@@ -31,6 +32,8 @@ pub(super) async fn serve(listener: TcpListener, shared: Arc<Shared>) {
         .route("/{instance}/2018-06-01/runtime/invocation/{id}/response", post(response))
         .route("/{instance}/2018-06-01/runtime/invocation/{id}/error", post(error))
         .route("/{instance}/2018-06-01/runtime/init/error", post(init_error))
+        .route("/{instance}/2020-01-01/extension/register", post(register))
+        .route("/{instance}/2020-01-01/extension/event/next", get(next_event))
         .with_state(shared);
     let served = serving::serve(listener, router, async move { stopped.stopped.notified().await }).await;
     if let Err(error) = served {
@@ -63,6 +66,32 @@ async fn next(State(shared): State<Arc<Shared>>, Path(id): Path<String>) -> Answ
         .header("lambda-runtime-trace-id", format!("Root=1-{time}-{unique};Sampled=0"))
         .body(Body::from(invocation.payload.clone()))
         .map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)
+}
+
+/// Registers an extension within the function's process. That a process has one is why Lambda says
+/// SIGTERM before it ends it; here every process is told.
+///
+/// <https://docs.aws.amazon.com/lambda/latest/dg/runtimes-extensions-api.html>
+async fn register(State(shared): State<Arc<Shared>>, Path(id): Path<String>) -> Answer {
+    let instance = instance(&shared, &id)?;
+    let function = instance.pool.function();
+    let said = json!({
+        "functionName": function.name,
+        "functionVersion": "$LATEST",
+        "handler": "bootstrap",
+        "accountId": ACCOUNT,
+    });
+    Response::builder()
+        .header("content-type", "application/json")
+        .header("lambda-extension-identifier", id)
+        .body(Body::from(said.to_string()))
+        .map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)
+}
+
+/// An extension that subscribes to nothing waits for as long as its process lives.
+async fn next_event(State(shared): State<Arc<Shared>>, Path(id): Path<String>) -> Answer {
+    instance(&shared, &id)?.gone().await;
+    Err(StatusCode::GONE)
 }
 
 /// Finds what is answered. 410 for an answer that nobody waits for: late, twice, or someone else's.

@@ -53,10 +53,13 @@ fn every_route_leads_to_a_function_with_a_binary() {
             "GET /admin/tenants provisioning iam buffered",
             "GET /admin/tenants/{id} provisioning iam buffered",
             "GET /admin/usage usage iam buffered",
+            "GET /v1/audit audit tenant buffered",
+            "GET /v1/audit/exports/{id} audit tenant buffered",
             "GET /v1/documents ingestion tenant buffered",
             "GET /v1/documents/{id} ingestion tenant buffered",
             "GET /v1/usage usage tenant buffered",
             "POST /admin/tenants provisioning iam buffered",
+            "POST /v1/audit/exports audit tenant buffered",
             "POST /v1/chat chat tenant stream",
             "POST /v1/documents ingestion tenant buffered",
             "POST /v1/search ingestion tenant buffered",
@@ -72,7 +75,7 @@ fn every_route_leads_to_a_function_with_a_binary() {
 fn functions_get_their_environment_and_secrets_by_name_alone() {
     let template = stack();
     let keys = |id: &str| template.function(id).unwrap().environment.keys().cloned().collect::<Vec<_>>();
-    assert_eq!(keys("Authorizer"), ["LOG_LEVEL", "QDRANT_ROOT_KEY_SECRET", "TENANTS_TABLE"]);
+    assert_eq!(keys("Authorizer"), ["AUDIT_TABLE", "LOG_LEVEL", "QDRANT_ROOT_KEY_SECRET", "TENANTS_TABLE"]);
     let chat = template.function("Chat").unwrap();
     assert_eq!(chat.name, "bulkhead-chat");
     assert_eq!(chat.timeout, Duration::from_secs(120));
