@@ -412,7 +412,7 @@ pub struct Charged {
 }
 
 /// A conditional write of the item: all of it or nothing.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Write {
     /// The tenant is active, and its epoch at most this.
     pub active_in: Option<u64>,
@@ -449,7 +449,7 @@ pub struct Write {
 }
 
 /// The clock moves on to another second.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Turn {
     /// That second.
     pub bucket: i64,
