@@ -145,6 +145,8 @@ pub enum Fault {
     PositionAgain { expected: u64, found: u64 },
     /// The object is not the one that the next one was written after.
     Altered { hash: ObjectHash, named: ObjectHash, by: String },
+    /// The hash that the next object names for it is another, but that one is damaged itself.
+    Unvouched { by: String },
     /// The first object of a chain names one before it.
     NotFirst,
     /// Two lines of an object do not agree on how long it is kept.
@@ -212,6 +214,9 @@ impl fmt::Display for Fault {
                 "it was changed or replaced: its hash is {hash}, but {} follows {named}",
                 OneLine(by)
             ),
+            Self::Unvouched { by } => {
+                write!(f, "it may have been changed too: {}, which follows it, is damaged", OneLine(by))
+            }
             Self::NotFirst => write!(f, "it is the first object, but names one before it"),
             Self::RetentionTorn { first, found } => {
                 write!(f, "the lines of the object disagree on how long it is kept: {first} and {found}")
@@ -486,6 +491,8 @@ struct Opening {
     time: Timestamp,
     latest: Timestamp,
     position: u64,
+    /// Whether it does not follow the object before as that is now.
+    altered: bool,
     torn: bool,
     retention_torn: bool,
     mixed: bool,
@@ -549,9 +556,18 @@ impl Verifier {
             self.find(report, key, None, Fault::Unreadable(error.to_string()));
         }
         let before = self.place.as_ref().map(|place| place.head.clone()).unwrap_or_default();
+        if let (Some(opening), Some(place)) = (&opening, &self.place)
+            && opening.altered
+        {
+            let (accused, hash, named) = (place.key.clone(), before.last.clone(), opening.previous.clone());
+            // The witness may be what is damaged.
+            let by = key.to_owned();
+            let fault = if whole { Fault::Altered { hash, named, by } } else { Fault::Unvouched { by } };
+            self.find(report, &accused, None, fault);
+        }
         let (objects, lines) = match &opening {
-            Some(opening) => (opening.object, opening.position),
-            None => (before.objects.saturating_add(1), named.max(before.lines)),
+            Some(opening) if whole => (opening.object, opening.position),
+            _ => (before.objects.saturating_add(1), named.max(before.lines)),
         };
         if let Some(opening) = opening {
             self.retention(key, &opening, report);
@@ -575,6 +591,7 @@ impl Verifier {
         let (next_object, next_position, whole) = self.place.as_ref().map_or((1, 1, true), |place| {
             (place.head.objects.saturating_add(1), place.head.lines.saturating_add(1), place.whole)
         });
+        let mut altered = false;
         if line.object > next_object {
             let fault =
                 Fault::ObjectsMissing { first: next_object, before: line.object, position: next_position };
@@ -582,11 +599,7 @@ impl Verifier {
         } else if line.object < next_object {
             self.find(report, key, at, Fault::ObjectAgain { expected: next_object, found: line.object });
         } else if let Some(place) = &self.place {
-            if line.previous != place.head.last {
-                let (hash, named) = (place.head.last.clone(), line.previous.clone());
-                let before = place.key.clone();
-                self.find(report, &before, None, Fault::Altered { hash, named, by: key.to_owned() });
-            }
+            altered = line.previous != place.head.last;
         } else if line.previous != ObjectHash::none() {
             self.find(report, key, at, Fault::NotFirst);
         }
@@ -613,6 +626,7 @@ impl Verifier {
             time: line.record.time,
             latest: line.record.time,
             position: line.position,
+            altered,
             torn: false,
             retention_torn: false,
             mixed: false,
