@@ -345,7 +345,9 @@ impl fmt::Display for Summary {
             1 => write!(f, "{tenant}: 1 finding")?,
             _ => write!(f, "{tenant}: {findings} findings")?,
         }
-        write!(f, ", {} objects, {records} records", head.objects)?;
+        let plural = |n: u64| if n == 1 { "" } else { "s" };
+        let objects = head.objects;
+        write!(f, ", {objects} object{}, {records} record{}", plural(objects), plural(*records))?;
         if let (Some(first), Some(last)) = (self.first, self.last) {
             write!(f, " from {first} to {last}")?;
         }
