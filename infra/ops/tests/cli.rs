@@ -1,5 +1,7 @@
 //! The program as it is run: what it prints of logs in folders, and how it exits.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -107,9 +109,12 @@ fn one_tenants_prefix_is_verified_wherever_it_lies() {
     assert!(out.starts_with("acme: healthy"), "its records say whose it is: {out}");
 }
 
+/// What is done to a log, and how.
+type Damage = (&'static str, fn(&[PathBuf]));
+
 #[test]
 fn each_damage_is_named_by_its_object() {
-    let damage: [(&str, fn(&[PathBuf])); 6] = [
+    let damage: [Damage; 6] = [
         ("a byte changed", |paths| {
             let mut bytes = fs::read(&paths[1]).unwrap();
             bytes[4] ^= 1;
