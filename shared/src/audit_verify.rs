@@ -133,8 +133,8 @@ pub enum Fault {
     Foreign { tenant: TenantId },
     /// Records of more than one hour in an object.
     Hours { first: Timestamp, found: Timestamp },
-    /// Objects are missing before this one.
-    ObjectsMissing { first: u64, before: u64, position: u64 },
+    /// Objects are missing before this one, and so is what they would tell of `last`, the one before them.
+    ObjectsMissing { first: u64, before: u64, position: u64, last: Option<String> },
     /// An object's number is not the next, but an earlier one.
     ObjectAgain { expected: u64, found: u64 },
     /// Two lines of an object do not agree on its number, or on the hash of the object before.
@@ -145,7 +145,7 @@ pub enum Fault {
     PositionAgain { expected: u64, found: u64 },
     /// The object is not the one that the next one was written after.
     Altered { hash: ObjectHash, named: ObjectHash, by: String },
-    /// The hash that the next object names for it is another, but that one is damaged itself.
+    /// The next object, whose word it is whether this one is as it was, is damaged itself.
     Unvouched { by: String },
     /// The first object of a chain names one before it.
     NotFirst,
@@ -170,7 +170,7 @@ pub enum Fault {
     /// What says where the chain ends cannot be read.
     HeadUnreadable(String),
     /// The chain ends before its head says.
-    EndsEarly { head: Head, found: Head },
+    EndsEarly { head: Head, found: Head, last: Option<String> },
     /// The chain goes on after the end that its head names.
     GoesOn { head: Head, found: Head },
     /// The last object is not the one that the head names.
@@ -193,12 +193,10 @@ impl fmt::Display for Fault {
             Self::Hours { first, found } => {
                 write!(f, "it holds records of more than one hour: {first} and {found}")
             }
-            Self::ObjectsMissing { first, before, position } => write!(
-                f,
-                "{} missing before it, from …/{} on",
-                Range("object", *first, before.saturating_sub(1)),
-                file_name(*position)
-            ),
+            Self::ObjectsMissing { first, before, position, last } => {
+                let missing = Range("object", *first, before.saturating_sub(1));
+                write!(f, "{missing} missing before it, from …/{} on{}", file_name(*position), Untold(last))
+            }
             Self::ObjectAgain { expected, found } => {
                 write!(f, "it is object {found} of the chain, where object {expected} should be")
             }
@@ -215,7 +213,11 @@ impl fmt::Display for Fault {
                 OneLine(by)
             ),
             Self::Unvouched { by } => {
-                write!(f, "it may have been changed too: {}, which follows it, is damaged", OneLine(by))
+                write!(
+                    f,
+                    "nothing tells whether it is as it was: {}, which follows it, is damaged",
+                    OneLine(by)
+                )
             }
             Self::NotFirst => write!(f, "it is the first object, but names one before it"),
             Self::RetentionTorn { first, found } => {
@@ -242,15 +244,16 @@ impl fmt::Display for Fault {
             Self::HeadUnreadable(why) => {
                 write!(f, "it cannot be read, so nothing says where the log ends: {}", OneLine(why))
             }
-            Self::EndsEarly { head, found } => write!(
+            Self::EndsEarly { head, found, last } => write!(
                 f,
                 "the log ends too early: its head names {} objects and {} lines, and {} objects and {} lines \
-                 are there; from …/{} on",
+                 are there; missing is what comes from …/{} on{}",
                 head.objects,
                 head.lines,
                 found.objects,
                 found.lines,
-                file_name(found.lines.saturating_add(1))
+                file_name(found.lines.saturating_add(1)),
+                Untold(last)
             ),
             Self::GoesOn { head, found } => write!(
                 f,
@@ -289,6 +292,18 @@ impl fmt::Display for Range {
             write!(f, "{what} {first} is")
         } else {
             write!(f, "{what}s {first} to {last} are")
+        }
+    }
+}
+
+/// That nothing vouches for an object, if there is one.
+struct Untold<'a>(&'a Option<String>);
+
+impl fmt::Display for Untold<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(key) => write!(f, "; so nothing tells whether {} is as it was", OneLine(key)),
+            None => Ok(()),
         }
     }
 }
@@ -558,14 +573,21 @@ impl Verifier {
             self.find(report, key, None, Fault::Unreadable(error.to_string()));
         }
         let before = self.place.as_ref().map(|place| place.head.clone()).unwrap_or_default();
-        if let (Some(opening), Some(place)) = (&opening, &self.place)
-            && opening.altered
-        {
-            let (accused, hash, named) = (place.key.clone(), before.last.clone(), opening.previous.clone());
-            // The witness may be what is damaged.
+        let accused = self.place.as_ref().map(|place| place.key.clone());
+        if let Some(accused) = accused {
             let by = key.to_owned();
-            let fault = if whole { Fault::Altered { hash, named, by } } else { Fault::Unvouched { by } };
-            self.find(report, &accused, None, fault);
+            match &opening {
+                Some(opening) if whole && opening.altered => {
+                    let (hash, named) = (before.last.clone(), opening.previous.clone());
+                    self.find(report, &accused, None, Fault::Altered { hash, named, by });
+                }
+                // A damaged witness may say anything.
+                Some(opening) if !whole && opening.altered => {
+                    self.find(report, &accused, None, Fault::Unvouched { by });
+                }
+                None => self.find(report, &accused, None, Fault::Unvouched { by }),
+                Some(_) => {}
+            }
         }
         let (objects, lines) = match &opening {
             Some(opening) if whole => (opening.object, opening.position),
@@ -595,8 +617,13 @@ impl Verifier {
         });
         let mut altered = false;
         if line.object > next_object {
-            let fault =
-                Fault::ObjectsMissing { first: next_object, before: line.object, position: next_position };
+            let last = self.place.as_ref().map(|place| place.key.clone());
+            let fault = Fault::ObjectsMissing {
+                first: next_object,
+                before: line.object,
+                position: next_position,
+                last,
+            };
             self.find(report, key, at, fault);
         } else if line.object < next_object {
             self.find(report, key, at, Fault::ObjectAgain { expected: next_object, found: line.object });
@@ -756,8 +783,9 @@ impl Verifier {
             Some(Ok(head)) => {
                 // Of an object that was not read to its end, the last line is not known.
                 let lines = |f: fn(&u64, &u64) -> bool| whole && f(&found.lines, &head.lines);
+                let last = self.place.as_ref().map(|place| place.key.clone());
                 if found.objects < head.objects || (found.objects == head.objects && lines(u64::lt)) {
-                    self.find(report, prefix, None, Fault::EndsEarly { head, found });
+                    self.find(report, prefix, None, Fault::EndsEarly { head, found, last });
                 } else if found.objects > head.objects || lines(u64::gt) {
                     self.find(report, prefix, None, Fault::GoesOn { head, found });
                 } else if found.last != head.last {
@@ -944,6 +972,9 @@ mod tests {
         let log = log(4);
         let found = verify(&[], &log[3].head);
         assert!(matches!(found.as_slice(), [Finding { fault: Fault::EndsEarly { .. }, .. }]), "{found:?}");
+        let gap = [log[0].clone(), log[1].clone(), log[3].clone()];
+        let found = verify(&gap, &log[3].head);
+        assert!(names(&found, &log[1].key), "what nothing vouches for is told: {found:?}");
         let found = verify_with(Rules::default(), Kept::Unknown, &log, None).0;
         assert!(matches!(found.as_slice(), [Finding { fault: Fault::HeadMissing, .. }]), "{found:?}");
     }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use aws_config::BehaviorVersion;
 use aws_sdk_s3::Client;
-use aws_sdk_s3::error::{DisplayErrorContext, ProvideErrorMetadata};
+use aws_sdk_s3::error::ProvideErrorMetadata;
 use aws_sdk_s3::operation::list_object_versions::ListObjectVersionsOutput;
 use aws_sdk_s3::primitives::{ByteStream, DateTime};
 use aws_sdk_s3::types::{ObjectLockMode, ObjectLockRetentionMode};
@@ -188,10 +188,23 @@ impl Bucket {
         }
     }
 
-    fn failed(&self, what: &str, error: &(impl std::error::Error + Send + Sync)) -> Failure {
-        let place = format!("s3://{}/{what}", self.bucket);
-        Failure::Store { place, error: DisplayErrorContext(error).to_string() }
+    fn failed<E>(&self, what: &str, error: &E) -> Failure
+    where
+        E: ProvideErrorMetadata + std::error::Error + Send + Sync,
+    {
+        let error = match (error.code(), error.message()) {
+            (Some(code), Some(message)) => format!("{code}: {message}"),
+            (Some(code), None) => code.to_owned(),
+            _ => causes(error),
+        };
+        Failure::Store { place: format!("s3://{}/{what}", self.bucket), error }
     }
+}
+
+/// What went wrong and why, without the answer that it came from: that may be an object of the log.
+fn causes(error: &dyn std::error::Error) -> String {
+    let chain = std::iter::successors(Some(error), |error| error.source());
+    chain.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 fn lines(head: &[u8]) -> Option<u64> {
