@@ -9,6 +9,8 @@ pub mod api_key;
 pub mod audit_filter;
 #[cfg(feature = "audit-log")]
 pub mod audit_log;
+#[cfg(feature = "audit-log")]
+pub mod audit_verify;
 pub mod breaker;
 #[cfg(feature = "chunk")]
 pub mod chunk;
@@ -25,6 +27,7 @@ pub mod limits;
 #[cfg(any(feature = "model", feature = "prompt"))]
 pub mod messages;
 pub mod meter;
+pub mod one_line;
 pub mod pressure;
 pub mod pricing;
 pub mod random;

@@ -77,14 +77,14 @@ async fn list(
 ) -> Result<List, ApiError> {
     // Before the log: what leaves those that wait is in the log from then on.
     let mut pending = pending(context, scope, filter, cursor.pending.as_deref(), limit + 1).await?;
-    let needles = filter.needles().map_err(|_| ApiError::invalid("user", "it cannot be looked for"))?;
+    let sieve = filter.sieve();
     let mut records: Vec<WireRecord> = Vec::new();
     let mut reached = Cursor { pending: None, ..cursor.clone() };
     let ended = scan::objects(context, scope, period, cursor.key.as_deref(), deadline, |first, bytes| {
         let passed = if cursor.key.as_ref() == Some(&first.key) { cursor.lines } else { 0 };
         let mut damage = None;
         let mut lines = 0;
-        let flow = scan::lines(first, &bytes, &needles, |number, text| {
+        let flow = scan::lines(first, &bytes, &sieve, |number, text| {
             lines = number + 1;
             let line: Line = match serde_json::from_str(text) {
                 Ok(line) => line,

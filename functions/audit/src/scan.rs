@@ -3,6 +3,7 @@
 use std::ops::ControlFlow;
 
 use futures_util::StreamExt;
+use shared::audit_filter::Sieve;
 use shared::audit_log::{day_prefix, raw_lines, tenant_prefix};
 use shared::aws::audit_objects::First;
 use shared::error::ApiError;
@@ -74,19 +75,19 @@ pub(crate) async fn objects(
     Ok(Ended::AtTheEnd)
 }
 
-/// Shows `see` the lines of an object that contain all of `needles`, each with its number from 0.
+/// Shows `see` the lines of an object that `sieve` lets through, each with its number from 0.
 ///
 /// # Errors
 /// If the object cannot be read.
 pub(crate) fn lines(
     first: &First,
     bytes: &[u8],
-    needles: &[String],
+    sieve: &Sieve,
     mut see: impl FnMut(usize, &str) -> ControlFlow<()>,
 ) -> Result<ControlFlow<()>, ApiError> {
     for (number, line) in raw_lines(bytes).enumerate() {
         let line = line.map_err(|error| damaged(first, &error.to_string()))?;
-        if needles.iter().all(|needle| line.contains(needle)) && see(number, &line).is_break() {
+        if sieve.lets_through(&line) && see(number, &line).is_break() {
             return Ok(ControlFlow::Break(()));
         }
     }
