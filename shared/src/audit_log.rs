@@ -10,7 +10,6 @@
 
 use std::fmt;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::str::FromStr;
 
 use flate2::Compression;
 use flate2::read::MultiGzDecoder;
@@ -23,7 +22,7 @@ use crate::clock::Timestamp;
 use crate::error::Code;
 use crate::ids::{DocumentId, UserId};
 use crate::ledger::{Action, Outcome, Record};
-use crate::meter::{BillingMonth, Ticket};
+use crate::meter::{BillingMonth, Day, Ticket};
 use crate::pricing::Usage;
 use crate::scope::RequestId;
 use crate::tenant::TenantId;
@@ -127,7 +126,9 @@ pub struct WireRecord {
     #[serde(with = "rfc3339")]
     pub time: Timestamp,
     pub tenant_id: TenantId,
-    #[serde(with = "month")]
+    #[serde(with = "as_text")]
+    pub day: Day,
+    #[serde(with = "as_text")]
     pub month: BillingMonth,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user_id: Option<UserId>,
@@ -173,6 +174,7 @@ impl WireRecord {
             ticket: record.ticket,
             time: record.time,
             tenant_id: record.tenant_id,
+            day: record.day,
             month: record.month,
             user_id: record.user_id,
             key_id: record.key_id,
@@ -210,6 +212,7 @@ impl From<WireRecord> for Record {
             tenant_id: wire.tenant_id,
             ticket: wire.ticket,
             time: wire.time,
+            day: wire.day,
             month: wire.month,
             user_id: wire.user_id,
             key_id: wire.key_id,
@@ -362,18 +365,23 @@ mod rfc3339 {
     }
 }
 
-mod month {
+mod as_text {
+    use std::fmt::Display;
+    use std::str::FromStr;
+
     use serde::de::Error;
     use serde::{Deserialize, Deserializer, Serializer};
 
-    use super::{BillingMonth, FromStr};
-
-    pub(super) fn serialize<S: Serializer>(month: &BillingMonth, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(month)
+    pub(super) fn serialize<S: Serializer>(value: &impl Display, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(value)
     }
 
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BillingMonth, D::Error> {
-        BillingMonth::from_str(&String::deserialize(deserializer)?).map_err(D::Error::custom)
+    pub(super) fn deserialize<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+    where
+        D: Deserializer<'de>,
+        T: FromStr<Err: Display>,
+    {
+        T::from_str(&String::deserialize(deserializer)?).map_err(D::Error::custom)
     }
 }
 

@@ -808,7 +808,7 @@ mod tests {
     use super::*;
     use crate::audit_log::{Object, WireRecord, object, read};
     use crate::item_key;
-    use crate::ledger::Record;
+    use crate::ledger::{Asked, Denial, Record};
     use crate::meter::{Lease, Limit};
     use crate::units::NanoUsd;
     use flate2::Compression;
@@ -832,7 +832,8 @@ mod tests {
     }
 
     fn event(tail: &str, at: Timestamp) -> WireRecord {
-        let record = Record::refused(tenant(), Limit::Requests, 9, at, "r".to_owned().into());
+        let asked = Asked { request_id: "r".to_owned().into(), key_id: None, user_id: None };
+        let record = Record::denied(tenant(), Denial::Limit(Limit::Requests), 9, at, asked);
         WireRecord::new(item_key::event(at, tail), record)
     }
 

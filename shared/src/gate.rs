@@ -24,7 +24,7 @@ use crate::env::{self, EnvError};
 use crate::error::{ApiError, Code};
 use crate::ids::DocumentId;
 use crate::ledger::{Action, Asked, Denial, Entry, Record};
-use crate::meter::{Asker, Charged, Collected, Lease, Limit, Meter, Refusal, Ticket, Want, Work};
+use crate::meter::{Asker, Charged, Ended, Lease, Limit, Meter, Refusal, Ticket, Want, Work};
 use crate::random::entropy;
 use crate::retry::Backoff;
 use crate::scope::{Caller, ScopeError, Subject, TenantScope, Ward};
@@ -87,9 +87,8 @@ impl Admission {
         self.lease.tokens
     }
 
-    /// When its idempotency claim ends, in seconds: with its lease.
-    pub fn expires_at_s(&self) -> i64 {
-        self.lease.expires_at_s()
+    const fn held(&self) -> (&Lease, Ticket) {
+        (&self.lease, self.ticket)
     }
 }
 
@@ -132,7 +131,7 @@ impl Books {
 
     /// What expired leases turned out to have used: what the ledger says, which is made to say
     /// something if it does not.
-    async fn look_up(&self, subject: &impl Subject, state: &Meter) -> Result<Vec<Collected>, StoreError> {
+    async fn look_up(&self, subject: &impl Subject, state: &Meter) -> Result<Vec<Ended>, StoreError> {
         let now = self.clock.now();
         let mut collected = Vec::new();
         for (lease, ticket) in state.expired(now) {
@@ -150,7 +149,7 @@ impl Books {
                 }
                 Entered::Theirs(record) => record.charged(),
             };
-            collected.push(Collected { lease, charge });
+            collected.push(Ended { lease, ticket, charge });
         }
         Ok(collected)
     }
@@ -166,7 +165,7 @@ impl Books {
             if collected.is_empty() {
                 return Ok(count);
             }
-            state = match self.meters.write(subject, &state.collect(&collected)).await? {
+            state = match self.meters.write(subject, &state.end(&collected)).await? {
                 Written::Yes(state) => {
                     count += collected.len();
                     state
@@ -176,30 +175,30 @@ impl Books {
         }
     }
 
-    /// Ends a lease with what its request was charged. The ledger has it already, so a failure here
-    /// only leaves the lease to whoever finds it expired.
+    /// Ends the lease of a ticket with what its request was charged. The ledger has it already, so a
+    /// failure here only leaves the lease to whoever finds it expired.
     async fn release(
         &self,
         subject: &impl Subject,
         known: Option<Meter>,
-        lease: &Lease,
+        ticket: Ticket,
         charge: Charged,
     ) -> Option<Meter> {
         let mut failed = 0;
-        let mut known = known;
+        let mut known = known.filter(|state| state.lease_of(ticket).is_some());
         loop {
             let outcome = async {
                 let state = match known.take() {
                     Some(state) => state,
                     None => self.meters.read(subject).await?,
                 };
-                self.meters.write(subject, &state.settle(lease, charge)).await
+                let Some(lease) = state.lease_of(ticket).cloned() else { return Ok(Written::Yes(state)) };
+                self.meters.write(subject, &state.end(&[Ended { lease, ticket, charge }])).await
             };
             let error = match outcome.await {
                 Ok(Written::Yes(state)) => return Some(state),
-                Ok(Written::No(state)) if !state.leases.contains_key(lease) => return Some(state),
                 Ok(Written::No(state)) => {
-                    // Day or month have turned.
+                    // It has ended, or moved; or day or month have turned.
                     known = Some(state);
                     continue;
                 }
@@ -392,14 +391,14 @@ impl Gate {
                 None => (self.books.meters.read(scope).await?, true),
             };
             let now = self.books.clock.now();
-            match state.extend(self.asker(scope, now), &admission.lease, need.tokens, need.cost) {
+            match state.extend(self.asker(scope, now), admission.held(), need.tokens, need.cost) {
                 Ok((write, lease)) => {
                     let (state, written) = match self.books.meters.write(scope, &write).await? {
                         Written::Yes(state) => (state, true),
                         Written::No(state) => (state, false),
                     };
                     self.remember(scope, &state);
-                    if written || state.leases.contains_key(&lease) {
+                    if written || state.leases.get(&lease) == Some(&admission.ticket) {
                         admission.lease = lease;
                         return Ok(());
                     }
@@ -452,7 +451,7 @@ impl Gate {
             );
         }
         let known = self.known(scope.tenant_id());
-        let release = Box::pin(self.books.release(scope, known, &lease, charge));
+        let release = Box::pin(self.books.release(scope, known, ticket, charge));
         if let Some(state) = release.await {
             self.remember(scope, &state);
         }

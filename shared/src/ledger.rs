@@ -9,7 +9,7 @@ use crate::api_key::KeyId;
 use crate::clock::Timestamp;
 use crate::error::Code;
 use crate::ids::{DocumentId, UserId};
-use crate::meter::{BillingMonth, Charged, Lease, Limit, Ticket, Work};
+use crate::meter::{BillingMonth, Charged, Day, Lease, Limit, Ticket, Work};
 use crate::pricing::{self, Usage};
 use crate::scope::{Operator, RequestId, TenantScope};
 use crate::tenant::TenantId;
@@ -144,7 +144,9 @@ pub struct Record {
     pub ticket: Option<Ticket>,
     /// When it was written.
     pub time: Timestamp,
-    /// The month that is charged: that of the admission.
+    /// The day whose budget is charged: that of the admission.
+    pub day: Day,
+    /// Its month.
     pub month: BillingMonth,
     /// The tenant's user, as the tenant named it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -262,6 +264,7 @@ impl Record {
             tenant_id,
             ticket: None,
             time,
+            day: Day::of(time.as_seconds()),
             month: BillingMonth::of(time.as_seconds()),
             user_id: None,
             key_id: None,
@@ -295,6 +298,7 @@ impl Record {
         let request = scope.request_id().clone();
         let mut record = Self {
             ticket: Some(ticket),
+            day: lease.day(),
             month: lease.month(),
             user_id: scope.user_id().cloned(),
             key_id: Some(scope.key_id().clone()),
@@ -328,6 +332,7 @@ impl Record {
     pub fn aborted(tenant_id: TenantId, lease: &Lease, ticket: Ticket, now: Timestamp) -> Self {
         Self {
             ticket: Some(ticket),
+            day: lease.day(),
             month: lease.month(),
             outcome: Outcome::Aborted,
             unreported_tokens: lease.tokens,
@@ -386,6 +391,8 @@ impl Record {
     /// What the meter charges for it.
     pub fn charged(&self) -> Charged {
         Charged {
+            day: self.day,
+            month: self.month,
             tokens: self.usage.total() + self.embedding_tokens + self.unreported_tokens,
             cost: self.cost_nano_usd,
         }
@@ -437,7 +444,8 @@ mod tests {
     fn an_aborted_request_is_charged_its_bound_in_the_month_it_began() {
         let now = Timestamp::parse("2026-12-01T00:00:05Z").unwrap();
         let record = Record::aborted("acme".parse().unwrap(), &lease(), Ticket(7), now);
-        assert_eq!(record.charged(), Charged { tokens: Tokens(5_000), cost: NanoUsd(70_000) });
+        let (day, month) = (lease().day(), lease().month());
+        assert_eq!(record.charged(), Charged { day, month, tokens: Tokens(5_000), cost: NanoUsd(70_000) });
         assert_eq!(record.month.to_string(), "2026-11");
         let lines = record.lines();
         assert_eq!((lines.len(), lines[0].model, lines[0].requests), (1, UNREPORTED, 1));

@@ -30,7 +30,7 @@ pub const MOST_COLLECTED: usize = 8;
 /// What a caller is told where room comes as soon as any request in flight ends.
 const SOON_MS: u64 = 1_000;
 
-/// A UTC day: days since the Unix epoch.
+/// A UTC day: days since the Unix epoch; written `2026-11-24`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Day(i64);
@@ -44,6 +44,27 @@ impl Day {
     /// The first second of the next day.
     const fn end(self) -> i64 {
         self.0.saturating_add(1).saturating_mul(86_400)
+    }
+}
+
+impl fmt::Display for Day {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let date = at_second(self.0.saturating_mul(86_400)).to_datetime();
+        write!(f, "{:04}-{:02}-{:02}", date.year(), u8::from(date.month()), date.day())
+    }
+}
+
+/// A text that is no day.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a day is written yyyy-mm-dd")]
+pub struct InvalidDay;
+
+impl FromStr for Day {
+    type Err = InvalidDay;
+
+    fn from_str(text: &str) -> Result<Self, InvalidDay> {
+        let start = Timestamp::parse(&format!("{text}T00:00:00Z")).map_err(|_| InvalidDay)?;
+        Ok(Self::of(start.as_seconds()))
     }
 }
 
@@ -393,18 +414,24 @@ pub enum Refusal {
     },
 }
 
-/// An expired lease, and what its request turned out to have used: what its ticket's record says.
+/// A lease that ends, and what its request turned out to have used: what its ticket's record says.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Collected {
+pub struct Ended {
     /// The lease.
     pub lease: Lease,
+    /// Its ticket. A write that arrives late may have given a lease of the same name to another.
+    pub ticket: Ticket,
     /// What is charged for it.
     pub charge: Charged,
 }
 
-/// What is charged for a request in the end.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+/// What is charged for a request in the end, and to when.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Charged {
+    /// The day: that of the lease when its record was written.
+    pub day: Day,
+    /// The month.
+    pub month: BillingMonth,
     /// Tokens of every kind.
     pub tokens: Tokens,
     /// Their cost.
@@ -436,16 +463,27 @@ pub struct Write {
     pub counts: bool,
     /// A lease to give, with the next ticket. It must not be there.
     pub gives: Option<Lease>,
-    /// A lease that takes another's place and ticket. The old one must be there, the new one not.
-    pub replaces: Option<(Lease, Lease)>,
-    /// Leases to end. Each must be there.
-    pub ends: Vec<Lease>,
+    /// A lease that takes another's place and ticket.
+    pub replaces: Option<Replacement>,
+    /// Leases to end. Each must be there, under its ticket.
+    pub ends: Vec<(Lease, Ticket)>,
     /// Added to the day's tokens.
     pub day_tokens: i64,
     /// Added to the month's tokens.
     pub month_tokens: i64,
     /// Added to the month's cost.
     pub month_cost: u64,
+}
+
+/// A lease takes another's place.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Replacement {
+    /// The lease, which must be there under this ticket.
+    pub old: Lease,
+    /// The ticket, which stays.
+    pub ticket: Ticket,
+    /// The lease that is there then, and must not be before, unless it is the same.
+    pub new: Lease,
 }
 
 /// The clock moves on to another second.
@@ -554,7 +592,7 @@ impl Meter {
     /// [`Refusal`]. It is certain only if this state is the present one, except for
     /// [`Limit::Requests`]: admissions are never taken back, so a refusal by their number stays right
     /// until its `retry_at`.
-    pub fn admit(&self, asker: Asker<'_>, want: &Want, collected: &[Collected]) -> Result<Write, Refusal> {
+    pub fn admit(&self, asker: Asker<'_>, want: &Want, collected: &[Ended]) -> Result<Write, Refusal> {
         let Asker { limits, epoch, now } = asker;
         if self.status != TenantStatus::Active {
             return Err(Refusal::Inactive);
@@ -620,11 +658,11 @@ impl Meter {
     pub fn extend(
         &self,
         asker: Asker<'_>,
-        lease: &Lease,
+        (lease, ticket): (&Lease, Ticket),
         tokens: Tokens,
         cost: NanoUsd,
     ) -> Result<(Write, Lease), Refusal> {
-        if !self.leases.contains_key(lease) || lease.expires_at_s() <= self.second(asker.now) {
+        if self.leases.get(lease) != Some(&ticket) || lease.expires_at_s() <= self.second(asker.now) {
             return Err(Refusal::Stale);
         }
         let (same_day, same_month) = (lease.day() == self.day, lease.month() == self.month);
@@ -645,7 +683,7 @@ impl Meter {
             period: Some((self.day, self.month)),
             day_at_most: Some(budget.0.saturating_add(held(same_day))),
             month_at_most: Some(budget.1.saturating_add(held(same_month))),
-            replaces: Some((lease.clone(), longer.clone())),
+            replaces: Some(Replacement { old: lease.clone(), ticket, new: longer.clone() }),
             day_tokens: change(same_day),
             month_tokens: change(same_month),
             ..Write::default()
@@ -679,16 +717,17 @@ impl Meter {
         ))
     }
 
-    /// The write that ends a lease with what its request used. Whoever comes second finds the lease
-    /// gone, and changes nothing.
-    pub fn settle(&self, lease: &Lease, charge: Charged) -> Write {
-        self.collect(&[Collected { lease: lease.clone(), charge }])
+    /// The lease that a ticket holds, as long as its request is in flight. An extension may have moved it
+    /// without anybody being told.
+    pub fn lease_of(&self, ticket: Ticket) -> Option<&Lease> {
+        self.leases.iter().find(|(_, holds)| **holds == ticket).map(|(lease, _)| lease)
     }
 
-    /// The write that collects expired leases, and does nothing else.
-    pub fn collect(&self, collected: &[Collected]) -> Write {
+    /// The write that ends leases, and does nothing else. Whoever comes second finds them gone, and
+    /// changes nothing.
+    pub fn end(&self, ended: &[Ended]) -> Write {
         let mut write = Write { period: Some((self.day, self.month)), ..Write::default() };
-        write.collect(&mut self.clone(), collected);
+        write.collect(&mut self.clone(), ended);
         write
     }
 
@@ -774,26 +813,32 @@ fn add(number: u64, change: i64) -> u64 {
 
 impl Write {
     /// Adds the end of leases to this write; `state` is the item as the write finds it, turned.
-    fn collect(&mut self, state: &mut Meter, collected: &[Collected]) {
-        for Collected { lease, charge } in collected {
-            let correction = difference(charge.tokens.0, lease.tokens.0);
-            if lease.day() == state.day {
-                self.day_tokens = self.day_tokens.saturating_add(correction);
-                state.day_tokens = add(state.day_tokens, correction);
-            }
-            if lease.month() == state.month {
-                self.month_tokens = self.month_tokens.saturating_add(correction);
-                state.month_tokens = add(state.month_tokens, correction);
+    fn collect(&mut self, state: &mut Meter, ended: &[Ended]) {
+        for Ended { lease, ticket, charge } in ended {
+            // A lease that moved without anybody being told holds tokens of one day, and is charged to
+            // the one before, whose total is closed.
+            let correction = |charged: bool, held: bool| {
+                let of = |is: bool, tokens: Tokens| if is { tokens.0 } else { 0 };
+                difference(of(charged, charge.tokens), of(held, lease.tokens))
+            };
+            let day = correction(charge.day == state.day, lease.day() == state.day);
+            let month = correction(charge.month == state.month, lease.month() == state.month);
+            self.day_tokens = self.day_tokens.saturating_add(day);
+            state.day_tokens = add(state.day_tokens, day);
+            self.month_tokens = self.month_tokens.saturating_add(month);
+            state.month_tokens = add(state.month_tokens, month);
+            if charge.month == state.month {
                 self.month_cost = self.month_cost.saturating_add(charge.cost.0);
             }
             state.leases.remove(lease);
-            self.ends.push(lease.clone());
+            self.ends.push((lease.clone(), *ticket));
         }
     }
 
     /// Whether the write's condition holds for `meter`.
     pub fn holds(&self, meter: &Meter) -> bool {
         let there = |lease: &Lease| meter.leases.contains_key(lease);
+        let holds = |lease: &Lease, ticket: &Ticket| meter.leases.get(lease) == Some(ticket);
         self.active_in.is_none_or(|e| meter.status == TenantStatus::Active && meter.epoch <= e)
             && self.bucket.is_none_or(|b| meter.bucket == b)
             && self.n_is.is_none_or(|n| meter.n == n)
@@ -803,8 +848,10 @@ impl Write {
             && self.month_at_most.is_none_or(|most| meter.month_tokens <= most)
             && self.period.is_none_or(|(day, month)| meter.day == day && meter.month == month)
             && self.gives.as_ref().is_none_or(|lease| !there(lease))
-            && self.replaces.as_ref().is_none_or(|(old, new)| there(old) && (old == new || !there(new)))
-            && self.ends.iter().all(there)
+            && self.replaces.as_ref().is_none_or(|Replacement { old, ticket, new }| {
+                holds(old, ticket) && (old == new || !there(new))
+            })
+            && self.ends.iter().all(|(lease, ticket)| holds(lease, ticket))
     }
 
     /// What the write does.
@@ -826,12 +873,11 @@ impl Write {
             meter.seq += 1;
             meter.leases.insert(lease.clone(), Ticket(meter.seq));
         }
-        if let Some((old, new)) = &self.replaces
-            && let Some(ticket) = meter.leases.remove(old)
-        {
-            meter.leases.insert(new.clone(), ticket);
+        if let Some(Replacement { old, ticket, new }) = &self.replaces {
+            meter.leases.remove(old);
+            meter.leases.insert(new.clone(), *ticket);
         }
-        for lease in &self.ends {
+        for (lease, _) in &self.ends {
             meter.leases.remove(lease);
         }
         Ok(())

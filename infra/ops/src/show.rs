@@ -166,6 +166,9 @@ fn for_a_person(record: &WireRecord) -> String {
     if let Some(user) = &record.user_id {
         add(format!("user \"{}\"", OneLine(user.as_str())));
     }
+    if let Some(operator) = &record.operator {
+        add(format!("operator \"{}\"", OneLine(operator)));
+    }
     if let Some(model) = record.model.as_ref().or(record.embedding_model.as_ref()) {
         add(format!("model \"{}\"", OneLine(model)));
     }
@@ -190,7 +193,7 @@ fn quoted<'a>(texts: impl Iterator<Item = &'a str>) -> String {
     texts.map(|text| format!("\"{}\"", OneLine(text))).collect::<Vec<_>>().join(",")
 }
 
-const COLUMNS: [&str; 35] = [
+const COLUMNS: [&str; 37] = [
     "time",
     "tenant_id",
     "position",
@@ -198,12 +201,14 @@ const COLUMNS: [&str; 35] = [
     "ticket",
     "user_id",
     "key_id",
+    "operator",
     "request_id",
     "action",
     "outcome",
     "error",
     "limit",
     "count",
+    "day",
     "month",
     "model",
     "input_tokens",
@@ -228,7 +233,7 @@ const COLUMNS: [&str; 35] = [
     "retain_until",
 ];
 
-fn cells(line: &Line) -> [String; 35] {
+fn cells(line: &Line) -> [String; 37] {
     let record = &line.record;
     let text = |text: Option<&str>| text.map_or_else(String::new, |text| safe(text).into_owned());
     let number = |number: Option<u64>| number.map_or_else(String::new, |number| number.to_string());
@@ -241,12 +246,14 @@ fn cells(line: &Line) -> [String; 35] {
         number(record.ticket.map(|ticket| ticket.0)),
         text(record.user_id.as_ref().map(|user| user.as_str())),
         text(record.key_id.as_ref().map(|key| key.as_str())),
+        text(record.operator.as_deref()),
         text(Some(&record.request_id.to_string())),
         named(&record.action),
         named(&record.outcome),
         record.error.as_ref().map(named).unwrap_or_default(),
         text(record.limit.as_deref()),
         record.count.to_string(),
+        record.day.to_string(),
         record.month.to_string(),
         text(record.model.as_deref()),
         record.input_tokens.0.to_string(),

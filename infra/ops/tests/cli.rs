@@ -10,7 +10,7 @@ use shared::audit_log::{Head, Object, WireRecord, object, tenant_prefix};
 use shared::audit_verify::RETENTION_DAYS;
 use shared::clock::Timestamp;
 use shared::item_key;
-use shared::ledger::{Outcome, Record};
+use shared::ledger::{Asked, Denial, Outcome, Record};
 use shared::meter::{Lease, Limit, Ticket};
 use shared::tenant::TenantId;
 use tempfile::TempDir;
@@ -43,7 +43,8 @@ fn write_log(root: &Path, tenant: &str, objects: u64) -> Vec<PathBuf> {
         let at = Timestamp::from_millis(START + i64::try_from(n).unwrap() * HOUR_MS);
         let mut records: Vec<_> = (1..=3).map(|i| record(&tenant, n * 3 + i, at)).collect();
         if n == 0 {
-            let refused = Record::refused(tenant.clone(), Limit::Requests, 9, at, "r".to_owned().into());
+            let asked = Asked { request_id: "r".to_owned().into(), key_id: None, user_id: None };
+            let refused = Record::denied(tenant.clone(), Denial::Limit(Limit::Requests), 9, at, asked);
             records.push(WireRecord::new(item_key::event(at, "a"), refused));
         }
         let Object { key, bytes, head: next } = object(&head, records, at.plus_days(RETENTION_DAYS)).unwrap();

@@ -9,7 +9,7 @@ use aws_sdk_dynamodb::types::{
 
 use super::table::{Item, StoreError, Table};
 use crate::item_key::PARTITION;
-use crate::meter::{Meter, Write};
+use crate::meter::{Lease, Meter, Replacement, Ticket, Write};
 use crate::scope::Subject;
 use crate::tenant::TenantId;
 
@@ -202,9 +202,8 @@ impl Expression {
             e.sets.push(format!("{place} = {seq} + {one}"));
             e.sets.push(format!("{seq} = {seq} + {one}"));
         }
-        if let Some((old, new)) = &write.replaces {
-            let old_place = e.lease("old", old);
-            e.conditions.push(format!("attribute_exists({old_place})"));
+        if let Some(Replacement { old, ticket, new }) = &write.replaces {
+            let old_place = e.held("old", old, *ticket);
             if old != new {
                 let new_place = e.lease("new", new);
                 e.conditions.push(format!("attribute_not_exists({new_place})"));
@@ -212,9 +211,8 @@ impl Expression {
                 e.removes.push(old_place);
             }
         }
-        for (n, lease) in write.ends.iter().enumerate() {
-            let place = e.lease(&format!("ended{n}"), lease);
-            e.conditions.push(format!("attribute_exists({place})"));
+        for (n, (lease, ticket)) in write.ends.iter().enumerate() {
+            let place = e.held(&format!("ended{n}"), lease, *ticket);
             e.removes.push(place);
         }
         e
@@ -241,10 +239,18 @@ impl Expression {
         name
     }
 
-    fn lease(&mut self, label: &str, lease: &crate::meter::Lease) -> String {
+    fn lease(&mut self, label: &str, lease: &Lease) -> String {
         let name = format!("#{label}");
         self.names.insert(name.clone(), lease.to_string());
         format!("{}.{name}", self.name("leases"))
+    }
+
+    /// The place of a lease that has to be there, under this ticket.
+    fn held(&mut self, label: &str, lease: &Lease, ticket: Ticket) -> String {
+        let place = self.lease(label, lease);
+        let ticket = self.value(label, AttributeValue::N(ticket.to_string()));
+        self.conditions.push(format!("{place} = {ticket}"));
+        place
     }
 
     fn compare(&mut self, attribute: &str, operator: &str, with: impl ToString) {

@@ -89,6 +89,12 @@ fn a_clock_that_lags_is_told_the_meters_own() {
     admit(&mut meter, &limits, at(65_000), &Want::Read).unwrap();
 }
 
+fn ended(lease: &Lease, ticket: Ticket, tokens: u64, cost: u64) -> Ended {
+    let (tokens, cost) = (Tokens(tokens), NanoUsd(cost));
+    let charge = Charged { day: lease.day(), month: lease.month(), tokens, cost };
+    Ended { lease: lease.clone(), ticket, charge }
+}
+
 #[test]
 fn a_budget_is_reserved_settled_and_free_again_the_next_day() {
     let limits = limits(100, 1_000, 10_000, 10);
@@ -98,10 +104,10 @@ fn a_budget_is_reserved_settled_and_free_again_the_next_day() {
     assert_eq!(admit(&mut meter, &limits, at(0), &work(600, "b")).unwrap_err(), soon);
     let lease = meter.leases.keys().next().unwrap().clone();
     assert_eq!(lease.to_string().parse::<Lease>().unwrap(), lease);
-    let charge = Charged { tokens: Tokens(500), cost: NanoUsd(7) };
-    meter.settle(&lease, charge).apply(&mut meter).unwrap();
+    let ended = [ended(&lease, Ticket(1), 500, 7)];
+    meter.end(&ended).apply(&mut meter).unwrap();
     assert_eq!((meter.day_tokens, meter.month_tokens, meter.month_cost), (500, 500, 7));
-    assert_eq!(meter.settle(&lease, charge).apply(&mut meter), Err(ConditionFailed));
+    assert_eq!(meter.end(&ended).apply(&mut meter), Err(ConditionFailed));
 
     let refused = admit(&mut meter, &limits, at(0), &work(501, "b")).unwrap_err();
     let Refusal::Limit { limit: Limit::Day, retry_at: Some(midnight) } = refused else { panic!() };
@@ -124,7 +130,7 @@ fn a_request_across_midnight_is_charged_to_the_day_it_began() {
         (meter.day_tokens, meter.month_tokens, meter.month.to_string().as_str()),
         (900, 900, "2026-12")
     );
-    meter.settle(&old, Charged { tokens: Tokens(5), cost: NanoUsd(5) }).apply(&mut meter).unwrap();
+    meter.end(&[ended(&old, Ticket(1), 5, 5)]).apply(&mut meter).unwrap();
     assert_eq!((meter.day_tokens, meter.month_tokens, meter.month_cost), (900, 900, 0));
     assert_eq!(old.month().to_string(), "2026-11");
 }
@@ -138,11 +144,48 @@ fn an_expired_lease_is_collected_by_the_next_admission() {
     let now = at(130_000);
     let expired = meter.expired(now);
     assert_eq!(expired.len(), 1);
-    let charge = Charged { tokens: Tokens(600), cost: NanoUsd(600_000) };
-    let collected = [Collected { lease: expired[0].0.clone(), charge }];
+    let collected = [ended(&expired[0].0, expired[0].1, 600, 600_000)];
     let write = meter.admit(asker(&limits, now), &work(400, "b"), &collected).unwrap();
     write.apply(&mut meter).unwrap();
     assert_eq!((meter.day_tokens, meter.month_cost, meter.seq, meter.leases.len()), (1_000, 600_000, 2, 1));
+}
+
+/// The lease of the same name that a belated message was given belongs to another ticket.
+#[test]
+fn a_lease_ends_and_moves_under_its_own_ticket_alone() {
+    let limits = limits(100, 1_000, 10_000, 10);
+    let mut meter = meter();
+    let write = meter.admit(asker(&limits, at(0)), &work(10, "a"), &[]).unwrap();
+    write.apply(&mut meter).unwrap();
+    let lease = meter.lease_of(Ticket(1)).unwrap().clone();
+    let end = meter.end(&[ended(&lease, Ticket(1), 5, 5)]);
+    let (extend, _) =
+        meter.extend(asker(&limits, at(0)), (&lease, Ticket(1)), Tokens(20), NanoUsd(1)).unwrap();
+    end.apply(&mut meter).unwrap();
+    write.apply(&mut meter).unwrap();
+    assert_eq!(meter.lease_of(Ticket(2)), Some(&lease));
+    assert_eq!(end.apply(&mut meter), Err(ConditionFailed));
+    assert_eq!(extend.apply(&mut meter), Err(ConditionFailed));
+}
+
+/// Nobody was told that the lease has moved, so its record is of the month before.
+#[test]
+fn a_lease_that_moved_is_charged_where_its_record_says() {
+    let limits = limits(100, 1_000, 10_000, 10);
+    let eve = Timestamp::parse("2026-11-30T23:59:59Z").unwrap();
+    let mut meter = Meter::new(TenantStatus::Active, 1, eve);
+    admit(&mut meter, &limits, eve, &work(400, "a")).unwrap();
+    let lease = meter.lease_of(Ticket(1)).unwrap().clone();
+    let morning = eve.plus_millis(1_000);
+    admit(&mut meter, &limits, morning, &work(100, "b")).unwrap();
+    let (write, moved) =
+        meter.extend(asker(&limits, morning), (&lease, Ticket(1)), Tokens(700), NanoUsd(1)).unwrap();
+    write.apply(&mut meter).unwrap();
+    assert_eq!((meter.day_tokens, meter.month_tokens), (800, 800));
+    assert_eq!(meter.lease_of(Ticket(1)), Some(&moved));
+    let charge = ended(&lease, Ticket(1), 5, 5).charge;
+    meter.end(&[Ended { lease: moved, ticket: Ticket(1), charge }]).apply(&mut meter).unwrap();
+    assert_eq!((meter.day_tokens, meter.month_tokens, meter.month_cost), (100, 100, 0));
 }
 
 #[test]
@@ -152,8 +195,9 @@ fn an_extension_keeps_the_ticket_and_the_budget() {
     admit(&mut meter, &limits, at(0), &work(10, "a")).unwrap();
     admit(&mut meter, &limits, at(0), &work(500, "b")).unwrap();
     let lease = meter.leases.keys().find(|l| l.request == "a").unwrap().clone();
-    assert!(meter.extend(asker(&limits, at(5)), &lease, Tokens(501), NanoUsd(1)).is_err());
-    let (write, longer) = meter.extend(asker(&limits, at(5)), &lease, Tokens(500), NanoUsd(1)).unwrap();
+    assert!(meter.extend(asker(&limits, at(5)), (&lease, Ticket(1)), Tokens(501), NanoUsd(1)).is_err());
+    let held = (&lease, Ticket(1));
+    let (write, longer) = meter.extend(asker(&limits, at(5)), held, Tokens(500), NanoUsd(1)).unwrap();
     write.apply(&mut meter).unwrap();
     assert_eq!((meter.day_tokens, meter.leases[&longer]), (1_000, Ticket(1)));
     assert!(!meter.leases.contains_key(&lease));
@@ -230,20 +274,17 @@ proptest! {
             match step {
                 Step::Wait { ms } => now += ms,
                 Step::Settle { which, share } => {
-                    let leases: Vec<Lease> = meter.leases.keys().cloned().collect();
+                    let leases: Vec<_> = meter.leases.clone().into_iter().collect();
                     if leases.is_empty() { continue }
-                    let lease = leases[which % leases.len()].clone();
+                    let (lease, ticket) = leases[which % leases.len()].clone();
                     let tokens = lease.tokens.0 * share / 100;
-                    meter.settle(&lease, Charged { tokens: Tokens(tokens), cost: NanoUsd(tokens) })
-                        .apply(&mut meter).unwrap();
+                    meter.end(&[ended(&lease, ticket, tokens, tokens)]).apply(&mut meter).unwrap();
                     *used.entry(lease.day()).or_default() += tokens;
                 }
                 Step::Ask { skew_ms, tokens } => {
                     let clock = at(now + skew_ms);
-                    let collected: Vec<Collected> = meter.expired(clock).into_iter()
-                        .map(|(lease, _)| Collected {
-                            charge: Charged { tokens: lease.tokens, cost: lease.cost }, lease,
-                        })
+                    let collected: Vec<Ended> = meter.expired(clock).into_iter()
+                        .map(|(lease, ticket)| ended(&lease, ticket, lease.tokens.0, lease.cost.0))
                         .collect();
                     let second = meter.second(clock);
                     let in_window = |admitted: &[i64], second: i64| {

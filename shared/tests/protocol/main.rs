@@ -27,7 +27,6 @@ fn setting() -> Setting {
         faults: 0,
         late: false,
         flaw: None,
-        by_ticket: false,
         but: None,
     }
 }
@@ -154,7 +153,7 @@ fn what_a_request_needs_more_is_charged_once() {
     holds("both in need", &Setting { jobs, passes: &[1, 36], most_passes: 2, ..in_need() });
 }
 
-/// It is admitted, and charged: see the gap below. But within the limits.
+/// It is admitted, and charged, see below. But within the limits.
 #[test]
 fn what_arrives_late_is_held_to_the_limits() {
     let limits = limits(2, 2, 9, 14);
@@ -174,26 +173,20 @@ fn the_books_agree_whatever_fails_among_more() {
     holds("in ruins, three failures", &Setting { faults: 3, ..in_ruins() });
 }
 
-// --- its known gaps: whoever closes one finds its test failing, and says `holds` instead
-
-/// A lease that an extension moved into a new month, without anybody being told, is charged to that
-/// month by the meter and to the one before by its record.
+/// A lease that an extension moved into a new month, without anybody being told, is charged where its
+/// record says.
 #[test]
-fn gap_an_extension_into_a_new_month_whose_answers_are_all_lost() {
-    let setting = Setting { faults: 1, ..in_need_at_midnight() };
-    fails("gap: a moved lease", &setting, Property::Totals);
-    holds("nothing else", &Setting { but: Some(Property::Totals), ..setting });
+fn an_extension_whose_answers_are_all_lost_is_charged_once() {
+    holds("a moved lease", &Setting { faults: 1, ..in_need_at_midnight() });
 }
 
 /// A first attempt that arrives after the second has been answered, and settled, admits again: nobody
-/// knows, and the bound is charged. If the settle's answer is lost, too, its repetition ends the wrong
-/// ticket's lease, since a lease's name does not tell the two apart. Its ticket would.
+/// knows, and the bound is charged. No condition on the meter can tell it from a new request, and it is
+/// within the limits; whatever is lost besides, each ticket is charged once.
 #[test]
-fn gap_an_admission_that_arrives_late() {
-    fails("gap: admitted twice", &belated(), Property::OneTicket);
-    let setting = Setting { but: Some(Property::OneTicket), ..belated() };
-    fails("gap: the wrong lease ends", &setting, Property::ChargedOnce);
-    holds("leases that end by ticket", &Setting { by_ticket: true, ..setting });
+fn what_arrives_late_is_charged_once() {
+    fails("admitted twice", &belated(), Property::OneTicket);
+    holds("nothing else", &Setting { but: Some(Property::OneTicket), ..belated() });
 }
 
 // --- wrong on purpose
@@ -226,6 +219,17 @@ fn finds_a_late_settle_that_insists_on_its_own_charge() {
 #[test]
 fn finds_a_lease_that_ends_twice() {
     finds(Flaw::EndWithoutLease, in_ruins(), Property::ChargedOnce);
+}
+
+#[test]
+fn finds_an_end_of_another_tickets_lease() {
+    let setting = Setting { but: Some(Property::OneTicket), ..belated() };
+    finds(Flaw::EndAnyTicket, setting, Property::ChargedOnce);
+}
+
+#[test]
+fn finds_a_moved_lease_that_is_charged_where_it_is() {
+    finds(Flaw::ChargeWhereItIs, Setting { faults: 1, ..in_need_at_midnight() }, Property::Totals);
 }
 
 #[test]

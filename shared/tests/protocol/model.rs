@@ -11,10 +11,7 @@ use std::rc::Rc;
 
 use shared::clock::Timestamp;
 use shared::limits::Limits;
-use shared::meter::{
-    Asker, BillingMonth, Charged, Collected, Day, Lease, Limit, Meter, Past, Refusal, Ticket, Want, Work,
-    Write,
-};
+use shared::meter::{Asker, Charged, Ended, Lease, Limit, Meter, Past, Refusal, Ticket, Want, Work, Write};
 use shared::tenant::{TenantStatus, Tier};
 use shared::units::{NanoUsd, Tokens};
 
@@ -63,6 +60,10 @@ pub enum Flaw {
     OwnCharge,
     /// Ending a lease does not depend on its being there.
     EndWithoutLease,
+    /// Ending a lease does not depend on its ticket.
+    EndAnyTicket,
+    /// A lease that an extension has moved is charged to the day that it has moved to.
+    ChargeWhereItIs,
     /// Ending a lease does not depend on the day and month that it was decided in.
     EndInAnyPeriod,
     /// An admission does not depend on the second that it was decided in.
@@ -120,8 +121,6 @@ pub struct Setting {
     /// Whether a message whose answer was given up on may arrive later still.
     pub late: bool,
     pub flaw: Option<Flaw>,
-    /// Whether a lease ends only under the ticket that its end is meant for, not under any.
-    pub by_ticket: bool,
     /// A property that is not looked at.
     pub but: Option<Property>,
 }
@@ -142,18 +141,13 @@ pub fn limits(requests_per_minute: u32, max_concurrent: u32, day: u64, month: u6
 struct Entry {
     request: String,
     aborted: bool,
-    day: Day,
-    month: BillingMonth,
     charge: Charged,
 }
-
-/// The end of a lease as the one who writes it sees it: its ticket, and what its record says.
-type End = (Lease, Ticket, Charged);
 
 /// What is sent to a store.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum Message {
-    Meter(Rc<Write>, Vec<End>),
+    Meter(Rc<Write>, Vec<Ended>),
     Ledger(Ticket, Entry),
 }
 
@@ -182,13 +176,13 @@ enum Stage {
     Looking {
         state: Rc<Meter>,
         now: Timestamp,
-        found: Vec<End>,
+        found: Vec<Ended>,
     },
     /// Writes the meter: an admission, or the end of expired leases.
     Writing {
         since_ms: i64,
         write: Rc<Write>,
-        ends: Vec<End>,
+        ends: Vec<Ended>,
     },
     Admitted(Admission),
     Extending {
@@ -514,16 +508,15 @@ impl Run<'_> {
     }
 
     /// Decides on a state whose expired leases have all been looked up.
-    fn conclude(&mut self, p: usize, state: &Rc<Meter>, now: Timestamp, ends: Vec<End>) {
-        let collected = collected(&ends);
-        let write = match self.admit(p, state, now, &collected) {
+    fn conclude(&mut self, p: usize, state: &Rc<Meter>, now: Timestamp, ends: Vec<Ended>) {
+        let write = match self.admit(p, state, now, &ends) {
             Some(Ok(write)) => write,
             Some(Err(_)) => {
                 self.remember(p, state);
                 return self.stage(p, Stage::Over);
             }
             None if ends.is_empty() => return self.stage(p, Stage::Over),
-            None => state.collect(&collected),
+            None => self.ending(state, &ends),
         };
         let stage = self.writing(write, ends);
         self.stage(p, stage);
@@ -535,7 +528,7 @@ impl Run<'_> {
         p: usize,
         state: &Meter,
         now: Timestamp,
-        collected: &[Collected],
+        collected: &[Ended],
     ) -> Option<Result<Write, Refusal>> {
         let want = match self.setting.jobs[p] {
             Job::Collect => return None,
@@ -575,7 +568,7 @@ impl Run<'_> {
         }))
     }
 
-    fn writing(&self, write: Write, ends: Vec<End>) -> Stage {
+    fn writing(&self, write: Write, ends: Vec<Ended>) -> Stage {
         Stage::Writing { since_ms: self.world.now_ms, write: Rc::new(write), ends }
     }
 
@@ -591,7 +584,8 @@ impl Run<'_> {
     fn extended(&self, p: usize, admission: &Admission, state: &Meter) -> Option<Stage> {
         let Job::Extend(_, tokens) = self.setting.jobs[p] else { return None };
         let asker = Asker { limits: &self.setting.limits, epoch: 1, now: self.clock(p) };
-        let (write, longer) = state.extend(asker, &admission.lease, Tokens(tokens), cost(tokens)).ok()?;
+        let held = (&admission.lease, admission.ticket);
+        let (write, longer) = state.extend(asker, held, Tokens(tokens), cost(tokens)).ok()?;
         let since_ms = self.world.now_ms;
         Some(Stage::Extending { since_ms, admission: admission.clone(), write: Rc::new(write), longer })
     }
@@ -629,7 +623,7 @@ impl Run<'_> {
             Stage::Writing { write, ends, .. } => Message::Meter(Rc::clone(write), ends.clone()),
             Stage::Extending { write, .. } => Message::Meter(Rc::clone(write), Vec::new()),
             Stage::Admitted(admission) if self.flawed(Flaw::MeterFirst) => {
-                self.end(self.known(p), admission, charge(admission.used))
+                self.end(self.known(p), admission, charge(&admission.lease, admission.used))
             }
             Stage::Admitted(admission) | Stage::Recording(admission) => {
                 Message::Ledger(admission.ticket, settled(admission))
@@ -640,26 +634,34 @@ impl Run<'_> {
         }
     }
 
-    /// As `Books::release`.
+    /// As `Books::release`. Where it finds the ticket's lease gone, it is told so by the answer.
     fn end(&self, known: Option<Rc<Meter>>, admission: &Admission, charge: Charged) -> Message {
+        let known = known.filter(|state| state.lease_of(admission.ticket).is_some());
         let state = known.unwrap_or_else(|| Rc::clone(&self.world.meter));
-        let mut write = state.settle(&admission.lease, charge);
+        let lease = state.lease_of(admission.ticket).unwrap_or(&admission.lease).clone();
+        let ended = vec![Ended { lease, ticket: admission.ticket, charge }];
+        let mut write = self.ending(&state, &ended);
         if self.flawed(Flaw::EndInAnyPeriod) {
             write.period = None;
         }
-        Message::Meter(Rc::new(write), vec![(admission.lease.clone(), admission.ticket, charge)])
+        Message::Meter(Rc::new(write), ended)
+    }
+
+    /// The write that ends leases.
+    fn ending(&self, state: &Meter, ended: &[Ended]) -> Write {
+        let mut ended = ended.to_vec();
+        if self.flawed(Flaw::ChargeWhereItIs) {
+            for Ended { lease, charge, .. } in &mut ended {
+                (charge.day, charge.month) = (lease.day(), lease.month());
+            }
+        }
+        state.end(&ended)
     }
 
     /// As `Record::aborted`.
     fn aborted(&self, lease: &Lease) -> Entry {
-        let bound = Charged { tokens: lease.tokens, cost: lease.cost };
-        Entry {
-            request: lease.request.clone(),
-            aborted: true,
-            day: lease.day(),
-            month: lease.month(),
-            charge: if self.flawed(Flaw::AbortForFree) { charge(0) } else { bound },
-        }
+        let bound = if self.flawed(Flaw::AbortForFree) { 0 } else { lease.tokens.0 };
+        Entry { request: lease.request.clone(), aborted: true, charge: charge(lease, bound) }
     }
 
     /// What a store does with a message.
@@ -683,11 +685,14 @@ impl Run<'_> {
                 let mut write = Write::clone(write);
                 let mut meter = Meter::clone(&self.world.meter);
                 if self.flawed(Flaw::EndWithoutLease) {
-                    write.ends.retain(|lease| meter.leases.contains_key(lease));
+                    write.ends.retain(|(lease, _)| meter.leases.contains_key(lease));
                 }
-                let meant = |(lease, ticket, _): &End| meter.leases.get(lease) == Some(ticket);
-                let meant = !self.setting.by_ticket || ends.iter().all(meant);
-                let written = meant && write.apply(&mut meter).is_ok();
+                if self.flawed(Flaw::EndAnyTicket) {
+                    for (lease, ticket) in &mut write.ends {
+                        *ticket = meter.leases.get(lease).copied().unwrap_or(*ticket);
+                    }
+                }
+                let written = write.apply(&mut meter).is_ok();
                 if written {
                     ends.iter().for_each(|end| self.charged(end));
                     if meter.bucket < self.world.meter.bucket {
@@ -704,7 +709,7 @@ impl Run<'_> {
     }
 
     /// Watches the end of a lease.
-    fn charged(&mut self, (lease, ticket, charge): &End) {
+    fn charged(&mut self, Ended { lease, ticket, charge }: &Ended) {
         if !self.world.charged.insert(*ticket) {
             self.violation(Property::ChargedOnce);
         }
@@ -732,7 +737,7 @@ impl Run<'_> {
                 let expired = state.expired(now);
                 let (lease, ticket) = expired[found.len()].clone();
                 let charge = there.map_or_else(|| self.aborted(&lease).charge, |there| there.charge);
-                found.push((lease, ticket, charge));
+                found.push(Ended { lease, ticket, charge });
                 if found.len() < expired.len() {
                     self.stage(p, Stage::Looking { state, now, found });
                 } else {
@@ -742,7 +747,7 @@ impl Run<'_> {
             Stage::Writing { write, .. } => self.written(p, &write, written, &meter),
             Stage::Extending { mut admission, longer, .. } => {
                 self.remember(p, &meter);
-                if meter.leases.contains_key(&longer) {
+                if meter.leases.get(&longer) == Some(&admission.ticket) {
                     admission.lease = longer;
                     if self.setting.in_time(&self.world, p, &admission) {
                         admission.used = admission.lease.tokens.0;
@@ -763,12 +768,12 @@ impl Run<'_> {
             Stage::Admitted(admission) => {
                 let theirs = there.filter(|there| there.aborted || there.request != request(p));
                 let stands = theirs.filter(|_| !self.flawed(Flaw::OwnCharge)).map(|theirs| theirs.charge);
-                let charge = stands.unwrap_or_else(|| charge(admission.used));
+                let charge = stands.unwrap_or_else(|| charge(&admission.lease, admission.used));
                 self.stage(p, Stage::Ending { state: None, admission, charge });
             }
             Stage::Ending { admission, charge, .. } => {
-                let there = meter.leases.get(&admission.lease);
-                if there.is_some_and(|there| !self.setting.by_ticket || *there == admission.ticket) {
+                let any = self.flawed(Flaw::EndAnyTicket) && meter.leases.contains_key(&admission.lease);
+                if any || meter.lease_of(admission.ticket).is_some() {
                     self.stage(p, Stage::Ending { state: Some(meter), admission, charge });
                 } else {
                     self.remember(p, &meter);
@@ -812,7 +817,8 @@ impl Run<'_> {
         let (meter, ledger) = (&self.world.meter, &self.world.ledger);
         let in_flight = meter.leases.iter().filter(|(_, ticket)| !ledger.contains_key(ticket));
         let in_flight = in_flight.map(|(lease, _)| (lease.day(), lease.month(), lease.tokens.0));
-        let recorded = ledger.values().map(|entry| (entry.day, entry.month, entry.charge.tokens.0));
+        let recorded =
+            ledger.values().map(|entry| (entry.charge.day, entry.charge.month, entry.charge.tokens.0));
         let (mut days, mut months) = (BTreeMap::new(), BTreeMap::new());
         for (day, month, tokens) in in_flight.chain(recorded) {
             *days.entry(day).or_default() += tokens;
@@ -831,9 +837,10 @@ impl Run<'_> {
         for (lease, ticket) in self.world.meter.expired(now) {
             let entry = self.aborted(&lease);
             let Answer::Ledger(there) = self.deliver(&Message::Ledger(ticket, entry.clone())) else { return };
-            ends.push((lease, ticket, there.map_or(entry.charge, |there| there.charge)));
+            let charge = there.map_or(entry.charge, |there| there.charge);
+            ends.push(Ended { lease, ticket, charge });
         }
-        let write = self.world.meter.collect(&collected(&ends));
+        let write = self.ending(&self.world.meter, &ends);
         self.deliver(&Message::Meter(Rc::new(write), ends));
     }
 
@@ -847,8 +854,8 @@ impl Run<'_> {
             let charges = ledger.values().filter(|entry| of(entry)).map(|entry| entry.charge);
             charges.fold((0, 0), |sum, c| (sum.0 + c.tokens.0, sum.1 + c.cost.0))
         };
-        let (day, _) = sum(&|entry| entry.day == meter.day);
-        let month = sum(&|entry| entry.month == meter.month);
+        let (day, _) = sum(&|entry| entry.charge.day == meter.day);
+        let month = sum(&|entry| entry.charge.month == meter.month);
         if day != meter.day_tokens || month != (meter.month_tokens, meter.month_cost) {
             return Some(Property::Totals);
         }
@@ -869,21 +876,12 @@ fn not_extended(admission: &Admission) -> Stage {
 /// As `Record::settled`: what the request itself says.
 fn settled(admission: &Admission) -> Entry {
     let lease = &admission.lease;
-    Entry {
-        request: lease.request.clone(),
-        aborted: false,
-        day: lease.day(),
-        month: lease.month(),
-        charge: charge(admission.used),
-    }
+    Entry { request: lease.request.clone(), aborted: false, charge: charge(lease, admission.used) }
 }
 
-fn collected(ends: &[End]) -> Vec<Collected> {
-    ends.iter().map(|(lease, _, charge)| Collected { lease: lease.clone(), charge: *charge }).collect()
-}
-
-fn charge(tokens: u64) -> Charged {
-    Charged { tokens: Tokens(tokens), cost: cost(tokens) }
+/// As `Record::charged`.
+fn charge(lease: &Lease, tokens: u64) -> Charged {
+    Charged { day: lease.day(), month: lease.month(), tokens: Tokens(tokens), cost: cost(tokens) }
 }
 
 const fn cost(tokens: u64) -> NanoUsd {
@@ -911,7 +909,7 @@ impl fmt::Display for World {
         write!(f, "; ledger")?;
         for (ticket, entry) in self.ledger.iter() {
             let aborted = if entry.aborted { " aborted" } else { "" };
-            write!(f, " #{ticket}:{} {}{aborted}", entry.charge.tokens.0, entry.month)?;
+            write!(f, " #{ticket}:{} {}{aborted}", entry.charge.tokens.0, entry.charge.month)?;
         }
         Ok(())
     }
