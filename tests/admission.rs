@@ -1432,6 +1432,53 @@ async fn the_next_request_obeys_the_new_state_though_the_old_decision_is_cached(
     }
 }
 
+/// What the old decision would have reserved, or let pass, is not what the new one does.
+#[tokio::test]
+async fn a_decision_made_anew_is_checked_and_reserved_for_anew() {
+    let stack = stack(40).await;
+    let (acme, _) = known(&stack, "acme").await;
+    let (haiku, sonnet) = ("claude-haiku-4-5-20251001", "claude-sonnet-4-6");
+    let limit = async |name: &str, value: Value| {
+        edit(&stack, "tenants", config_of("acme"), &["limits", name], value).await;
+    };
+    limit("allowed_models", json!({"L": [{"S": haiku}]})).await;
+    limit("default_model", json!({"S": haiku})).await;
+    raise_epoch(&stack, "acme").await;
+    let with = |model: &str| json!({"message": "Hello?", "model": model});
+    acme.chat(with(sonnet)).await.expect_error(403, "model_not_allowed");
+    let before = meter(&stack, "acme").await.seq;
+    acme.chat(hello()).await.expect_status(StatusCode::OK);
+    let books = Books::read(&stack, "acme").await;
+    let last = books.records.iter().find(|r| r.ticket.unwrap().0 == before + 1).unwrap();
+    assert_eq!(last.model.as_deref(), Some(haiku));
+
+    // A small context becomes a large one.
+    let limits = json!({"max_context_tokens": 1_000, "tokens_per_day": 10_000_000, "requests_per_minute": 500,
+        "monthly_token_budget": 10_000_000});
+    let globex = tenant(&stack, "globex", "professional", limits).await;
+    for n in 0..20 {
+        let text = format!("Paragraph {n} of the contract about delivery. ").repeat(40);
+        globex.store(&format!("d-{n}"), "Contract", &text).await;
+    }
+    globex.chat(hello()).await.expect_status(StatusCode::OK);
+    edit(&stack, "tenants", config_of("globex"), &["limits", "max_context_tokens"], json!({"N": "100000"}))
+        .await;
+    raise_epoch(&stack, "globex").await;
+    let before = meter(&stack, "globex").await.seq;
+    let ask = json!({"message": "What about delivery?", "top_k": 50, "max_tokens": 64});
+    let streamed = globex.open_stream(ask).await;
+    let state = meter(&stack, "globex").await;
+    let (lease, ticket) = state.leases.first_key_value().unwrap();
+    assert_eq!(ticket.0, before + 1);
+    all_events(streamed).await;
+    idle_meter(&stack, "globex").await;
+    let books = Books::read(&stack, "globex").await;
+    let last = books.records.iter().find(|r| r.ticket == Some(*ticket)).unwrap();
+    assert!(last.usage.input_tokens.0 > 2_000, "{last:?}");
+    assert!(last.charged().tokens <= lease.tokens, "{last:?} under {lease}");
+    books.agree_and_are_closed();
+}
+
 #[tokio::test]
 async fn a_revoked_key_is_given_no_kept_answer() {
     let stack = stack(0).await;

@@ -15,20 +15,22 @@ use tokio::time::Instant;
 
 use crate::api_key::{Permission, verify};
 use crate::aws::StoreError;
+use crate::aws::idempotency::IdempotencyStore;
 use crate::aws::ledger::{Along, Entered, Ledger};
 use crate::aws::meters::{MeterStore, Written};
 use crate::aws::tenants::TenantStore;
 use crate::breaker::Breaker;
 use crate::clock::{Clock, Timestamp};
+use crate::denials::Denials;
 use crate::env::{self, EnvError};
 use crate::error::{ApiError, Code};
+use crate::idempotency::{IdempotencyKey, Stored};
 use crate::ids::DocumentId;
-use crate::ledger::{Action, Asked, Denial, Entry, Record};
-use crate::meter::{Asker, Charged, Ended, Lease, Limit, Meter, Refusal, Ticket, Want, Work};
+use crate::ledger::{Action, Denial, Entry, Record};
+use crate::meter::{Asker, Charged, Ended, Lease, Limit, Meter, Refusal, Ticket, Want, Work, Write};
 use crate::random::entropy;
 use crate::retry::Backoff;
-use crate::scope::{Caller, ScopeError, Subject, TenantScope, Ward};
-use crate::tally::{Due, Tally};
+use crate::scope::{Caller, ScopeError, Subject, TenantScope};
 use crate::tenant::{TenantId, TenantStatus, Tier};
 use crate::units::{NanoUsd, Tokens};
 use crate::valve::Shed;
@@ -60,7 +62,7 @@ pub struct Gate {
     tenants: TenantStore,
     known: Mutex<HashMap<TenantId, Meter>>,
     breaker: Mutex<Breaker>,
-    tally: Mutex<Tally>,
+    denials: Denials,
 }
 
 /// What a request needs at most.
@@ -231,8 +233,8 @@ impl From<StoreError> for Denied {
 impl Gate {
     /// A gate over these stores. `tenants` is asked where a decision has grown stale.
     pub fn new(books: Books, tenants: TenantStore) -> Self {
-        let (known, breaker, tally) = (Mutex::default(), Mutex::default(), Mutex::default());
-        Self { books, tenants, known, breaker, tally }
+        let denials = Denials::new(books.ledger.clone(), books.clock.clone());
+        Self { books, tenants, known: Mutex::default(), breaker: Mutex::default(), denials }
     }
 
     /// The gate that the environment describes: `METERS_TABLE`, `AUDIT_TABLE` and `TENANTS_TABLE`.
@@ -244,52 +246,78 @@ impl Gate {
         Ok(Self::new(Books::from_env(config, clock)?, tenants))
     }
 
+    /// Claims a request's idempotency key, if it has one, and brings the first result if the request is a
+    /// repeat. The key is the request's until `ends_at_s`, when Lambda ends it.
+    ///
+    /// # Errors
+    /// The refusal that the caller is to see.
+    pub async fn first_result(
+        &self,
+        scope: &mut TenantScope,
+        store: &IdempotencyStore,
+        key: Option<&IdempotencyKey>,
+        ends_at_s: i64,
+    ) -> Result<Option<Stored>, ApiError> {
+        let Some(key) = key else { return Ok(None) };
+        let now = self.books.clock.now();
+        // What is refused from memory costs nothing, with a key or without.
+        if let Some((limit, retry_at)) = self.breaker(|b| b.open(scope.tenant_id(), None, now)) {
+            return Err(self.refused(scope, limit, Some(retry_at)).await);
+        }
+        let until_s = ends_at_s.saturating_add(GRACE.as_secs() as i64);
+        let first = store.begin(scope, key, until_s, now).await?;
+        if first.is_some() {
+            self.recheck(scope).await?;
+        }
+        Ok(first)
+    }
+
     /// Admits a request that reads: it counts towards `requests_per_minute`, and nothing else.
     ///
     /// # Errors
     /// The refusal that the caller is to see.
     pub async fn admit_read(&self, scope: &mut TenantScope) -> Result<(), ApiError> {
-        Box::pin(self.pass(scope, Work::Search, &[], Instant::now())).await.map(drop)
+        Box::pin(self.pass(scope, |_| Ok(vec![Want::Read]), Instant::now())).await.map(drop)
     }
 
-    /// Admits a request that will be settled by `deadline`, with the first of `needs` that there is
+    /// Admits a request that will be settled by `deadline`, with the first of its needs that there is
     /// room for, and says which. Waits for one of the tenant's own requests to end, as its tier allows.
+    /// `needs` is asked again if the tenant's record turns out to have changed: what was allowed before
+    /// may not be now.
     ///
     /// # Errors
-    /// The refusal that the caller is to see. A refused request has cost nothing.
+    /// The refusal that the caller is to see, or that of `needs`. A refused request has cost nothing.
     pub async fn admit(
         &self,
         scope: &mut TenantScope,
         work: Work,
-        needs: &[Need],
+        mut needs: impl FnMut(&TenantScope) -> Result<Vec<Need>, ApiError>,
         deadline: Instant,
     ) -> Result<(Admission, usize), ApiError> {
-        let admitted = Box::pin(self.pass(scope, work, needs, deadline)).await?;
+        let life = deadline.saturating_duration_since(Instant::now()) + GRACE;
+        let life_s = u32::try_from(life.as_secs()).unwrap_or(u32::MAX);
+        let wants = |scope: &TenantScope| {
+            let want = |Need { tokens, cost }| {
+                let request = scope.request_id().to_string();
+                Want::Work { work, tokens, cost, life_s, request }
+            };
+            Ok(needs(scope)?.into_iter().map(want).collect())
+        };
+        let admitted = Box::pin(self.pass(scope, wants, deadline)).await?;
         admitted.ok_or_else(|| ApiError::unavailable("the meter"))
     }
 
     async fn pass(
         &self,
         scope: &mut TenantScope,
-        work: Work,
-        needs: &[Need],
+        mut asked: impl FnMut(&TenantScope) -> Result<Vec<Want>, ApiError>,
         deadline: Instant,
     ) -> Result<Option<(Admission, usize)>, ApiError> {
         let patience = (Instant::now() + scope.tier().patience()).min(deadline);
-        let life = deadline.saturating_duration_since(Instant::now()) + GRACE;
-        let life_s = u32::try_from(life.as_secs()).unwrap_or(u32::MAX);
-        let want = |need: &Need| Want::Work {
-            work,
-            tokens: need.tokens,
-            cost: need.cost,
-            life_s,
-            request: scope_request(scope),
-        };
-        let wants: Vec<Want> =
-            if needs.is_empty() { vec![Want::Read] } else { needs.iter().map(want).collect() };
-        self.write_down_denials().await;
-        if let Some((limit, retry_at)) = self.breaker(|b| b.open(scope.tenant_id(), self.books.clock.now())) {
-            return Err(self.refused(scope, limit, Some(retry_at), true).await);
+        let mut wants = asked(scope)?;
+        let now = self.books.clock.now();
+        if let Some((limit, retry_at)) = self.breaker(|b| b.open(scope.tenant_id(), least(&wants), now)) {
+            return Err(self.refused(scope, limit, Some(retry_at)).await);
         }
         let mut renewed = false;
         loop {
@@ -311,6 +339,7 @@ impl Gate {
                 Refusal::Stale if !renewed => {
                     self.renew(scope).await?;
                     renewed = true;
+                    wants = asked(scope)?;
                 }
                 Refusal::Stale => return Err(ApiError::unavailable("the tenant's present state")),
                 Refusal::Inactive => return Err(ScopeError::Suspended.into()),
@@ -321,7 +350,9 @@ impl Gate {
                     tokio::time::sleep_until((Instant::now() + wait).min(patience)).await;
                 }
                 Refusal::Limit { limit, retry_at } => {
-                    return Err(self.refused(scope, limit, retry_at, false).await);
+                    let now = self.books.clock.now();
+                    self.breaker(|b| b.refused(scope.tenant_id(), limit, least(&wants), retry_at, now));
+                    return Err(self.refused(scope, limit, retry_at).await);
                 }
             }
         }
@@ -343,9 +374,12 @@ impl Gate {
             let collected = self.books.look_up(scope, &state).await?;
             match state.admit(self.asker(scope, now), want, &collected) {
                 Ok(write) => {
-                    let (state, written) = match self.books.meters.write(scope, &write).await? {
-                        Written::Yes(state) => (state, true),
-                        Written::No(state) => (state, false),
+                    let (state, written) = match self.books.meters.write(scope, &write).await {
+                        Ok(Written::Yes(state)) => (state, true),
+                        Ok(Written::No(state)) => (state, false),
+                        Err(error) => {
+                            return self.admitted_after_all(scope, &write).await.ok_or(error.into());
+                        }
                     };
                     self.remember(scope, &state);
                     match &write.gives {
@@ -362,6 +396,11 @@ impl Gate {
                     known = Some((state, true));
                 }
                 Err(refusal) => {
+                    if !collected.is_empty() {
+                        // So that whoever asks next does not look them up again.
+                        self.books.meters.write(scope, &state.end(&collected)).await?;
+                        continue;
+                    }
                     let lasting = matches!(refusal, Refusal::Limit { limit: Limit::Requests, .. });
                     if fresh || lasting {
                         self.remember(scope, &state);
@@ -372,6 +411,15 @@ impl Gate {
             self.yield_to_others(round).await;
         }
         Err(Denied::Failed(ApiError::unavailable("the meter")))
+    }
+
+    /// The admission that a write made although no answer to it came, if a look at the meter shows it.
+    async fn admitted_after_all(&self, scope: &TenantScope, write: &Write) -> Option<Option<Admission>> {
+        let lease = write.gives.clone()?;
+        let state = self.books.meters.read(scope).await.ok()?;
+        let ticket = *state.leases.get(&lease)?;
+        self.remember(scope, &state);
+        Some(Some(Admission { lease, ticket }))
     }
 
     /// Changes what is reserved for an admitted request.
@@ -406,7 +454,7 @@ impl Gate {
                 }
                 Err(Refusal::Limit { limit, retry_at }) if fresh => {
                     self.remember(scope, &state);
-                    return Err(self.refused(scope, limit, retry_at, false).await);
+                    return Err(self.refused(scope, limit, retry_at).await);
                 }
                 Err(_) if fresh => return Err(ApiError::unavailable("the request's admission")),
                 Err(_) => {}
@@ -461,7 +509,7 @@ impl Gate {
     /// The refusal of a request that makes room at the model account for those of higher tiers.
     pub async fn shed(&self, scope: &TenantScope, shed: Shed) -> ApiError {
         let now = self.books.clock.now();
-        self.deny(scope.ward(), Denial::Limit(Limit::Account), scope.asked()).await;
+        self.denials.deny(&scope.ward(), Denial::Limit(Limit::Account), scope.asked()).await;
         ApiError {
             limit: Some(Limit::Account.name()),
             retry_after_ms: Some(shed.retry_at.millis_since(now).max(1)),
@@ -482,16 +530,18 @@ impl Gate {
     ) -> Result<T, ApiError> {
         let (ward, limits, note) = (caller.ward(), caller.limits().clone(), caller.standing().clone());
         let asked = caller.asked();
-        let result: Result<T, ApiError> = match TenantScope::open(caller, permission, self.books.clock.now())
-        {
-            // Boxed: what is nested in it is deep, and the compiler has its limits.
-            Ok(scope) => Box::pin(run(scope)).await,
-            Err(error) => Err(error.into()),
+        let work = async {
+            match TenantScope::open(caller, permission, self.books.clock.now()) {
+                // Boxed: what is nested in it is deep, and the compiler has its limits.
+                Ok(scope) => Box::pin(run(scope)).await,
+                Err(error) => Err(error.into()),
+            }
         };
+        let (result, ()) = tokio::join!(work, self.denials.catch_up());
         if let Err(error) = &result
             && let Some(denial) = Denial::of(error.code)
         {
-            self.deny(ward.clone(), denial, asked).await;
+            self.denials.deny(&ward, denial, asked).await;
         }
         if note.get().is_none() {
             let known = match self.known(ward.tenant_id()) {
@@ -534,18 +584,9 @@ impl Gate {
     }
 
     /// The refusal by a limit, as the caller sees it; counted, and written down when it is due.
-    async fn refused(
-        &self,
-        scope: &TenantScope,
-        limit: Limit,
-        retry_at: Option<Timestamp>,
-        from_memory: bool,
-    ) -> ApiError {
+    async fn refused(&self, scope: &TenantScope, limit: Limit, retry_at: Option<Timestamp>) -> ApiError {
         let now = self.books.clock.now();
-        if !from_memory {
-            self.breaker(|b| b.refused(scope.tenant_id(), limit, retry_at, now));
-        }
-        self.deny(scope.ward(), Denial::Limit(limit), scope.asked()).await;
+        self.denials.deny(&scope.ward(), Denial::Limit(limit), scope.asked()).await;
         let code = match limit {
             Limit::Requests | Limit::Account => Code::RateLimitExceeded,
             Limit::Concurrency => Code::ConcurrencyLimitExceeded,
@@ -572,32 +613,9 @@ impl Gate {
         }
     }
 
-    /// Counts a request that is turned away, and writes down what is due.
-    async fn deny(&self, ward: Ward, denial: Denial, asked: Asked) {
-        self.tally(|tally| tally.count(ward, denial, asked));
-        self.write_down_denials().await;
-    }
-
-    /// Enters denials into the ledger that have waited long enough: many alike are one record.
-    async fn write_down_denials(&self) {
-        let now = self.books.clock.now();
-        let due = self.tally(|tally| tally.due(now));
-        self.write_down(due, now).await;
-    }
-
     /// Writes down what is still only remembered: the process is about to end.
     pub async fn close(&self) {
-        let due = self.tally(Tally::drain);
-        self.write_down(due, self.books.clock.now()).await;
-    }
-
-    async fn write_down(&self, due: Vec<Due>, now: Timestamp) {
-        for due in due {
-            if let Err(error) = self.books.ledger.note(&due.record(now)).await {
-                tracing::error!("Denials could not be written down yet: {error}");
-                self.tally(|tally| tally.not_written(due, now));
-            }
-        }
+        self.denials.close().await;
     }
 
     /// Enters what a tenant does into the ledger, where it costs nothing and has no ticket. Whoever is
@@ -632,10 +650,6 @@ impl Gate {
         known.insert(scope.tenant_id().clone(), state.clone());
     }
 
-    fn tally<T>(&self, with: impl FnOnce(&mut Tally) -> T) -> T {
-        with(&mut self.tally.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
     fn breaker<T>(&self, with: impl FnOnce(&mut Breaker) -> T) -> T {
         with(&mut self.breaker.lock().unwrap_or_else(PoisonError::into_inner))
     }
@@ -649,6 +663,11 @@ impl Gate {
     }
 }
 
-fn scope_request(scope: &TenantScope) -> String {
-    scope.request_id().to_string()
+/// The fewest tokens that a request can do with; none if it only reads.
+fn least(wants: &[Want]) -> Option<Tokens> {
+    let tokens = |want: &Want| match want {
+        Want::Read => None,
+        Want::Work { tokens, .. } => Some(*tokens),
+    };
+    wants.iter().filter_map(tokens).min()
 }

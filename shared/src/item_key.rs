@@ -49,8 +49,8 @@ pub fn ticket(ticket: Ticket) -> String {
 /// Table `audit`: what the record of every ticket starts with.
 pub const TICKETS: &str = "TICKET#";
 
-/// Table `audit`: an event without a ticket. Events sort by time; the random tail tells apart those of
-/// one millisecond.
+/// Table `audit`: an event without a ticket. Events sort by time; the tail, a hash of the record, tells
+/// apart those of one millisecond.
 pub fn event(time: Timestamp, tail: &str) -> String {
     format!("EVENT#{:015}#{tail}", time.as_millis())
 }

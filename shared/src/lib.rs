@@ -41,6 +41,8 @@ pub mod usage;
 
 #[cfg(any(feature = "dynamodb", feature = "secrets"))]
 pub mod aws;
+#[cfg(feature = "dynamodb")]
+pub mod denials;
 #[cfg(feature = "embeddings")]
 pub mod embeddings;
 #[cfg(feature = "dynamodb")]

@@ -102,7 +102,7 @@ pub fn client() -> Result<reqwest::Client, reqwest::Error> {
         .build()
 }
 
-/// How paid calls are repeated: only before their first byte, so none is paid twice.
+/// How paid calls are repeated: only where the service has done nothing, so none is paid twice.
 const BACKOFF: Backoff =
     Backoff { attempts: 3, base: Duration::from_millis(300), cap: Duration::from_secs(4) };
 
@@ -126,6 +126,11 @@ pub async fn send(
                 Err(Verdict::Passing(error, asked)) => (error, asked),
             },
         };
+        if error.may_have_cost() {
+            // A connection that broke once the request was on its way: what it asked for may be done,
+            // and paid for, already.
+            return Err(error);
+        }
         failed += 1;
         let Some(wait) = BACKOFF.wait(failed, asked, &mut random::entropy()) else { return Err(error) };
         if Instant::now() + wait >= deadline {
@@ -191,5 +196,53 @@ mod tests {
         let url = |base: &str| joined(&base.parse().unwrap(), "v1/messages").to_string();
         assert_eq!(url("https://h"), "https://h/v1/messages");
         assert_eq!(url("https://h/proxy/"), "https://h/proxy/v1/messages");
+    }
+
+    /// A service that takes `answers` connections and gives each an answer or breaks it; and how many
+    /// came.
+    async fn service(answers: Vec<Option<&'static str>>) -> (Url, tokio::task::JoinHandle<usize>) {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap()).parse().unwrap();
+        let serve = async move {
+            let mut came = 0;
+            for answer in answers {
+                let next = tokio::time::timeout(Duration::from_secs(3), listener.accept()).await;
+                let Ok(Ok((mut connection, _))) = next else { break };
+                came += 1;
+                let mut request = [0; 4_096];
+                let _ = connection.read(&mut request).await.unwrap();
+                if let Some(answer) = answer {
+                    connection.write_all(answer.as_bytes()).await.unwrap();
+                }
+            }
+            came
+        };
+        (url, tokio::spawn(serve))
+    }
+
+    async fn send_to(url: &Url) -> Result<reqwest::Response, OutboundError> {
+        let client = client().unwrap();
+        send(|| client.post(url.clone()).body("{}"), Instant::now() + Duration::from_secs(10)).await
+    }
+
+    #[tokio::test]
+    async fn what_may_have_cost_is_not_asked_for_again() {
+        const OK: &str = "HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
+        const BUSY: &str = "HTTP/1.1 529 Busy\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
+        // The connection breaks once the request is on its way.
+        let (url, came) = service(vec![None, Some(OK)]).await;
+        let error = send_to(&url).await.unwrap_err();
+        assert!(matches!(error, OutboundError::Connection(_)) && error.may_have_cost(), "{error}");
+        assert_eq!(came.await.unwrap(), 1);
+        // A service that says that it did nothing is asked again.
+        let (url, came) = service(vec![Some(BUSY), Some(OK)]).await;
+        assert!(send_to(&url).await.unwrap().status().is_success());
+        assert_eq!(came.await.unwrap(), 2);
+        // Nobody was there to do anything.
+        let (url, came) = service(Vec::new()).await;
+        assert_eq!(came.await.unwrap(), 0);
+        assert!(!send_to(&url).await.unwrap_err().may_have_cost());
     }
 }

@@ -280,11 +280,6 @@ impl Ward {
     pub(crate) fn of(tenant: &Tenant) -> Self {
         Self(tenant.tenant_id.clone())
     }
-
-    #[cfg(test)]
-    pub(crate) const fn named(tenant_id: TenantId) -> Self {
-        Self(tenant_id)
-    }
 }
 
 impl Subject for Ward {

@@ -159,6 +159,23 @@ impl Stack {
         Self { child, directory, ready, http: client() }
     }
 
+    /// What a client of the stack's tables is configured with, as an operator.
+    pub async fn tables_config(&self) -> aws_config::SdkConfig {
+        let admin = &self.ready["admin"];
+        let (id, secret) = (text(admin, "access_key_id"), text(admin, "secret_access_key"));
+        aws_config::defaults(aws_config::BehaviorVersion::latest())
+            .region(aws_config::Region::new(text(admin, "region").to_owned()))
+            .endpoint_url(text(&self.ready, "dynamodb_url"))
+            .credentials_provider(aws_sdk_s3::config::Credentials::new(id, secret, None, None, "rig"))
+            .load()
+            .await
+    }
+
+    /// The name of a table, given without the stack's prefix.
+    pub fn table(table: &str) -> String {
+        format!("bulkhead-{table}")
+    }
+
     /// A client of the stack's buckets, as an operator.
     pub fn s3(&self) -> aws_sdk_s3::Client {
         let admin = &self.ready["admin"];
@@ -252,7 +269,7 @@ impl Stack {
     /// # Panics
     /// If it is refused.
     pub async fn dynamodb(&self, operation: &str, table: &str, mut call: Value) -> Value {
-        call["TableName"] = format!("bulkhead-{table}").into();
+        call["TableName"] = Self::table(table).into();
         let request = self.http.post(text(&self.ready, "dynamodb_url"));
         let request = request
             .header("x-amz-target", format!("DynamoDB_20120810.{operation}"))

@@ -1,8 +1,6 @@
 //! Who is asking: turns the `Authorization` header into a decision that API Gateway caches and hands
 //! to every other function.
 
-use std::sync::{Mutex, PoisonError};
-
 use aws_lambda_events::apigw::{
     ApiGatewayCustomAuthorizerPolicy, ApiGatewayCustomAuthorizerRequestTypeRequest,
     ApiGatewayCustomAuthorizerResponse,
@@ -14,12 +12,12 @@ use shared::api_key::{ApiKey, InvalidKey, Permission, verify};
 use shared::aws::ledger::Ledger;
 use shared::aws::secrets;
 use shared::aws::tenants::TenantStore;
-use shared::clock::{Clock, Timestamp};
+use shared::clock::Clock;
+use shared::denials::Denials;
 use shared::error::Code;
 use shared::ledger::{Asked, Denial};
-use shared::scope::{Decision, Ward};
+use shared::scope::Decision;
 use shared::secret::Secret;
-use shared::tally::{Due, Tally};
 use shared::tenant::TenantStatus;
 use shared::vector_token::{Access, mint};
 use shared::{aws, env};
@@ -29,8 +27,7 @@ use shared::{aws, env};
 #[derive(Debug)]
 pub struct Context {
     tenants: TenantStore,
-    ledger: Ledger,
-    tally: Mutex<Tally>,
+    denials: Denials,
     vector_root_key: Secret,
     clock: Clock,
 }
@@ -42,41 +39,20 @@ impl Context {
     /// If a variable or secret is absent or malformed; the error names it.
     pub async fn from_env() -> Result<Self, Error> {
         let config = aws::config().await;
+        let clock = Clock::system();
         Ok(Self {
             tenants: TenantStore::new(&config, env::text("TENANTS_TABLE")?),
-            ledger: Ledger::new(&config, env::text("AUDIT_TABLE")?),
-            tally: Mutex::default(),
+            denials: Denials::new(Ledger::new(&config, env::text("AUDIT_TABLE")?), clock.clone()),
             vector_root_key: secrets::read(&config, "QDRANT_ROOT_KEY_SECRET").await?,
-            clock: Clock::system(),
+            clock,
         })
     }
 }
 
 impl Context {
-    /// Counts a key of a tenant that is not valid, and writes down what is due. A tenant that is none
-    /// has no ledger.
-    async fn deny(&self, ward: Ward, asked: Asked, now: Timestamp) {
-        let due = {
-            let mut tally = self.tally.lock().unwrap_or_else(PoisonError::into_inner);
-            tally.count(ward, Denial::Auth(Code::InvalidKey), asked);
-            tally.due(now)
-        };
-        self.write_down(due, now).await;
-    }
-
     /// Writes down what is still only remembered: the process is about to end.
     pub async fn close(&self) {
-        let due = self.tally.lock().unwrap_or_else(PoisonError::into_inner).drain();
-        self.write_down(due, self.clock.now()).await;
-    }
-
-    async fn write_down(&self, due: Vec<Due>, now: Timestamp) {
-        for due in due {
-            if let Err(error) = self.ledger.note(&due.record(now)).await {
-                tracing::error!("Denials could not be written down yet: {error}");
-                self.tally.lock().unwrap_or_else(PoisonError::into_inner).not_written(due, now);
-            }
-        }
+        self.denials.close().await;
     }
 }
 
@@ -113,7 +89,9 @@ pub async fn authorize(
     event: ApiGatewayCustomAuthorizerRequestTypeRequest,
 ) -> Result<ApiGatewayCustomAuthorizerResponse<Value>, Refusal> {
     let presented = bearer(&event)?;
-    let claimed = context.tenants.claimed_by(&presented).await.map_err(|error| {
+    let looked_up = context.tenants.claimed_by(&presented);
+    let (claimed, ()) = tokio::join!(looked_up, context.denials.catch_up());
+    let claimed = claimed.map_err(|error| {
         tracing::error!("Key look-up failed: {error}");
         Refusal::Unknown
     })?;
@@ -124,8 +102,10 @@ pub async fn authorize(
         Err(invalid) => {
             let request_id = event.request_context.request_id.clone().unwrap_or_default().into();
             let key_id = known.then(|| presented.key_id().clone());
+            // A tenant that is none has no ledger.
             if let Some(ward) = ward {
-                context.deny(ward, Asked { request_id, key_id, user_id: None }, now).await;
+                let asked = Asked { request_id, key_id, user_id: None };
+                context.denials.deny(&ward, Denial::Auth(Code::InvalidKey), asked).await;
             }
             return Err(invalid.into());
         }

@@ -22,7 +22,12 @@ use shared::valve::Call;
 use tokio::time::Instant;
 
 use crate::Context;
-use crate::question::{Question, searched};
+use crate::question::{Body, Question, searched};
+
+/// What is reserved beyond the service's own count of a prompt, which is an estimate: one percent, and
+/// at least so many tokens.
+/// <https://docs.claude.com/en/docs/build-with-claude/token-counting>
+const COUNT_MARGIN: u64 = 64;
 
 /// An answer on its way.
 pub(crate) struct Answering {
@@ -81,10 +86,9 @@ struct DoneUsage {
 
 /// What a question needs at most: everything, reserved before anything is known of it; and what it
 /// takes to find out how much that really is.
-fn needs(context: &Context, scope: &TenantScope, question: &Question, searched: &str) -> [Need; 2] {
+fn needs(context: &Context, scope: &TenantScope, question: &Question, searched: &str) -> Vec<Need> {
     let at = context.clock.now();
-    let embedding = Tokens::most(searched);
-    let finding_out = Need { tokens: embedding, cost: context.embedding_prices.cost(embedding, at) };
+    let finding_out = finding_out(context, searched, at);
     let outline = Outline {
         profile: scope.profile(),
         tier: scope.tier(),
@@ -94,7 +98,13 @@ fn needs(context: &Context, scope: &TenantScope, question: &Question, searched: 
         max_context: Tokens(scope.limits().max_context_tokens),
         form: question.model.passages,
     };
-    [answering(question, finding_out, outline.most_tokens(), at), finding_out]
+    vec![answering(question, finding_out, outline.most_tokens(), at), finding_out]
+}
+
+/// What it takes to find out what a question is about.
+fn finding_out(context: &Context, searched: &str, at: Timestamp) -> Need {
+    let tokens = Tokens::most(searched);
+    Need { tokens, cost: context.embedding_prices.cost(tokens, at) }
 }
 
 /// What the whole answer needs, where its prompt has `input` tokens at most.
@@ -111,7 +121,8 @@ fn answering(question: &Question, finding_out: Need, input: Tokens, at: Timestam
 pub(crate) async fn begin(
     context: &Context,
     scope: &mut TenantScope,
-    question: Question,
+    body: &Body,
+    mut question: Question,
     started: Timestamp,
     time: Time,
 ) -> Result<Answering, ApiError> {
@@ -119,8 +130,15 @@ pub(crate) async fn begin(
         return Err(context.gate.shed(scope, shed).await);
     }
     let text = searched(&question.message.text);
-    let needs = needs(context, scope, &question, &text);
-    let (admission, place) = context.gate.admit(scope, Work::Chat, &needs, time.deadline).await?;
+    let mut checked_in = scope.epoch();
+    let needs = |scope: &TenantScope| {
+        if scope.epoch() != checked_in {
+            question = Question::parse(body, scope)?;
+            checked_in = scope.epoch();
+        }
+        Ok(needs(context, scope, &question, &text))
+    };
+    let (admission, place) = context.gate.admit(scope, Work::Chat, needs, time.deadline).await?;
     let entry = Entry { injection: question.message.injection.clone(), ..Entry::default() };
     let mut ticketed = Ticketed { admission, entry, call: Call::default() };
     let exact = place > 0;
@@ -266,9 +284,12 @@ async fn prepare(
         messages,
         stream: true,
     };
-    if exact {
+    let bound = answering(question, finding_out(context, &text, now), input_most, now);
+    if exact || bound.tokens > admission.reserved() {
         // There was no room for the bound; there may be for the number.
         let counted = context.model.count(&request, deadline).await.map_err(|e| e.into_api("the model"))?;
+        // The service calls its count an estimate, which may differ from what it bills by a little.
+        let counted = counted + Tokens((counted.0 / 100).max(COUNT_MARGIN));
         input_most = counted;
         let tokens = entry.embedding.as_ref().map_or(Tokens(0), |(_, tokens)| *tokens);
         let spent = Need { tokens, cost: context.embedding_prices.cost(tokens, now) };

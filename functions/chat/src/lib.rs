@@ -33,7 +33,7 @@ use tracing::Instrument;
 use answer::Time;
 pub use body::ChatBody;
 use body::Events;
-use question::Question;
+use question::{Body, Question};
 
 /// What the function works with.
 pub struct Context {
@@ -149,16 +149,15 @@ async fn prepare(
 ) -> Result<Prepared, ApiError> {
     let started = context.clock.now();
     let time = Time { deadline: web::deadline(request, &context.clock), ends_at_s: web::ends_at_s(request) };
-    let question = Question::parse(web::json(request)?, scope)?;
+    let body: Body = web::json(request)?;
+    let question = Question::parse(&body, scope)?;
     let stream = question.stream;
     let key = web::idempotency_key(request, scope)?;
-    if let Some(key) = &key
-        && let Some(stored) = context.idempotency.begin(scope, key, time.ends_at_s, started).await?
-    {
-        context.gate.recheck(scope).await?;
+    let first = context.gate.first_result(scope, &context.idempotency, key.as_ref(), time.ends_at_s);
+    if let Some(stored) = Box::pin(first).await? {
         return Ok(Prepared::Answered(if stream { again(&stored)? } else { web::repeated(stored) }));
     }
-    match answer::begin(context, scope, question, started, time).await {
+    match answer::begin(context, scope, &body, question, started, time).await {
         Ok(answer) => Ok(Prepared::Answering(Begun { answer: Box::new(answer), stream }, key)),
         Err(error) => {
             context.idempotency.give_back(scope, key.as_ref()).await;

@@ -57,7 +57,7 @@ impl Question {
     ///
     /// # Errors
     /// The refusal that the caller is to see; it names the field.
-    pub(crate) fn parse(body: Body, scope: &TenantScope) -> Result<Self, ApiError> {
+    pub(crate) fn parse(body: &Body, scope: &TenantScope) -> Result<Self, ApiError> {
         if body.message.trim().is_empty() {
             return Err(ApiError::invalid("message", "message is empty"));
         }
@@ -66,9 +66,10 @@ impl Question {
             return Err(ApiError::new(Code::TooLarge, message).with_param("message"));
         }
         // A text that cannot be an id is answered like an id that is nobody's.
-        let conversation = body.conversation_id.map(|id| id.parse().map_err(|_| ApiError::not_found()));
+        let conversation = body.conversation_id.as_ref();
+        let conversation = conversation.map(|id| id.parse().map_err(|_| ApiError::not_found()));
         let limits = scope.limits();
-        let model_name = body.model.unwrap_or_else(|| limits.default_model.clone());
+        let model_name = body.model.clone().unwrap_or_else(|| limits.default_model.clone());
         let model = pricing::chat_model(&model_name).ok_or_else(|| {
             ApiError::invalid("model", format!("there is no model `{}`", shown(&model_name)))
         })?;

@@ -135,15 +135,14 @@ pub(crate) async fn handle(
     {
         return Err(placed(error, n));
     }
-    if let Some(key) = &key
-        && let Some(stored) = context.idempotency.begin(scope, key, ends_at_s, started).await?
-    {
-        context.gate.recheck(scope).await?;
+    let first = context.gate.first_result(scope, &context.idempotency, key.as_ref(), ends_at_s);
+    if let Some(stored) = Box::pin(first).await? {
         return Ok(web::repeated(stored));
     }
     // Nothing is reserved yet: each document reserves what it needs once that is known.
     let need = Need { tokens: Tokens(0), cost: NanoUsd(0) };
-    let (admission, _) = match context.gate.admit(scope, Work::Ingestion, &[need], deadline).await {
+    let (admission, _) = match context.gate.admit(scope, Work::Ingestion, |_| Ok(vec![need]), deadline).await
+    {
         Ok(admitted) => admitted,
         Err(error) => {
             context.idempotency.give_back(scope, key.as_ref()).await;

@@ -61,16 +61,15 @@ pub(crate) async fn handle(
         return Err(ApiError::invalid("top_k", format!("top_k must be between 1 and {MOST_TOP_K}")));
     }
     let key = web::idempotency_key(&request, scope)?;
-    if let Some(key) = &key
-        && let Some(stored) = context.idempotency.begin(scope, key, web::ends_at_s(&request), started).await?
-    {
-        context.gate.recheck(scope).await?;
+    let ends_at_s = web::ends_at_s(&request);
+    let first = context.gate.first_result(scope, &context.idempotency, key.as_ref(), ends_at_s);
+    if let Some(stored) = Box::pin(first).await? {
         return Ok(web::repeated(stored));
     }
     // Exactly what the call can use, so that nothing has to be reserved on the way.
     let tokens = Tokens::most(&query);
     let need = Need { tokens, cost: context.embedding_prices.cost(tokens, started) };
-    let (admission, _) = match context.gate.admit(scope, Work::Search, &[need], deadline).await {
+    let (admission, _) = match context.gate.admit(scope, Work::Search, |_| Ok(vec![need]), deadline).await {
         Ok(admitted) => admitted,
         Err(error) => {
             context.idempotency.give_back(scope, key.as_ref()).await;

@@ -10,6 +10,8 @@ use aws_sdk_dynamodb::types::{AttributeValue, KeysAndAttributes};
 #[cfg(feature = "audit-log")]
 use aws_sdk_dynamodb::types::{TransactWriteItem, Update};
 
+use sha2::{Digest, Sha256};
+
 use super::conversations::ConversationStore;
 use super::idempotency::{Finished, IdempotencyStore};
 use super::table::{Cancelled, Item, Page, StoreError, Table};
@@ -18,7 +20,7 @@ use crate::conversation::Turn;
 use crate::item_key::{self, PARTITION, SORT};
 use crate::ledger::{Outcome, Record};
 use crate::meter::Ticket;
-use crate::random::{self, entropy};
+use crate::random::entropy;
 use crate::retry::Backoff;
 use crate::scope::{Bookkeeper, Subject, TenantScope, Ward};
 use crate::tenant::TenantId;
@@ -132,6 +134,17 @@ impl Ledger {
                         along.finished = None;
                     }
                 }
+                // Such as an answer too long for an item. The charge is known, and must be on record.
+                Err(Cancelled::Failed(error))
+                    if !error.passes() && (along.turn.is_some() || along.finished.is_some()) =>
+                {
+                    tracing::error!(
+                        alert = "turn_not_kept",
+                        ticket = ticket.0,
+                        "What goes along with a record cannot be kept: {error}"
+                    );
+                    along = Along::default();
+                }
                 Err(Cancelled::Failed(error)) => failed = self.pause(failed, error).await?,
             }
         }
@@ -156,13 +169,12 @@ impl Ledger {
         }
     }
 
-    /// Enters an event.
+    /// Enters an event. The same record, entered again, is the same event.
     ///
     /// # Errors
     /// If the table does not answer however often it is asked: then the record may be there or not.
     pub async fn note(&self, record: &Record) -> Result<(), StoreError> {
         let mut failed = 0;
-        // The same key each time: asked again after an answer was lost, it is still one event.
         let item = self.event(record)?;
         loop {
             let put = self
@@ -174,7 +186,7 @@ impl Ledger {
                 .condition_expression("attribute_not_exists(#p)")
                 .expression_attribute_names("#p", PARTITION);
             match put.send().await.map_err(|e| self.0.failed(e)) {
-                // It is there already, and perhaps exported: it was ours, the key is random.
+                // It is there already, and perhaps exported.
                 Ok(_) | Err(StoreError::Conflict) => return Ok(()),
                 Err(error) => failed = self.pause(failed, error).await?,
             }
@@ -182,7 +194,9 @@ impl Ledger {
     }
 
     fn event(&self, record: &Record) -> Result<Item, StoreError> {
-        self.item(record, &item_key::event(record.time, &random::base62(8, &mut entropy())))
+        let content = serde_json::to_vec(record).map_err(|e| self.0.corrupt(e))?;
+        let hash = hex::encode(Sha256::digest(content));
+        self.item(record, &item_key::event(record.time, hash.get(..16).unwrap_or(&hash)))
     }
 
     /// The part of a transaction that enters an event.

@@ -1,0 +1,115 @@
+//! What the meter's store does is what the meter's arithmetic says: a [`Write`] put to the table, in its
+//! words, has the effect of [`Write::apply`], or none where its condition does not hold. The model of the
+//! protocol and the property tests run on the latter, and rest on this.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stderr,
+    reason = "a test fails by panicking, and prints its seed"
+)]
+
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+use serde_json::json;
+use shared::aws::meters::{MeterStore, Written};
+use shared::clock::Timestamp;
+use shared::limits::Limits;
+use shared::meter::{Asker, Charged, Ended, Meter, Want, Work, Write};
+use shared::scope::Bookkeeper;
+use shared::tenant::{TenantStatus, Tier};
+use shared::units::{NanoUsd, Tokens};
+use tests::{Options, Stack};
+
+/// Writes of one run.
+const WRITES: usize = 1_500;
+
+/// A decision of some kind on a state.
+fn decide(state: &Meter, limits: &Limits, now: Timestamp, n: usize, rng: &mut StdRng) -> Option<Write> {
+    // Now and then from an epoch that has passed, or that the meter does not know of yet.
+    let epoch = state.epoch.saturating_add_signed(rng.random_range(-1..=1));
+    let asker = Asker { limits, epoch, now };
+    let ended = |lease: &shared::meter::Lease, ticket, used: u64| {
+        let tokens = Tokens(lease.tokens.0 * used / 100);
+        let charge = Charged { day: lease.day(), month: lease.month(), tokens, cost: NanoUsd(tokens.0 * 7) };
+        Ended { lease: lease.clone(), ticket, charge }
+    };
+    let some = (rng.random_range(0..8), rng.random_range(0..=100));
+    let lease = state.leases.iter().nth(some.0);
+    match rng.random_range(0..10) {
+        0 => state.admit(asker, &Want::Read, &[]).ok(),
+        1..=4 => {
+            let tokens = rng.random_range(0..2_000);
+            let want = Want::Work {
+                work: [Work::Chat, Work::Search, Work::Ingestion][n % 3],
+                tokens: Tokens(tokens),
+                cost: NanoUsd(tokens * 7),
+                life_s: 38,
+                request: format!("r-{n}.\"{}\"", n % 7),
+            };
+            let expired = state.expired(now);
+            let collected: Vec<Ended> = expired.iter().map(|(l, t)| ended(l, *t, some.1)).collect();
+            state.admit(asker, &want, &collected).ok()
+        }
+        5..=7 => lease.map(|(lease, ticket)| state.end(&[ended(lease, *ticket, some.1)])),
+        _ => {
+            let (lease, ticket) = lease?;
+            let tokens = rng.random_range(0..3_000);
+            let held = (lease, *ticket);
+            state.extend(asker, held, Tokens(tokens), NanoUsd(tokens * 7)).ok().map(|(write, _)| write)
+        }
+    }
+}
+
+#[tokio::test]
+async fn the_store_does_what_the_arithmetic_says() {
+    let seed: u64 =
+        std::env::var("SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or_else(rand::random);
+    eprintln!("SEED={seed}");
+    let mut rng = StdRng::seed_from_u64(seed);
+    let stack = Stack::start_with(Options { no_seed: true, ..Options::default() }).await;
+    stack.provision(json!({"tenant_id": "acme", "tier": "professional", "company_name": "acme"})).await;
+    let store = MeterStore::new(&stack.tables_config().await, Stack::table("meters"));
+    #[expect(clippy::disallowed_methods, reason = "the test stands for what keeps the books")]
+    let ward = Bookkeeper::driven_by_events().of("acme".parse().unwrap());
+
+    let limits = Limits {
+        requests_per_minute: 40,
+        max_concurrent: 6,
+        tokens_per_day: 60_000,
+        monthly_token_budget: 100_000,
+        ..Limits::of_tier(Tier::Professional)
+    };
+    let mut expected = store.read(&ward).await.unwrap();
+    let mut now = expected.now();
+    let (mut earlier, mut states) = (Vec::<Write>::new(), vec![expected.clone()]);
+    let (mut held, mut failed) = (0, 0);
+    for n in 0..WRITES {
+        // Mostly no time passes or a little, sometimes so much that a day or a month ends.
+        now = now.plus_millis(match rng.random_range(0..30) {
+            0 => rng.random_range(0..40) * 3_600_000,
+            1..=9 => rng.random_range(0..30_000),
+            _ => 0,
+        });
+        // A decision on the present state, on one that has passed, or one that arrives again.
+        let state = match rng.random_range(0..6) {
+            0 => &states[rng.random_range(0..states.len())],
+            _ => &expected,
+        };
+        let write = match earlier.len() {
+            0..3 => decide(state, &limits, now, n, &mut rng),
+            len if rng.random_range(0..12) == 0 => Some(earlier[rng.random_range(0..len)].clone()),
+            _ => decide(state, &limits, now, n, &mut rng),
+        };
+        let Some(write) = write else { continue };
+        let applied = write.apply(&mut expected).is_ok();
+        let written = store.write(&ward, &write).await.unwrap();
+        *(if applied { &mut held } else { &mut failed }) += 1;
+        let there = if applied { Written::Yes(expected.clone()) } else { Written::No(expected.clone()) };
+        assert_eq!(written, there, "write {n}: {write:?}");
+        earlier.push(write);
+        states.push(expected.clone());
+    }
+    eprintln!("{held} writes took place, {failed} did not");
+    assert!(held > WRITES / 4 && failed > WRITES / 40, "{held}, {failed}");
+    assert_eq!(expected.status, TenantStatus::Active);
+}
