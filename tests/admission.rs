@@ -46,7 +46,7 @@ async fn tenant(stack: &Stack, id: &str, tier: &str, limits: Value) -> Tenant {
 
 /// Limits that are in nobody's way.
 fn roomy() -> Value {
-    json!({"requests_per_minute": 100_000, "max_concurrent": 500, "tokens_per_day": 1_000_000_000,
+    json!({"requests_per_minute": 20_000, "max_concurrent": 200, "tokens_per_day": 1_000_000_000,
         "monthly_token_budget": 1_000_000_000})
 }
 

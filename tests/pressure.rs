@@ -68,6 +68,11 @@ async fn a_full_account_serves_enterprise_and_refuses_the_lowest_tier_first() {
     }
     let tallies: Vec<(usize, usize)> = answers.iter().map(|answers| tally(answers)).collect();
     println!("answered and refused, lowest tier first: {tallies:?}");
+    let refused = |place: usize| tallies[place].1 as f64 / answers[place].len() as f64;
+    assert!(
+        (0..3).all(|place| refused(place) >= refused(place + 1)),
+        "no tier before a lower one: {tallies:?}"
+    );
     assert_eq!(tallies[3].1, 0, "enterprise is never refused for room");
     assert_eq!(tallies[0].0, 0, "free makes room first");
     while let Some(answer) = filling.join_next().await {
@@ -103,5 +108,44 @@ async fn a_service_that_is_overloaded_is_left_to_the_higher_tiers() {
         assert!(ended.elapsed() < Duration::from_secs(5), "the pressure outlives its cause");
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
+    stack.stop().await;
+}
+
+/// Its own account answers a tenant, whatever becomes of the one that the others share, and the other way
+/// round.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tenant_with_an_account_of_its_own_is_not_touched() {
+    let stack = Stack::start_with(Options { no_seed: true, ..Options::default() }).await;
+    let own = |id: &str| json!({"tenant_id": id, "tier": "free", "company_name": id, "model_account": "own"});
+    let answer = stack.admin(reqwest::Method::POST, "/admin/tenants", Some(&own("own"))).await;
+    let error = answer.expect_error(400, "invalid_request");
+    assert_eq!(error["param"], "model_account", "there is no key yet: {error}");
+    stack.create_secret("bulkhead/model/tenants/own", "offline-own").await;
+    let own = stack.provision(own("own")).await;
+    let (shared, ask) = (tenants(&stack).await, json!({"message": "What is the answer?"}));
+
+    // The shared account is overloaded: its free tenant makes room, and that of its own account does not.
+    stack.model_fault(json!({"mode": "status", "status": 529, "retry_after": 30})).await;
+    shared[3].chat(ask.clone()).await.expect_error(502, "model_unavailable");
+    assert_ne!(stack.last_model_key().await, "offline-own");
+    stack.model_fault(json!({"mode": "none"})).await;
+    shared[0].chat(ask.clone()).await.expect_error(503, "unavailable");
+    own.chat(ask.clone()).await.expect_status(StatusCode::OK);
+    assert_eq!(stack.last_model_key().await, "offline-own");
+    shared[3].chat(ask.clone()).await.expect_status(StatusCode::OK);
+    assert_ne!(stack.last_model_key().await, "offline-own");
+    stack.stop().await;
+
+    // And its own account's trouble is nobody else's.
+    let stack = Stack::start_with(Options { no_seed: true, ..Options::default() }).await;
+    stack.create_secret("bulkhead/model/tenants/own", "offline-own").await;
+    let body =
+        json!({"tenant_id": "own", "tier": "enterprise", "company_name": "own", "model_account": "own"});
+    let (own, shared) = (stack.provision(body).await, tenants(&stack).await);
+    stack.model_fault(json!({"mode": "status", "status": 529, "retry_after": 30})).await;
+    own.chat(ask.clone()).await.expect_error(502, "model_unavailable");
+    stack.model_fault(json!({"mode": "none"})).await;
+    shared[0].chat(ask.clone()).await.expect_status(StatusCode::OK);
+    own.chat(ask).await.expect_status(StatusCode::OK);
     stack.stop().await;
 }

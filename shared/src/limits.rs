@@ -81,7 +81,9 @@ impl Limits {
     pub fn with(mut self, changes: LimitChanges) -> Result<Self, InvalidLimit> {
         /// Beyond any account's means, and far from where sums could overflow.
         const MOST_TOKENS: u64 = 1_000_000_000_000;
-        set("requests_per_minute", &mut self.requests_per_minute, changes.requests_per_minute, 1_000_000)?;
+        // A tenant's requests all pass its one meter, an item that takes about 500 writes a second beside
+        // as many settles: beyond this the meter would refuse what the limit allows.
+        set("requests_per_minute", &mut self.requests_per_minute, changes.requests_per_minute, 20_000)?;
         set("tokens_per_day", &mut self.tokens_per_day, changes.tokens_per_day, MOST_TOKENS)?;
         set(
             "monthly_token_budget",
@@ -90,8 +92,8 @@ impl Limits {
             MOST_TOKENS,
         )?;
         set("max_context_tokens", &mut self.max_context_tokens, changes.max_context_tokens, 10_000_000)?;
-        // A lease in the meter takes about 60 bytes, and the meter must stay one write unit for most.
-        set("max_concurrent", &mut self.max_concurrent, changes.max_concurrent, 1_000)?;
+        // A lease in the meter takes about 70 bytes, and a write of it a unit for each kilobyte.
+        set("max_concurrent", &mut self.max_concurrent, changes.max_concurrent, 200)?;
         set("data_retention_days", &mut self.data_retention_days, changes.data_retention_days, 3_650)?;
         set("max_documents", &mut self.max_documents, changes.max_documents, 100_000_000)?;
         if let Some(models) = changes.allowed_models {

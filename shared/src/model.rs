@@ -70,6 +70,12 @@ impl ModelClient {
         request.header("x-api-key", self.key.expose()).header("anthropic-version", "2023-06-01")
     }
 
+    /// The same service, with another account's key.
+    #[must_use]
+    pub fn with_key(&self, key: Secret) -> Self {
+        Self { key, ..self.clone() }
+    }
+
     /// How many tokens of input the service counts in `request`. Costs nothing.
     ///
     /// <https://platform.claude.com/docs/en/build-with-claude/token-counting>

@@ -21,7 +21,7 @@ use crate::ids::UserId;
 use crate::ledger::Asked;
 use crate::limits::Limits;
 use crate::meter::Standing;
-use crate::tenant::{EmbeddingModel, InjectionPolicy, Tenant, TenantId, TenantStatus, Tier};
+use crate::tenant::{EmbeddingModel, InjectionPolicy, ModelAccount, Tenant, TenantId, TenantStatus, Tier};
 
 /// The header in which a tenant names its own user.
 pub const USER_HEADER: &str = "x-user-id";
@@ -96,6 +96,7 @@ pub struct Decision {
     limits: Limits,
     cell: String,
     embedding: EmbeddingModel,
+    model_account: ModelAccount,
     vector_read: VectorToken,
     vector_write: Option<VectorToken>,
 }
@@ -132,6 +133,7 @@ impl Decision {
             limits: tenant.limits,
             cell: tenant.cell,
             embedding: tenant.embedding,
+            model_account: tenant.model_account,
             vector_read,
             vector_write,
         })
@@ -465,6 +467,11 @@ impl TenantScope {
         &self.decision.embedding
     }
 
+    /// Whose account at the model's service its questions are put to.
+    pub fn model_account(&self) -> ModelAccount {
+        self.decision.model_account
+    }
+
     /// The token that reads the tenant's collection.
     pub fn vector_read(&self) -> &VectorToken {
         &self.decision.vector_read
@@ -539,6 +546,7 @@ mod tests {
             limits: Limits::of_tier(Tier::Free),
             cell: "default".into(),
             embedding: EmbeddingModel { name: "m".into(), dimensions: 4 },
+            model_account: ModelAccount::Shared,
             webhook_url: None,
             created_at: NOW,
         }

@@ -121,6 +121,18 @@ pub enum InjectionPolicy {
     Refuse,
 }
 
+/// Whose account at the model's service a tenant's questions are put to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ModelAccount {
+    /// The one that tenants share; as it fills, the lower tiers make room.
+    #[default]
+    Shared,
+    /// The tenant's own. Its key is a secret that is named after the tenant; what others ask for does
+    /// not touch it.
+    Own,
+}
+
 /// The embedding model of a tenant's collection. A collection holds vectors of one model alone.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EmbeddingModel {
@@ -158,6 +170,9 @@ pub struct Tenant {
     pub cell: String,
     /// The embedding model of its collection.
     pub embedding: EmbeddingModel,
+    /// Whose account answers it.
+    #[serde(default)]
+    pub model_account: ModelAccount,
     /// Where it is told of its budgets.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub webhook_url: Option<String>,

@@ -1,5 +1,6 @@
 //! The valve before a model account that tenants share: as the account fills, requests of the lower
-//! tiers wait and are refused first.
+//! tiers wait and are refused first. Nothing is known of a tenant's own account here, and nothing of
+//! it waits.
 //!
 //! What instances know of the account is noted in a table, read at most once a second each. It is a
 //! measure to act on, not an account to settle: if the table does not answer, requests go on.
@@ -9,14 +10,15 @@ use std::time::Duration;
 
 use aws_config::SdkConfig;
 use rand::RngExt;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
+use crate::aws::StoreError;
 use crate::aws::accounts::{AccountStore, SHARDS, Shard};
 use crate::clock::{Clock, Timestamp};
 use crate::env::{self, EnvError};
 use crate::pressure::{self, Account, Fill, Notes};
 use crate::random::{base62, entropy};
-use crate::tenant::Tier;
+use crate::tenant::{ModelAccount, Tier};
 
 /// The account that tenants share.
 const SHARED: &str = "shared";
@@ -24,6 +26,8 @@ const SHARED: &str = "shared";
 const READ_EVERY_MS: u64 = 1_000;
 /// How often a waiting request looks again.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
+/// How long a request waits for the table. It goes on without.
+const PATIENCE: Duration = Duration::from_millis(300);
 /// A note about limits is worth a write from this fill on.
 const WORTH_NOTING: Fill = Fill(600);
 
@@ -69,7 +73,10 @@ impl Valve {
     ///
     /// # Errors
     /// [`Shed`] if there is not.
-    pub async fn pass(&self, tier: Tier, deadline: Instant) -> Result<(), Shed> {
+    pub async fn pass(&self, account: ModelAccount, tier: Tier, deadline: Instant) -> Result<(), Shed> {
+        if account == ModelAccount::Own {
+            return Ok(());
+        }
         let patience = (Instant::now() + tier.patience()).min(deadline);
         loop {
             let account = self.account().await;
@@ -91,12 +98,12 @@ impl Valve {
     }
 
     /// Notes that a call begins, which ends by `ends_at_s`.
-    pub async fn begin(&self, ends_at_s: i64) -> Call {
-        if self.ceiling.is_none() {
+    pub async fn begin(&self, account: ModelAccount, ends_at_s: i64) -> Call {
+        if account == ModelAccount::Own || self.ceiling.is_none() {
             return Call(None);
         }
         let id = base62(10, &mut entropy());
-        let noted = self.accounts.begin(self.place(), &id, ends_at_s).await;
+        let noted = bounded(self.accounts.begin(self.place(), &id, ends_at_s)).await;
         self.learn(noted.map(|()| Notes { calls: vec![ends_at_s], ..Notes::default() }));
         Call(Some(id))
     }
@@ -104,23 +111,27 @@ impl Valve {
     /// Notes that a call has ended.
     pub async fn end(&self, call: Call) {
         let Call(Some(id)) = call else { return };
-        if let Err(error) = self.accounts.end(self.place(), &id, self.clock.now()).await {
+        if let Err(error) = bounded(self.accounts.end(self.place(), &id, self.clock.now())).await {
             tracing::warn!("The end of a model call could not be noted; it lapses by itself: {error}");
         }
     }
 
     /// Notes what an answer of the service says about its limits.
-    pub async fn note_limits(&self, fill: Option<Fill>) {
-        let Some(fill) = fill.filter(|fill| *fill >= WORTH_NOTING) else { return };
+    pub async fn note_limits(&self, account: ModelAccount, fill: Option<Fill>) {
+        let worth_noting = |fill: &Fill| account == ModelAccount::Shared && *fill >= WORTH_NOTING;
+        let Some(fill) = fill.filter(worth_noting) else { return };
         let until = pressure::believed_until(self.clock.now());
-        let noted = self.accounts.note_limits(self.place(), fill, until).await;
+        let noted = bounded(self.accounts.note_limits(self.place(), fill, until)).await;
         self.learn(noted.map(|()| Notes { limits: Some((fill, until)), ..Notes::default() }));
     }
 
     /// Notes that the service says it is overloaded.
-    pub async fn note_overloaded(&self, retry_after_ms: Option<u64>) {
+    pub async fn note_overloaded(&self, account: ModelAccount, retry_after_ms: Option<u64>) {
+        if account == ModelAccount::Own {
+            return;
+        }
         let until = pressure::left_alone_until(self.clock.now(), retry_after_ms);
-        let noted = self.accounts.note_overloaded(self.place(), until).await;
+        let noted = bounded(self.accounts.note_overloaded(self.place(), until)).await;
         self.learn(noted.map(|()| Notes { overloaded_until: Some(until), ..Notes::default() }));
     }
 
@@ -141,7 +152,7 @@ impl Valve {
         if let Some(known) = known {
             return known;
         }
-        match Box::pin(self.accounts.read(SHARED)).await {
+        match Box::pin(bounded(self.accounts.read(SHARED))).await {
             Ok(notes) => {
                 let account = Account { notes, ceiling: self.ceiling };
                 self.known().1 = account.clone();
@@ -155,7 +166,7 @@ impl Valve {
     }
 
     /// Takes in what this instance has noted, without waiting for the next reading.
-    fn learn(&self, noted: Result<Notes, crate::aws::StoreError>) {
+    fn learn(&self, noted: Result<Notes, NoAnswer>) {
         match noted {
             Ok(notes) => {
                 let mut known = self.known();
@@ -169,4 +180,17 @@ impl Valve {
     fn known(&self) -> std::sync::MutexGuard<'_, (Timestamp, Account)> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The table did not answer, or not in time.
+#[derive(Debug, thiserror::Error)]
+enum NoAnswer {
+    #[error("{0}")]
+    Failed(#[from] StoreError),
+    #[error("the table takes too long")]
+    Late(#[from] tokio::time::error::Elapsed),
+}
+
+async fn bounded<T>(call: impl Future<Output = Result<T, StoreError>>) -> Result<T, NoAnswer> {
+    Ok(timeout(PATIENCE, call).await??)
 }

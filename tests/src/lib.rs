@@ -377,6 +377,27 @@ impl Stack {
         all[0]["body"].clone()
     }
 
+    /// The key that the model's service was last asked with.
+    pub async fn last_model_key(&self) -> String {
+        let url = format!("{}/_requests?last=1", text(&self.ready, "model_url"));
+        let all: Value = self.http.get(url).send().await.unwrap().json().await.unwrap();
+        text(&all[0], "api_key").to_owned()
+    }
+
+    /// Makes a secret, as an operator does.
+    ///
+    /// # Panics
+    /// If it is refused.
+    pub async fn create_secret(&self, name: &str, value: &str) {
+        let request = self.http.post(text(&self.ready, "secrets_url"));
+        let request = request
+            .header("x-amz-target", "secretsmanager.CreateSecret")
+            .header("content-type", "application/x-amz-json-1.1")
+            .body(json!({"Name": name, "SecretString": value}).to_string());
+        let answer = Answer::read(request.send().await.expect("the secrets answer")).await;
+        assert!(answer.status.is_success(), "{}", answer.text);
+    }
+
     /// Everything that the stack and its functions have logged so far.
     pub fn logs(&self) -> String {
         let mut all = std::fs::read_to_string(self.directory.path().join("stack.log")).unwrap_or_default();

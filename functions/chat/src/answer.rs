@@ -126,7 +126,7 @@ pub(crate) async fn begin(
     started: Timestamp,
     time: Time,
 ) -> Result<Answering, ApiError> {
-    if let Err(shed) = context.valve.pass(scope.tier(), time.deadline).await {
+    if let Err(shed) = context.valve.pass(scope.model_account(), scope.tier(), time.deadline).await {
         return Err(context.gate.shed(scope, shed).await);
     }
     let text = searched(&question.message.text);
@@ -178,9 +178,9 @@ pub(crate) struct Time {
 }
 
 /// Tells the other instances if the service is overloaded.
-async fn note(context: &Context, error: &OutboundError) {
+async fn note(context: &Context, scope: &TenantScope, error: &OutboundError) {
     if let Some(retry_after_ms) = error.overload() {
-        context.valve.note_overloaded(retry_after_ms).await;
+        context.valve.note_overloaded(scope.model_account(), retry_after_ms).await;
     }
 }
 
@@ -219,13 +219,14 @@ async fn prepare(
     Time { deadline, ends_at_s }: Time,
 ) -> Result<Prepared, ApiError> {
     let Ticketed { admission, entry, call } = ticketed;
+    let model = context.model(scope).await?;
     let collection = context.cells.read(scope, context.embeddings.model())?;
     let texts = [text];
     let now = context.clock.now();
     let (history, embedded, begun) = tokio::join!(
         history(context, scope, question, now),
         context.embeddings.embed(&texts, deadline),
-        context.valve.begin(ends_at_s)
+        context.valve.begin(scope.model_account(), ends_at_s)
     );
     *call = begun;
     let [text] = texts;
@@ -287,7 +288,7 @@ async fn prepare(
     let bound = answering(question, finding_out(context, &text, now), input_most, now);
     if exact || bound.tokens > admission.reserved() {
         // There was no room for the bound; there may be for the number.
-        let counted = context.model.count(&request, deadline).await.map_err(|e| e.into_api("the model"))?;
+        let counted = model.count(&request, deadline).await.map_err(|e| e.into_api("the model"))?;
         // The service calls its count an estimate, which may differ from what it bills by a little.
         let counted = counted + Tokens((counted.0 / 100).max(COUNT_MARGIN));
         input_most = counted;
@@ -301,7 +302,7 @@ async fn prepare(
     entry.documents.dedup();
     entry.chunks = passages.iter().map(|p| p.chunk_id.clone()).collect();
     let documents_retrieved = entry.documents.len();
-    match context.model.ask(&request, deadline).await {
+    match model.ask(&request, deadline).await {
         Ok(upstream) => {
             let reader = AnswerReader::new(passages, form);
             Ok(Prepared { upstream, reader, documents_retrieved, input_most })
@@ -315,7 +316,7 @@ async fn prepare(
                 Usage::default()
             };
             entry.model = Some((question.model_name.clone(), usage));
-            note(context, &error).await;
+            note(context, scope, &error).await;
             Err(error.into_api("the model"))
         }
     }
@@ -352,13 +353,14 @@ impl Answering {
     pub(crate) async fn read(
         &mut self,
         context: &Context,
+        scope: &TenantScope,
         mut show: impl FnMut(&str),
     ) -> Result<(), ApiError> {
         while !self.ended {
             let event = match self.upstream.next().await {
                 Ok(event) => event,
                 Err(error) => {
-                    note(context, &error).await;
+                    note(context, scope, &error).await;
                     return Err(error.into_api("the model"));
                 }
             };
@@ -451,7 +453,7 @@ impl Answering {
         let settled = context.gate.settle(scope, admission, record, along);
         let noted = async {
             context.valve.end(call).await;
-            context.valve.note_limits(fill).await;
+            context.valve.note_limits(scope.model_account(), fill).await;
         };
         let (record, ()) = tokio::join!(settled, noted);
         let record = record?;

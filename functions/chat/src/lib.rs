@@ -14,6 +14,7 @@ use serde_json::json;
 use shared::api_key::Permission;
 use shared::aws::conversations::ConversationStore;
 use shared::aws::idempotency::IdempotencyStore;
+use shared::aws::secrets::TenantKeys;
 use shared::aws::{self, secrets};
 use shared::clock::Clock;
 use shared::embeddings::EmbeddingsClient;
@@ -24,7 +25,7 @@ use shared::model::ModelClient;
 use shared::pricing::{self, EmbeddingPrices};
 use shared::random::{Entropy, entropy};
 use shared::scope::TenantScope;
-use shared::tenant::EmbeddingModel;
+use shared::tenant::{EmbeddingModel, ModelAccount};
 use shared::valve::Valve;
 use shared::vectors::Cells;
 use shared::{env, outbound, web};
@@ -45,6 +46,8 @@ pub struct Context {
     embeddings: EmbeddingsClient,
     embedding_prices: &'static EmbeddingPrices,
     model: ModelClient,
+    /// The keys of tenants that have accounts of their own.
+    model_keys: TenantKeys,
     clock: Clock,
     entropy: Entropy,
 }
@@ -80,6 +83,7 @@ impl Context {
             embeddings: EmbeddingsClient::new(http.clone(), &embeddings_url, embeddings_key, embedding),
             embedding_prices,
             model: ModelClient::new(http, &model_url, model_key),
+            model_keys: TenantKeys::from_env(&config, "TENANT_MODEL_KEYS")?,
             clock,
             entropy: entropy(),
         })
@@ -87,6 +91,20 @@ impl Context {
 }
 
 impl Context {
+    /// The model's client for a tenant: with the tenant's own key, if it has an account of its own.
+    async fn model(&self, scope: &TenantScope) -> Result<ModelClient, ApiError> {
+        match scope.model_account() {
+            ModelAccount::Shared => Ok(self.model.clone()),
+            ModelAccount::Own => match self.model_keys.of(scope).await {
+                Ok(key) => Ok(self.model.with_key(key)),
+                Err(error) => {
+                    tracing::error!(alert = "model_key_missing", tenant.id = %scope.tenant_id(), "{error}");
+                    Err(ApiError::unavailable("the tenant's model account"))
+                }
+            },
+        }
+    }
+
     /// Writes down what is still only remembered: the process is about to end.
     pub async fn close(&self) {
         self.gate.close().await;
@@ -174,7 +192,7 @@ async fn finish(
     key: Option<IdempotencyKey>,
     show: impl FnMut(&str),
 ) -> Result<Stored, ApiError> {
-    let read = answer.read(context, show).await;
+    let read = answer.read(context, scope, show).await;
     let settled = answer.settle(context, scope, read, key.as_ref()).await;
     if settled.is_err() {
         context.idempotency.give_back(scope, key.as_ref()).await;

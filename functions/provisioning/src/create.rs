@@ -10,7 +10,7 @@ use shared::ledger::{Action, Record};
 use shared::limits::{LimitChanges, Limits};
 use shared::meter::Meter;
 use shared::scope::Operator;
-use shared::tenant::{InjectionPolicy, InvalidTenantId, Tenant, TenantId, TenantStatus, Tier};
+use shared::tenant::{InjectionPolicy, InvalidTenantId, ModelAccount, Tenant, TenantId, TenantStatus, Tier};
 use shared::web;
 
 use crate::{Context, View};
@@ -33,6 +33,8 @@ struct NewTenant {
     limits: LimitChanges,
     #[serde(default)]
     injection_policy: InjectionPolicy,
+    #[serde(default)]
+    model_account: ModelAccount,
     webhook_url: Option<String>,
 }
 
@@ -56,6 +58,17 @@ pub(crate) async fn handle(context: &Context, request: Request) -> Result<Respon
     let exists = || ApiError::new(Code::Conflict, format!("tenant `{}` exists already", tenant.tenant_id));
     if context.tenants.get(&operator, &tenant.tenant_id).await?.is_some() {
         return Err(exists());
+    }
+    if tenant.model_account == ModelAccount::Own {
+        let there = context.model_keys.there_is_one_of(&tenant.tenant_id).await.map_err(|error| {
+            tracing::error!("{error}");
+            ApiError::unavailable("the secret of the tenant's model account")
+        })?;
+        if !there {
+            let name = context.model_keys.name(&tenant.tenant_id);
+            let message = format!("there is no secret `{name}` with the key of the tenant's own account");
+            return Err(ApiError::invalid("model_account", message));
+        }
     }
     // The collection first, and the record with the key last: until the record stands, the tenant does
     // not exist, and whatever stopped the work is mended by asking again.
@@ -130,6 +143,7 @@ fn validate(context: &Context, body: NewTenant) -> Result<Tenant, ApiError> {
         limits,
         cell: cell.to_owned(),
         embedding: context.embedding.clone(),
+        model_account: body.model_account,
         webhook_url: body.webhook_url,
         created_at: context.clock.now(),
     })

@@ -8,6 +8,7 @@ use lambda_http::{Body, Error, Request};
 use serde::Serialize;
 use shared::aws::ledger::Ledger;
 use shared::aws::meters::MeterStore;
+use shared::aws::secrets::TenantKeys;
 use shared::aws::tenants::TenantStore;
 use shared::aws::{self, secrets};
 use shared::clock::Clock;
@@ -15,7 +16,7 @@ use shared::error::ApiError;
 use shared::limits::Limits;
 use shared::random::{Entropy, entropy};
 use shared::secret::Secret;
-use shared::tenant::{EmbeddingModel, InjectionPolicy, Tenant, TenantId, TenantStatus, Tier};
+use shared::tenant::{EmbeddingModel, InjectionPolicy, ModelAccount, Tenant, TenantId, TenantStatus, Tier};
 use shared::vectors::Cells;
 use shared::{env, web};
 
@@ -26,6 +27,7 @@ pub struct Context {
     ledger: Ledger,
     cells: Cells,
     vector_root_key: Secret,
+    model_keys: TenantKeys,
     embedding: EmbeddingModel,
     clock: Clock,
     entropy: Entropy,
@@ -44,6 +46,7 @@ impl Context {
             ledger: Ledger::new(&config, env::text("AUDIT_TABLE")?),
             cells: env::parsed("QDRANT_CELLS")?,
             vector_root_key: secrets::read(&config, "QDRANT_ROOT_KEY_SECRET").await?,
+            model_keys: TenantKeys::from_env(&config, "TENANT_MODEL_KEYS")?,
             embedding: EmbeddingModel {
                 name: env::text("EMBEDDINGS_MODEL")?,
                 dimensions: env::parsed("EMBEDDINGS_DIMENSIONS")?,
@@ -78,6 +81,7 @@ struct View {
     limits: Limits,
     cell: String,
     embedding: EmbeddingModel,
+    model_account: ModelAccount,
     #[serde(skip_serializing_if = "Option::is_none")]
     webhook_url: Option<String>,
     created_at: String,
@@ -96,6 +100,7 @@ impl From<Tenant> for View {
             limits: tenant.limits,
             cell: tenant.cell,
             embedding: tenant.embedding,
+            model_account: tenant.model_account,
             webhook_url: tenant.webhook_url,
             created_at: tenant.created_at.to_string(),
         }

@@ -8,7 +8,7 @@
 //! Tokens are those of [`crate::lexis::token_ends`], for input, output and the token counter alike.
 //!
 //! For tests, `POST /_faults` sets what goes wrong ([`Fault`]), and `GET /_requests?last=n` returns
-//! the last requests, oldest first, as `[{"path", "body"}]`.
+//! the last requests, oldest first, as `[{"path", "api_key", "body"}]`.
 
 mod answer;
 mod cache;
@@ -51,7 +51,7 @@ const TOKENS_PER_MINUTE: u64 = 4_000_000;
 /// How the server behaves.
 #[derive(Debug, Clone, Default)]
 pub struct Options {
-    /// The only API key that is let in; any, if absent.
+    /// What the API keys that are let in begin with; any is, if absent. Each key is an account.
     pub api_key: Option<String>,
     /// A pause before each delta of a stream.
     pub delay_ms_per_delta: u64,
@@ -100,10 +100,10 @@ struct Seen {
 }
 
 impl Seen {
-    fn push(&mut self, path: &str, body: &[u8]) {
+    fn push(&mut self, path: &str, key: &str, body: &[u8]) {
         let parsed: Value =
             serde_json::from_slice(body).unwrap_or_else(|_| String::from_utf8_lossy(body).into());
-        self.requests.push_back((body.len(), json!({"path": path, "body": parsed})));
+        self.requests.push_back((body.len(), json!({"path": path, "api_key": key, "body": parsed})));
         self.bytes += body.len();
         while self.requests.len() > REMEMBERED || (self.bytes > REMEMBERED_BYTES && self.requests.len() > 1) {
             if let Some((bytes, _)) = self.requests.pop_front() {
@@ -182,7 +182,7 @@ impl Model {
         if key.is_empty() {
             return Err(Failure::new(401, "x-api-key header is required"));
         }
-        if self.options.api_key.as_ref().is_some_and(|expected| expected != key) {
+        if self.options.api_key.as_ref().is_some_and(|begins| !key.starts_with(begins.as_str())) {
             return Err(Failure::new(401, "invalid x-api-key"));
         }
         match text("anthropic-version") {
@@ -198,7 +198,7 @@ impl Model {
         if body.len() > MAX_BODY {
             return Err(Failure::new(413, "Request exceeds the maximum size"));
         }
-        self.seen.lock().unwrap_or_else(PoisonError::into_inner).push(path, body);
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner).push(path, key, body);
         Ok(key.to_owned())
     }
 

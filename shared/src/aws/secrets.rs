@@ -1,10 +1,18 @@
-//! Secrets Manager: the keys of the services behind us, read once at a function's start.
+//! Secrets Manager: the keys of the services behind us, read once at a function's start, and those of
+//! tenants that have accounts of their own.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use aws_config::SdkConfig;
 use aws_sdk_secretsmanager::Client;
+use tokio::time::Instant;
 
 use crate::env::{self, EnvError};
+use crate::scope::TenantScope;
 use crate::secret::Secret;
+use crate::tenant::TenantId;
 
 /// Why a function that needs a secret cannot start. Never holds the secret.
 #[derive(Debug, thiserror::Error)]
@@ -31,6 +39,88 @@ pub enum SecretError {
         /// Its id.
         id: String,
     },
+}
+
+/// How long a tenant's key is remembered. One that is replaced is used until then.
+const REMEMBERED: Duration = Duration::from_secs(300);
+/// Keys remembered. An instance that sees more such tenants than this reads some of them again.
+const MOST_REMEMBERED: usize = 256;
+
+/// The keys of tenants' own accounts: one secret each, which the operator makes.
+#[derive(Debug)]
+pub struct TenantKeys {
+    client: Client,
+    prefix: String,
+    known: Mutex<HashMap<TenantId, (Secret, Instant)>>,
+}
+
+impl TenantKeys {
+    /// The secrets whose names begin with what stands in the environment variable `variable`; the
+    /// tenant's id follows.
+    ///
+    /// # Errors
+    /// If the variable is absent; the error names it.
+    pub fn from_env(config: &SdkConfig, variable: &'static str) -> Result<Self, EnvError> {
+        let (client, prefix) = (Client::new(config), env::text(variable)?);
+        Ok(Self { client, prefix, known: Mutex::default() })
+    }
+
+    /// The name of a tenant's secret.
+    pub fn name(&self, tenant: &TenantId) -> String {
+        format!("{}{tenant}", self.prefix)
+    }
+
+    /// The key of the request's tenant.
+    ///
+    /// # Errors
+    /// [`KeyError`].
+    pub async fn of(&self, scope: &TenantScope) -> Result<Secret, KeyError> {
+        let tenant = scope.tenant_id();
+        let remembered = self.known().get(tenant).filter(|(_, at)| at.elapsed() < REMEMBERED).cloned();
+        if let Some((key, _)) = remembered {
+            return Ok(key);
+        }
+        let answer = self.client.get_secret_value().secret_id(self.name(tenant)).send().await;
+        let value = answer.map_err(|error| match error.into_service_error() {
+            error if error.is_resource_not_found_exception() => KeyError::Absent,
+            error => KeyError::Unreadable(Box::new(error)),
+        })?;
+        let key = Secret::new(value.secret_string.unwrap_or_default()).map_err(|_| KeyError::Absent)?;
+        let mut known = self.known();
+        if known.len() >= MOST_REMEMBERED && !known.contains_key(tenant) {
+            known.clear();
+        }
+        known.insert(tenant.clone(), (key.clone(), Instant::now()));
+        Ok(key)
+    }
+
+    /// Whether a tenant has a secret. What it holds is not read.
+    ///
+    /// # Errors
+    /// [`KeyError::Unreadable`].
+    pub async fn there_is_one_of(&self, tenant: &TenantId) -> Result<bool, KeyError> {
+        let answer = self.client.describe_secret().secret_id(self.name(tenant)).send().await;
+        match answer.map_err(aws_sdk_secretsmanager::error::SdkError::into_service_error) {
+            Ok(found) => Ok(found.deleted_date.is_none()),
+            Err(error) if error.is_resource_not_found_exception() => Ok(false),
+            Err(error) => Err(KeyError::Unreadable(Box::new(error))),
+        }
+    }
+
+    fn known(&self) -> std::sync::MutexGuard<'_, HashMap<TenantId, (Secret, Instant)>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Why there is no key of a tenant's account. Never holds the key.
+#[derive(Debug, thiserror::Error)]
+pub enum KeyError {
+    /// There is none, or it is empty.
+    #[error("the key of the tenant's own account is absent or malformed")]
+    Absent,
+    /// It could not be read.
+    #[error("the key of the tenant's own account cannot be read")]
+    Unreadable(#[source] Box<dyn std::error::Error + Send + Sync>),
 }
 
 /// The secret whose id stands in the environment variable `variable`.
