@@ -4,7 +4,7 @@
 
 #![expect(
     clippy::unwrap_used,
-    clippy::print_stderr,
+    clippy::indexing_slicing,
     reason = "a test fails by panicking, and prints its seed"
 )]
 
@@ -13,8 +13,10 @@ use rand::{RngExt, SeedableRng};
 use serde_json::json;
 use shared::aws::meters::{MeterStore, Written};
 use shared::clock::Timestamp;
+use shared::env;
 use shared::limits::Limits;
 use shared::meter::{Asker, Charged, Ended, Lease, Meter, Ticket, Want, Work, Write};
+use shared::random::entropy;
 use shared::scope::{Bookkeeper, Subject};
 use shared::tenant::{TenantStatus, Tier};
 use shared::units::{NanoUsd, Tokens};
@@ -92,8 +94,7 @@ fn decide(state: &Meter, limits: &Limits, now: Timestamp, n: usize, rng: &mut St
 
 #[tokio::test]
 async fn the_store_does_what_the_arithmetic_says() {
-    let seed: u64 =
-        std::env::var("SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or_else(rand::random);
+    let seed: u64 = env::parsed("SEED").unwrap_or_else(|_| entropy().random());
     eprintln!("SEED={seed}");
     let mut rng = StdRng::seed_from_u64(seed);
     let stack = Stack::start_with(Options { no_seed: true, ..Options::default() }).await;

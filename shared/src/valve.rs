@@ -152,7 +152,7 @@ impl Valve {
         if let Some(known) = known {
             return known;
         }
-        match Box::pin(bounded(self.accounts.read(SHARED))).await {
+        match bounded(self.accounts.read(SHARED)).await {
             Ok(notes) => {
                 let account = Account { notes, ceiling: self.ceiling };
                 self.known().1 = account.clone();
@@ -192,5 +192,6 @@ enum NoAnswer {
 }
 
 async fn bounded<T>(call: impl Future<Output = Result<T, StoreError>>) -> Result<T, NoAnswer> {
-    Ok(timeout(PATIENCE, call).await??)
+    // Boxed: a future of the SDK is large, and a request holds several.
+    Ok(timeout(PATIENCE, Box::pin(call)).await??)
 }

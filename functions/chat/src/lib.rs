@@ -95,7 +95,7 @@ impl Context {
     async fn model(&self, scope: &TenantScope) -> Result<ModelClient, ApiError> {
         match scope.model_account() {
             ModelAccount::Shared => Ok(self.model.clone()),
-            ModelAccount::Own => match self.model_keys.of(scope).await {
+            ModelAccount::Own => match Box::pin(self.model_keys.of(scope)).await {
                 Ok(key) => Ok(self.model.with_key(key)),
                 Err(error) => {
                     tracing::error!(alert = "model_key_missing", tenant.id = %scope.tenant_id(), "{error}");
