@@ -370,4 +370,10 @@ async fn a_point_of_another_tenant_is_dropped_and_raises_the_alarm() {
     assert_eq!(hits.iter().map(|h| h["document_id"].as_str().unwrap()).collect::<Vec<_>>(), ["own"]);
     assert!(!acme.ask("Where does the heron of globex nest?").await.to_string().contains("of globex nests"));
     assert!(stack.logs().contains("isolation_alert"));
+    // It is on record, for each request that met it.
+    let events = stack.items("audit", "acme", "EVENT#").await;
+    let alerts: Vec<_> = events.iter().filter(|event| event["action"] == "isolation_alert").collect();
+    assert_eq!(alerts.len(), 2, "{events:?}");
+    assert!(alerts.iter().all(|alert| alert["outcome"] == "refused" && alert["key_id"].is_string()));
+    assert!(stack.items("audit", "globex", "EVENT#").await.iter().all(|e| e["action"] != "isolation_alert"));
 }

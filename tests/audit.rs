@@ -120,6 +120,13 @@ impl Log {
     }
 }
 
+/// The offline verifier finds a tenant's log complete and unaltered.
+async fn verified(stack: &Stack, tenant: &str) {
+    let place = format!("s3://{}/tenant={tenant}", stack.audit_bucket());
+    let verified = stack.bulkhead(&["audit", "verify", &place]).await;
+    assert!(verified.status.success(), "{}", String::from_utf8_lossy(&verified.stdout));
+}
+
 async fn fetch(stack: &Stack, key: &str) -> Vec<u8> {
     let answer = stack.s3().get_object().bucket(stack.audit_bucket()).key(key).send().await.unwrap();
     answer.body.collect().await.unwrap().to_vec()
@@ -448,6 +455,7 @@ async fn crashes(kills: usize) {
         // And the bill has each of them once.
         let usage = tenant.get("/v1/usage").await.expect_status(StatusCode::OK).json();
         assert_eq!(usage["requests"], kills * 3, "{usage}");
+        verified(&stack, &tenant.id).await;
     }
 }
 
@@ -500,6 +508,7 @@ async fn exporters_at_once_and_deliveries_again_make_one_log() {
     assert_eq!(again["batchItemFailures"], json!([]), "{again}");
     let log = Log::complete(&stack, "acme").await;
     assert_eq!(log.actions()["document_access"], 96);
+    verified(&stack, "acme").await;
 }
 
 #[tokio::test]
@@ -559,6 +568,106 @@ async fn a_record_that_cannot_be_read_is_an_alarm_and_hides_no_other() {
     assert!(items.iter().any(|i| i["action"] == "no such action" && i.get("pending").is_some()));
     let report = stack.invoke("audit_export", json!({"job": "catch_up"})).await;
     assert_eq!(report, json!({"overdue": 1, "exported": 0}));
+}
+
+/// Writes records into the ledger as if they had been settled, `each` for every one of `tenants`: one
+/// every 20 s from the beginning of March, of 100 users, each shown two of 1,000 passages.
+async fn many_records(stack: &Stack, template: &Value, tenants: &[(String, u64)]) {
+    const FIRST: u64 = 1_772_323_200_000; // 2026-03-01
+    let mut puts = Vec::new();
+    for (tenant, each) in tenants {
+        for ticket in 1..=*each {
+            let (time, passage) = (FIRST + ticket * 20_000, ticket % 1_000);
+            let sort = format!("TICKET#{ticket:012}");
+            let mut item = template.clone();
+            item["tenant_id"] = tenant.as_str().into();
+            item["sk"] = sort.as_str().into();
+            item["ticket"] = ticket.into();
+            item["time"] = time.into();
+            item["pending"] = format!("{time:015}#{sort}").into();
+            item["day"] = (time / 86_400_000).into();
+            item["month"] = 202_603.into();
+            item["request_id"] = format!("r-{tenant}-{ticket}").into();
+            item["user_id"] = format!("user-{}", ticket % 100).into();
+            item["documents"] = json!([format!("doc-{}", passage / 10)]);
+            item["chunks"] = json!([format!("doc-{}:{}", passage / 10, passage % 10), "other:1"]);
+            item.as_object_mut().unwrap().remove("expires_at_s");
+            puts.push(json!({"PutRequest": {"Item": typed(&item)}}));
+        }
+    }
+    for batch in puts.chunks(25) {
+        let call = json!({"RequestItems": {Stack::table("audit"): batch}});
+        let answer = stack.dynamodb("BatchWriteItem", "audit", call).await;
+        assert!(answer["UnprocessedItems"].as_object().is_none_or(serde_json::Map::is_empty), "{answer}");
+    }
+}
+
+/// Of 50 tenants, one of which has half of all records. Prints how fast, and in how much memory.
+#[tokio::test]
+#[ignore = "takes minutes: `cargo test --test audit thousand -- --ignored --nocapture`"]
+async fn a_hundred_thousand_records_of_fifty_tenants() {
+    const RECORDS: u64 = 100_000;
+    let stack = stack().await;
+    let large = tenant(&stack, "tenant-1").await;
+    large.search("x", 1).await;
+    let template = Log::complete(&stack, "tenant-1").await.lines.len();
+    assert!(template > 0);
+    let template = stack.items("audit", "tenant-1", "TICKET#").await.remove(0);
+    // The first ticket of that tenant is there already.
+    let many = |n: u64| if n == 1 { RECORDS - 49 * 1_000 } else { 1_000 };
+    let mut tenants: Vec<(String, u64)> = (1..=50).map(|n| (format!("tenant-{n}"), many(n))).collect();
+    tenants[0].0 = "tenant-0".into();
+    let begun = Instant::now();
+    many_records(&stack, &template, &tenants).await;
+    let written = begun.elapsed();
+    for (tenant, _) in &tenants {
+        let waits = json!({"IndexName": "pending", "KeyConditionExpression": "tenant_id = :t",
+            "ExpressionAttributeValues": {":t": {"S": tenant}}, "Select": "COUNT"});
+        while stack.dynamodb("Query", "audit", waits.clone()).await["Count"] != 0 {
+            assert!(begun.elapsed() < Duration::from_secs(1_800), "records wait too long");
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
+    }
+    let exported = begun.elapsed();
+    let memory = stack.most_memory("audit_export").into_iter().max().unwrap();
+    println!(
+        "{RECORDS} records, written within {:.1} s and exported within {:.1} s: {:.0} records/s; the exporter \
+         held {} MB at most",
+        written.as_secs_f64(),
+        exported.as_secs_f64(),
+        RECORDS as f64 / exported.as_secs_f64(),
+        memory / 1_024
+    );
+    assert!(memory < 64 * 1_024, "{memory} kB");
+
+    let place = format!("s3://{}", stack.audit_bucket());
+    let begun = Instant::now();
+    let verified = stack.bulkhead(&["audit", "verify", &place]).await;
+    let said = String::from_utf8_lossy(&verified.stdout);
+    assert!(verified.status.success(), "{said}");
+    println!("verified in {:.1} s", begun.elapsed().as_secs_f64());
+
+    // Who saw this passage in March?
+    let begun = Instant::now();
+    let show = ["audit", "show", &place, "--chunk", "doc-7:7", "--from", "2026-03-01", "--to", "2026-04-01"];
+    let shown = stack.bulkhead(&show).await;
+    let lines = String::from_utf8_lossy(&shown.stdout).lines().count() as u64;
+    println!("who saw it, over all tenants: {lines} records in {:.2} s", begun.elapsed().as_secs_f64());
+    assert_eq!((shown.status.code(), lines), (Some(0), RECORDS / 1_000));
+    // The tenant itself asks: its log is the large one, under the name that it was written with.
+    let limits = json!({"requests_per_minute": 10_000});
+    let body = json!({"tenant_id": "tenant-0", "tier": "enterprise", "company_name": "x", "limits": limits});
+    let large = stack.provision(body).await;
+    let begun = Instant::now();
+    let march = "from=2026-03-01T00:00:00Z&to=2026-04-01T00:00:00Z";
+    let (seen, pages) = records(&large, &format!("chunk=doc-7:7&{march}"), 100).await;
+    println!(
+        "who saw it, of the {} of one tenant: {} records on {pages} pages in {:.2} s",
+        tenants[0].1,
+        seen.len(),
+        begun.elapsed().as_secs_f64()
+    );
+    assert_eq!(seen.len() as u64, tenants[0].1 / 1_000);
 }
 
 /// A plain item in DynamoDB's own words; numbers, texts, lists and maps are all that a record has.

@@ -528,7 +528,7 @@ impl Gate {
         permission: Permission,
         run: impl AsyncFnOnce(TenantScope) -> Result<T, ApiError>,
     ) -> Result<T, ApiError> {
-        let (ward, limits, note) = (caller.ward(), caller.limits().clone(), caller.standing().clone());
+        let (ward, limits, note) = (caller.ward(), caller.limits().clone(), caller.note().clone());
         let asked = caller.asked();
         let work = async {
             match TenantScope::open(caller, permission, self.books.clock.now()) {
@@ -541,15 +541,22 @@ impl Gate {
         if let Err(error) = &result
             && let Some(denial) = Denial::of(error.code)
         {
-            self.denials.deny(&ward, denial, asked).await;
+            self.denials.deny(&ward, denial, asked.clone()).await;
         }
-        if note.get().is_none() {
+        if note.foreign() > 0 {
+            let now = self.books.clock.now();
+            let record = Record::isolation_alert(ward.tenant_id().clone(), note.foreign(), now, asked);
+            if let Err(error) = self.books.ledger.note(&record).await {
+                tracing::error!("An isolation alert could not be entered into the ledger: {error}");
+            }
+        }
+        if note.standing().is_none() {
             let known = match self.known(ward.tenant_id()) {
                 Some(state) => Ok(state),
                 None => self.books.meters.read(&ward).await,
             };
             match known {
-                Ok(state) => note.set(state.standing(&limits, self.books.clock.now())),
+                Ok(state) => note.set_standing(state.standing(&limits, self.books.clock.now())),
                 Err(error) => tracing::warn!("The answer lacks its rate-limit headers: {error}"),
             }
         }
@@ -642,7 +649,7 @@ impl Gate {
     }
 
     fn remember(&self, scope: &TenantScope, state: &Meter) {
-        scope.standing().set(state.standing(scope.limits(), self.books.clock.now()));
+        scope.note().set_standing(state.standing(scope.limits(), self.books.clock.now()));
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         if known.len() >= REMEMBERED && !known.contains_key(scope.tenant_id()) {
             known.clear();

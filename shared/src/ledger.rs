@@ -48,6 +48,8 @@ pub enum Action {
     AuditRead,
     /// A bundle of the audit log was made, or its links renewed.
     AuditExported,
+    /// A store answered with records of another tenant. They were dropped; it must never happen.
+    IsolationAlert,
     /// An operator made the tenant, and its first key with it.
     TenantProvisioned,
     /// An operator read the tenant's record.
@@ -360,6 +362,18 @@ impl Record {
             key_id: key_id.filter(|_| count == 1),
             user_id: user_id.filter(|_| count == 1),
             ..Self::blank(tenant_id, denial.into(), now, request_id)
+        }
+    }
+
+    /// The record of a request to which the stores answered with `count` records of other tenants.
+    pub fn isolation_alert(tenant_id: TenantId, count: u64, now: Timestamp, asked: Asked) -> Self {
+        let Asked { request_id, key_id, user_id } = asked;
+        Self {
+            outcome: Outcome::Refused,
+            count,
+            key_id,
+            user_id,
+            ..Self::blank(tenant_id, Action::IsolationAlert, now, request_id)
         }
     }
 

@@ -8,7 +8,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::str::FromStr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use aws_lambda_events::apigw::ApiGatewayProxyRequestContext;
 use serde::{Deserialize, Serialize};
@@ -170,7 +170,7 @@ pub struct Caller {
     user: Option<http::HeaderValue>,
     presented: Option<ApiKey>,
     request_id: RequestId,
-    standing: StandingNote,
+    note: RequestNote,
 }
 
 impl Caller {
@@ -182,7 +182,7 @@ impl Caller {
     pub fn of(
         context: &ApiGatewayProxyRequestContext,
         headers: &http::HeaderMap,
-        standing: StandingNote,
+        note: RequestNote,
     ) -> Result<Self, ScopeError> {
         let authorization = headers.get(http::header::AUTHORIZATION).and_then(|value| value.to_str().ok());
         Ok(Self {
@@ -190,7 +190,7 @@ impl Caller {
             user: headers.get(USER_HEADER).cloned(),
             presented: authorization.and_then(|value| ApiKey::from_authorization(value).ok()),
             request_id: RequestId(context.request_id.clone().unwrap_or_default()),
-            standing,
+            note,
         })
     }
 
@@ -209,9 +209,9 @@ impl Caller {
         &self.decision.limits
     }
 
-    /// Where the tenant's standing is noted for the answer's headers.
-    pub fn standing(&self) -> &StandingNote {
-        &self.standing
+    /// What is noted of the request.
+    pub fn note(&self) -> &RequestNote {
+        &self.note
     }
 
     /// Who asks.
@@ -235,22 +235,38 @@ pub struct TenantScope {
     presented: Option<ApiKey>,
     user_id: Option<UserId>,
     request_id: RequestId,
-    standing: StandingNote,
+    note: RequestNote,
 }
 
-/// Where a request's standing is noted, for the headers of its answer.
+/// What is noted of a request on its way: the tenant's standing, for the headers of its answer, and
+/// records of other tenants, for the ledger.
 #[derive(Clone, Debug, Default)]
-pub struct StandingNote(Arc<Mutex<Option<Standing>>>);
+pub struct RequestNote(Arc<Mutex<Noted>>);
 
-impl StandingNote {
-    /// Notes it; the latest holds.
-    pub fn set(&self, standing: Standing) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(standing);
+#[derive(Debug, Default)]
+struct Noted {
+    standing: Option<Standing>,
+    foreign: u64,
+}
+
+impl RequestNote {
+    /// Notes the tenant's standing; the latest holds.
+    pub fn set_standing(&self, standing: Standing) {
+        self.noted().standing = Some(standing);
     }
 
-    /// What was noted last.
-    pub fn get(&self) -> Option<Standing> {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The standing that was noted last.
+    pub fn standing(&self) -> Option<Standing> {
+        self.noted().standing
+    }
+
+    /// How many records of other tenants the stores answered with.
+    pub fn foreign(&self) -> u64 {
+        self.noted().foreign
+    }
+
+    fn noted(&self) -> MutexGuard<'_, Noted> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -345,7 +361,7 @@ impl TenantScope {
     /// # Errors
     /// [`ScopeError`]; everything a cached decision cannot know is checked here, on each request.
     pub fn open(caller: Caller, permission: Permission, now: Timestamp) -> Result<Self, ScopeError> {
-        let Caller { decision, user, presented, request_id, standing } = caller;
+        let Caller { decision, user, presented, request_id, note } = caller;
         if decision.key_expires_at.is_some_and(|at| at <= now) {
             return Err(ScopeError::KeyExpired);
         }
@@ -365,7 +381,7 @@ impl TenantScope {
                     .ok_or(ScopeError::InvalidUser)
             })
             .transpose()?;
-        Ok(Self { decision, permission, presented, user_id, request_id, standing })
+        Ok(Self { decision, permission, presented, user_id, request_id, note })
     }
 
     /// The key that the request presents: to verify it again where the decision about it has grown
@@ -403,9 +419,9 @@ impl TenantScope {
         self.decision.epoch
     }
 
-    /// Where the tenant's standing is noted for the answer's headers.
-    pub fn standing(&self) -> &StandingNote {
-        &self.standing
+    /// What is noted of the request.
+    pub fn note(&self) -> &RequestNote {
+        &self.note
     }
 
     /// Who asks.
@@ -485,9 +501,18 @@ impl TenantScope {
     /// Whether something read from a store belongs to this tenant: the second look.
     ///
     /// # Errors
-    /// [`ForeignRecord`] if it does not.
-    pub fn owns(&self, tenant_id: &str) -> Result<(), ForeignRecord> {
-        if tenant_id == self.tenant_id().as_str() { Ok(()) } else { Err(ForeignRecord) }
+    /// [`ForeignRecord`] if it does not. Then the alarm is raised, and it is noted for the ledger.
+    pub fn owns(&self, tenant_id: &str, store: &'static str) -> Result<(), ForeignRecord> {
+        if tenant_id == self.tenant_id().as_str() {
+            return Ok(());
+        }
+        tracing::error!(
+            alert = "isolation_alert",
+            tenant.id = %self.tenant_id(),
+            "{store} answered with a record of another tenant; it is dropped"
+        );
+        self.note.noted().foreign += 1;
+        Err(ForeignRecord)
     }
 }
 
@@ -575,7 +600,7 @@ mod tests {
     }
 
     fn open(context: &ApiGatewayProxyRequestContext, at: Timestamp) -> Result<TenantScope, ScopeError> {
-        let caller = Caller::of(context, &http::HeaderMap::new(), StandingNote::default())?;
+        let caller = Caller::of(context, &http::HeaderMap::new(), RequestNote::default())?;
         TenantScope::open(caller, Permission::Chat, at)
     }
 
@@ -609,7 +634,7 @@ mod tests {
         let with = |value: &[u8]| {
             let mut headers = http::HeaderMap::new();
             headers.insert(USER_HEADER, http::HeaderValue::from_bytes(value).unwrap());
-            let caller = Caller::of(&context, &headers, StandingNote::default()).unwrap();
+            let caller = Caller::of(&context, &headers, RequestNote::default()).unwrap();
             TenantScope::open(caller, Permission::Chat, NOW)
         };
         assert_eq!(with("zoë".as_bytes()).unwrap().user_id().unwrap().as_str(), "zoë");

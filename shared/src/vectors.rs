@@ -348,13 +348,7 @@ impl Collection<'_> {
         let text = |name: &'static str| {
             point.payload.get(name).and_then(Value::as_str).cloned().ok_or(VectorError::Malformed(name))
         };
-        if self.scope.owns(&text("tenant_id")?).is_err() {
-            tracing::error!(
-                alert = "isolation_alert",
-                tenant.id = %self.scope.tenant_id(),
-                collection = self.name,
-                "The vector store answered with a point of another tenant; it was dropped"
-            );
+        if self.scope.owns(&text("tenant_id")?, "the vector store").is_err() {
             return Ok(None);
         }
         Ok(Some(Hit {

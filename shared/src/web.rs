@@ -15,7 +15,7 @@ use crate::clock::Clock;
 use crate::error::{ApiError, Code};
 use crate::idempotency::{self, IdempotencyKey, Stored};
 use crate::meter::{Remaining, Standing};
-use crate::scope::{Caller, Operator, RequestId, StandingNote, TenantScope};
+use crate::scope::{Caller, Operator, RequestId, RequestNote, TenantScope};
 
 /// The header that carries a request's id.
 pub const REQUEST_ID: &str = "x-request-id";
@@ -47,8 +47,8 @@ pub fn route(request: &Request) -> &str {
 /// The refusal that the caller is to see.
 pub fn caller(request: &Request) -> Result<Caller, ApiError> {
     let context = context(request).ok_or_else(|| ApiError::new(Code::InvalidKey, "not a valid API key"))?;
-    let standing = request.extensions().get::<StandingNote>().cloned().unwrap_or_default();
-    let caller = Caller::of(context, request.headers(), standing)?;
+    let note = request.extensions().get::<RequestNote>().cloned().unwrap_or_default();
+    let caller = Caller::of(context, request.headers(), note)?;
     let span = tracing::Span::current();
     span.record("tenant.id", caller.tenant_id().as_str());
     span.record("key.id", caller.key_id().as_str());
@@ -247,8 +247,8 @@ pub async fn handle<B: From<String>>(
 
     let started = clock.now();
     let id = request_id(&request);
-    let standing = StandingNote::default();
-    request.extensions_mut().insert(standing.clone());
+    let note = RequestNote::default();
+    request.extensions_mut().insert(note.clone());
     let span = tracing::info_span!(
         "request",
         request.id = %id,
@@ -282,7 +282,7 @@ pub async fn handle<B: From<String>>(
                 response
             }
         };
-        if let Some(standing) = standing.get() {
+        if let Some(standing) = note.standing() {
             say_standing(&standing, response.headers_mut());
         }
         if let Ok(value) = HeaderValue::from_str(&id.to_string()) {

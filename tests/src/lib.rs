@@ -195,6 +195,45 @@ impl Stack {
         text(&self.ready, "audit_bucket")
     }
 
+    /// Runs the operators' program against the stack's buckets.
+    ///
+    /// # Panics
+    /// If it does not run.
+    pub async fn bulkhead(&self, arguments: &[&str]) -> std::process::Output {
+        let admin = &self.ready["admin"];
+        let mut command = Command::new(binaries().join("bulkhead"));
+        command
+            .args(arguments)
+            .env("AWS_ENDPOINT_URL_S3", text(&self.ready, "s3_url"))
+            .env("AWS_ACCESS_KEY_ID", text(admin, "access_key_id"))
+            .env("AWS_SECRET_ACCESS_KEY", text(admin, "secret_access_key"))
+            .env("AWS_REGION", text(admin, "region"))
+            .kill_on_drop(true);
+        command.output().await.expect("the program runs")
+    }
+
+    /// The most memory that each process of a function has held so far, in kilobytes.
+    ///
+    /// # Panics
+    /// If the machine does not tell: it takes Linux.
+    pub fn most_memory(&self, function: &str) -> Vec<u64> {
+        let number = |status: &str, name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+            line.split_whitespace().next()?.parse::<u64>().ok()
+        };
+        let parent = self.child.id().map(u64::from);
+        let processes = std::fs::read_dir("/proc").expect("processes");
+        let statuses =
+            processes.flatten().filter_map(|p| std::fs::read_to_string(p.path().join("status")).ok());
+        statuses
+            .filter(|status| {
+                status.lines().next().is_some_and(|name| name.ends_with(&format!("\t{function}")))
+            })
+            .filter(|status| number(status, "PPid") == parent)
+            .filter_map(|status| number(&status, "VmHWM"))
+            .collect()
+    }
+
     /// What the stack says of itself once it answers.
     pub fn ready(&self) -> &Value {
         &self.ready

@@ -190,7 +190,7 @@ async fn pending(
     let page = context.ledger.pending(scope, &from, MOST_PENDING as i32).await?;
     let inside = page.into_iter().filter(|(_, record)| record.time < period.to);
     Ok(inside
-        .filter(|(_, record)| scope.owns(record.tenant_id.as_str()).is_ok())
+        .filter(|(_, record)| scope.owns(record.tenant_id.as_str(), "the ledger").is_ok())
         .map(|(sort, record)| WireRecord::new(sort, record))
         .collect())
 }

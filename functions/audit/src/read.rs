@@ -97,7 +97,10 @@ async fn list(
             pending.remove(&place);
             // Those that were shown while they waited are not shown again.
             let shown = number < passed || cursor.pending.as_ref().is_some_and(|last| place <= *last);
-            if shown || scope.owns(line.record.tenant_id.as_str()).is_err() || !filter.matches(&line.record) {
+            if shown
+                || scope.owns(line.record.tenant_id.as_str(), "the audit log").is_err()
+                || !filter.matches(&line.record)
+            {
                 return ControlFlow::Continue(());
             }
             records.push(line.record);
@@ -152,7 +155,7 @@ async fn pending(
             let place = item_key::pending(record.time, &sort);
             from.clone_from(&place);
             let record = WireRecord::new(sort, record);
-            if scope.owns(record.tenant_id.as_str()).is_ok() && filter.matches(&record) {
+            if scope.owns(record.tenant_id.as_str(), "the ledger").is_ok() && filter.matches(&record) {
                 found.insert(place, record);
             }
         }

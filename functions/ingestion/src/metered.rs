@@ -95,7 +95,7 @@ impl<'a> Metered<'a> {
         let mut held = self.held.lock().await;
         let needed = held.spent + held.under_way;
         let slack = held.admission.reserved().saturating_sub(needed);
-        let left = self.scope.standing().get().map_or(Tokens(0), |s| s.day_remaining.min(s.month_remaining));
+        let left = self.scope.note().standing().map_or(Tokens(0), |s| s.day_remaining.min(s.month_remaining));
         let count = EmbeddingsClient::fitting(texts, left + slack);
         let bound = texts.get(..count).map_or(Tokens(0), most);
         let total = needed + bound;

@@ -42,22 +42,16 @@ impl ConversationStore {
         };
         let (mut turns, _) = self.0.query::<Turn>(scope.tenant_id(), page).await?;
         turns.retain(|turn| {
-            let own = scope.owns(turn.tenant_id.as_str()).is_ok();
-            if !own {
-                tracing::error!(
-                    alert = "isolation_alert",
-                    tenant.id = %scope.tenant_id(),
-                    "A conversation held a turn of another tenant; it was dropped"
-                );
-            }
-            own && turn.user_id.as_ref() == scope.user_id() && turn.expires_at_s > now.as_seconds()
+            scope.owns(turn.tenant_id.as_str(), "conversations").is_ok()
+                && turn.user_id.as_ref() == scope.user_id()
+                && turn.expires_at_s > now.as_seconds()
         });
         Ok(turns)
     }
 
     /// The part of a transaction that adds a turn. It must carry the scope's tenant.
     pub(super) fn new_part(&self, scope: &TenantScope, turn: &Turn) -> Result<TransactWriteItem, StoreError> {
-        scope.owns(turn.tenant_id.as_str()).map_err(|_| StoreError::Conflict)?;
+        scope.owns(turn.tenant_id.as_str(), "conversations").map_err(|_| StoreError::Conflict)?;
         let sort = item_key::turn(&turn.conversation_id, turn.asked_at, &turn.id);
         self.0.put_new(self.0.item(turn, &sort)?)
     }
