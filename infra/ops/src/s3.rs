@@ -14,17 +14,22 @@ use aws_sdk_s3::error::ProvideErrorMetadata;
 use aws_sdk_s3::operation::list_object_versions::ListObjectVersionsOutput;
 use aws_sdk_s3::primitives::{ByteStream, DateTime};
 use aws_sdk_s3::types::{ObjectLockMode, ObjectLockRetentionMode};
+use futures_util::StreamExt;
 use shared::audit_log::{HEAD, Head, tenant_prefix};
 use shared::audit_verify::{Kept, position};
 use shared::clock::Timestamp;
 use shared::tenant::TenantId;
 use tokio::runtime::{Builder, Runtime};
 
-use crate::source::{Failure, Log, Name, tenant_of};
+use crate::source::{Failure, Log, Name, Object, tenant_of};
 
 /// How often the head is read again if objects lie past it, and how long after.
 const HEAD_READS: usize = 3;
 const HEAD_PAUSE: Duration = Duration::from_secs(1);
+/// Objects that are fetched at a time, and up to which length they are held until they are read. Those of
+/// the exporter are far below.
+const AHEAD: usize = 16;
+const MOST_AHEAD_BYTES: i64 = 8 << 20;
 
 /// A bucket, or one tenant's prefix in it.
 #[derive(Debug)]
@@ -124,36 +129,53 @@ impl Bucket {
             }
         })?;
         let Some(version) = latest else { return Ok(None) };
-        let (_, mut body) = self.get(&Name { key: key.clone(), version })?;
+        let (_, mut body) = self.runtime.block_on(self.get(&Name { key: key.clone(), version }))?;
         let mut bytes = Vec::new();
         body.read_to_end(&mut bytes).map_err(Failure::read(key))?;
         Ok(Some(bytes))
     }
 
-    pub(crate) fn object(&self, name: &Name) -> Result<(Kept, Box<dyn Read + '_>), Failure> {
-        let (kept, body) = self.get(name)?;
+    /// Objects in their order, several fetched at a time: a bucket takes tens of milliseconds for each.
+    pub(crate) fn objects<'a>(
+        &'a self,
+        names: impl Iterator<Item = &'a Name> + 'a,
+    ) -> impl Iterator<Item = (&'a Name, Result<Object<'a>, Failure>)> {
+        let fetch = async move |name: &'a Name| (name, self.object(name).await);
+        let mut fetched = Box::pin(futures_util::stream::iter(names).map(fetch).buffered(AHEAD));
+        std::iter::from_fn(move || self.runtime.block_on(fetched.next()))
+    }
+
+    async fn object<'a>(&'a self, name: &'a Name) -> Result<Object<'a>, Failure> {
+        let (kept, body) = Box::pin(self.get(name)).await?;
         let kept = match kept {
             Some(kept) => kept,
-            None => self.kept(name)?,
+            None => Box::pin(self.kept(name)).await?,
         };
         Ok((kept, Box::new(body)))
     }
 
-    fn get(&self, name: &Name) -> Result<(Option<Kept>, Body<'_>), Failure> {
+    async fn get<'a>(&'a self, name: &Name) -> Result<(Option<Kept>, Body<'a>), Failure> {
         let get = self.client.get_object().bucket(&self.bucket).key(&name.key);
-        let send = Box::pin(get.set_version_id(name.version.clone()).send());
-        let got = self.runtime.block_on(send).map_err(|e| self.failed(&name.key, &e))?;
+        let got = get.set_version_id(name.version.clone()).send().await;
+        let got = got.map_err(|e| self.failed(&name.key, &e))?;
         let compliance = got.object_lock_mode().map(|mode| *mode == ObjectLockMode::Compliance);
         let kept = compliance.map(|locked| kept(locked, got.object_lock_retain_until_date()));
-        Ok((kept, Body { runtime: &self.runtime, stream: got.body, chunk: VecDeque::new() }))
+        let short = got.content_length().is_some_and(|length| (0..=MOST_AHEAD_BYTES).contains(&length));
+        let mut body = Body { runtime: &self.runtime, stream: got.body, chunk: VecDeque::new() };
+        if short {
+            while let Some(chunk) = body.stream.next().await {
+                let chunk = chunk.map_err(io::Error::other).map_err(Failure::read(&name.key))?;
+                body.chunk.extend(chunk.as_ref());
+            }
+        }
+        Ok((kept, body))
     }
 
     /// What the store says of an object's retention when asked for that alone. Without the permission to
     /// know, it leaves it out of its other answers.
-    fn kept(&self, name: &Name) -> Result<Kept, Failure> {
+    async fn kept(&self, name: &Name) -> Result<Kept, Failure> {
         let get = self.client.get_object_retention().bucket(&self.bucket).key(&name.key);
-        let send = Box::pin(get.set_version_id(name.version.clone()).send());
-        match self.runtime.block_on(send) {
+        match get.set_version_id(name.version.clone()).send().await {
             Ok(got) => Ok(got.retention().map_or(Kept::Unlocked, |retention| {
                 let compliance = retention.mode() == Some(&ObjectLockRetentionMode::Compliance);
                 kept(compliance, retention.retain_until_date())

@@ -44,8 +44,8 @@ pub fn run(
     for id in source.tenants()?.iter().filter(|id| tenant.is_none_or(|wanted| wanted == *id)) {
         let log = source.log(id)?;
         let asked = |name: &&Name| position(&name.key).is_some() && filter.may_be_in(&name.key);
-        for name in log.objects.iter().filter(asked) {
-            let (_, bytes) = source.object(name)?;
+        for (name, object) in source.objects(log.objects.iter().filter(asked)) {
+            let (_, bytes) = object?;
             for (n, line) in audit_log::raw_lines(bytes).enumerate() {
                 let line = line.and_then(|text| {
                     if !sieve.lets_through(&text) {

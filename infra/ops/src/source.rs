@@ -46,6 +46,9 @@ impl Failure {
     }
 }
 
+/// What the store says of how long it keeps an object, and its bytes.
+pub type Object<'a> = (Kept, Box<dyn Read + 'a>);
+
 /// An object's name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Name {
@@ -127,14 +130,17 @@ impl Source {
         }
     }
 
-    /// An object's bytes, and what the store says of how long it keeps them.
-    ///
-    /// # Errors
-    /// [`Failure`]
-    pub fn object(&self, name: &Name) -> Result<(Kept, Box<dyn Read + '_>), Failure> {
+    /// Objects of those names, in their order.
+    pub fn objects<'a>(
+        &'a self,
+        names: impl Iterator<Item = &'a Name> + 'a,
+    ) -> Box<dyn Iterator<Item = (&'a Name, Result<Object<'a>, Failure>)> + 'a> {
         match self {
-            Self::Files(files) => Ok((Kept::Unknown, Box::new(files.object(name)?))),
-            Self::Bucket(bucket) => bucket.object(name),
+            Self::Files(files) => Box::new(names.map(|name| {
+                let file = files.object(name);
+                (name, file.map(|file| (Kept::Unknown, Box::new(file) as Box<dyn Read>)))
+            })),
+            Self::Bucket(bucket) => Box::new(bucket.objects(names)),
         }
     }
 }

@@ -112,8 +112,8 @@ fn verify(
             written = writeln!(out, "{finding}");
         }
     };
-    for name in &log.objects {
-        let (kept, bytes) = source.object(name)?;
+    for (name, object) in source.objects(log.objects.iter()) {
+        let (kept, bytes) = object?;
         verifier.object(&name.key, kept, bytes, &mut report).map_err(Failure::read(&name.key))?;
     }
     let summary = verifier.finish(log.head.as_deref(), &mut report);
