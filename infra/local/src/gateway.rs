@@ -10,7 +10,6 @@ mod respond;
 
 use std::future::Future;
 use std::io;
-use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::Router;
@@ -26,7 +25,7 @@ use self::authorizer::Authorizers;
 use self::event::{Caller, Exchange};
 use self::respond::{Failure, Kind};
 use crate::lambda::{InvokeError, Lambda};
-use crate::serving;
+use crate::serving::{self, Peer};
 use crate::sigv4::{self, Credentials};
 use crate::template::{Api, Route, RouteAuth, Throttle};
 
@@ -125,7 +124,7 @@ impl Gateway {
 
 async fn handle(
     State(gateway): State<Arc<Gateway>>,
-    ConnectInfo(peer): ConnectInfo<SocketAddr>,
+    ConnectInfo(Peer(peer)): ConnectInfo<Peer>,
     request: Request,
 ) -> Response {
     let (parts, body) = request.into_parts();

@@ -4,16 +4,105 @@ use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::path::Path;
+use std::pin::Pin;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::Router;
-use axum::serve::ListenerExt;
+use axum::extract::connect_info::Connected;
+use axum::serve::{IncomingStream, Listener};
 use time::OffsetDateTime;
-use tokio::net::TcpListener;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
 
 /// How long requests that are still running may go on after the stop signal. A client that keeps a
 /// stream open must not keep the whole stack alive.
 const GRACE: Duration = Duration::from_secs(2);
+
+/// A connection on which nothing waits for company: what is written goes out at once, and what is read is
+/// acknowledged at once. Otherwise a short body that follows its head, in either direction, waits 40 ms for
+/// the head to be acknowledged.
+pub(crate) struct PromptStream(TcpStream);
+
+impl PromptStream {
+    pub(crate) fn new(stream: TcpStream) -> Self {
+        // Only a hint, as the other one.
+        let _ = stream.set_nodelay(true);
+        Self(stream)
+    }
+}
+
+impl AsyncRead for PromptStream {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let read = Pin::new(&mut self.0).poll_read(context, buffer);
+        // It does not last: Linux falls back to waiting as the connection goes on.
+        #[cfg(target_os = "linux")]
+        if read.is_ready() {
+            let _ = self.0.set_quickack(true);
+        }
+        read
+    }
+}
+
+impl AsyncWrite for PromptStream {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.0).poll_write(context, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        parts: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.0).poll_write_vectored(context, parts)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.0.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_shutdown(context)
+    }
+}
+
+struct Prompt(TcpListener);
+
+impl Listener for Prompt {
+    type Io = PromptStream;
+    type Addr = SocketAddr;
+
+    async fn accept(&mut self) -> (PromptStream, SocketAddr) {
+        let (stream, address) = Listener::accept(&mut self.0).await;
+        (PromptStream::new(stream), address)
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.0.local_addr()
+    }
+}
+
+/// Whoever is at the other end of a connection.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Peer(pub(crate) SocketAddr);
+
+impl Connected<IncomingStream<'_, Prompt>> for Peer {
+    fn connect_info(stream: IncomingStream<'_, Prompt>) -> Self {
+        Self(*stream.remote_addr())
+    }
+}
 
 /// Serves until `shutdown` resolves, then lets running requests finish for a short while.
 pub(crate) async fn serve(
@@ -21,13 +110,9 @@ pub(crate) async fn serve(
     router: Router,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> io::Result<()> {
-    // Otherwise a short body that follows its head waits 40 ms for the client to acknowledge that.
-    let listener = listener.tap_io(|connection| {
-        let _ = connection.set_nodelay(true);
-    });
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-    let service = router.into_make_service_with_connect_info::<SocketAddr>();
-    let server = axum::serve(listener, service).with_graceful_shutdown(async move {
+    let service = router.into_make_service_with_connect_info::<Peer>();
+    let server = axum::serve(Prompt(listener), service).with_graceful_shutdown(async move {
         shutdown.await;
         // The receiver is gone only if the server has ended by itself.
         let _ = stop.send(());

@@ -27,7 +27,7 @@ use tokio::task::JoinSet;
 use super::call::{self, Call, PartitionKeys};
 use super::faults::{BadRules, Fault, Faults, Known, RuleSet};
 use super::journal::{Entry, Journal};
-use crate::serving::unique_id;
+use crate::serving::{PromptStream, unique_id};
 use crate::template::{STACK, Table};
 
 /// How long a call that hangs gets no answer.
@@ -150,8 +150,7 @@ pub(super) async fn serve(
 
 /// Not axum: a handler of it always answers, and here a connection must be able to end without.
 async fn connection(stream: TcpStream, desk: Arc<Desk>, mut stop: watch::Receiver<bool>) {
-    // Only a hint.
-    let _ = stream.set_nodelay(true);
+    let stream = PromptStream::new(stream);
     let service = service_fn(|request| Arc::clone(&desk).answer(request));
     let mut serving = pin!(http1::Builder::new().serve_connection(TokioIo::new(stream), service));
     let stopped = async {
