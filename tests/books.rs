@@ -108,8 +108,8 @@ async fn a_difference_between_books_is_an_alarm_and_is_not_repaired() {
         stack.dynamodb("UpdateItem", "usage", update).await;
     };
     add(1).await;
-    difference("nano-dollars, the ledger").await;
-    difference("nano-dollars, the ledger").await;
+    difference("cost_nano_usd: the bill says").await;
+    difference("cost_nano_usd: the bill says").await;
     assert!(stack.logs().contains(r#""alert":"books_differ""#));
     add(-1).await;
     assert_eq!(job(&stack, "verify").await["differences"], json!([]));
@@ -118,6 +118,45 @@ async fn a_difference_between_books_is_an_alarm_and_is_not_repaired() {
     let key = json!({"tenant_id": {"S": "acme"}, "sk": {"S": records[4]["sk"]}});
     stack.dynamodb("DeleteItem", "audit", json!({ "Key": key })).await;
     difference("ticket 5 has no record").await;
+    stack.stop().await;
+}
+
+#[tokio::test]
+async fn books_that_cannot_be_read_hide_no_others() {
+    let stack = Stack::start().await;
+    let (acme, globex) = (stack.tenant("acme"), stack.tenant("globex"));
+    work(&stack, &acme).await;
+    billed(&acme, 11).await;
+    globex.store("leave", "Leave", "You have 25 days of annual leave a year.").await;
+    billed(&globex, 1).await;
+    let set_seq = async |tenant: &str, value: Value| {
+        let update = json!({
+            "Key": {"tenant_id": {"S": tenant}},
+            "UpdateExpression": "SET seq = :to",
+            "ExpressionAttributeValues": {":to": value},
+        });
+        stack.dynamodb("UpdateItem", "meters", update).await;
+    };
+    for broken in ["acme", "globex"] {
+        let seq = stack.meter_item(broken).await["seq"].clone();
+        set_seq(broken, json!({"S": "eleven"})).await;
+        for (asked, agree) in [("verify", 1), ("collect", 0)] {
+            let report = job(&stack, asked).await;
+            assert_eq!((&report["tenants"], &report["unread"]), (&json!(2), &json!(1)), "{report}");
+            assert_eq!((&report["agree"], &report["differences"]), (&json!(agree), &json!([])), "{report}");
+        }
+        set_seq(broken, seq).await;
+    }
+    assert!(stack.logs().contains(r#""alert":"books_unread""#));
+    assert_eq!(job(&stack, "verify").await["agree"], 2);
+
+    // A table that does not answer for one tenant's books is an alarm too, and goes by.
+    let rule = json!({"mode": "error", "operation": "Query", "table": "usage", "times": 100});
+    stack.dynamodb_faults(json!({"seed": 1, "rules": [rule]})).await;
+    let report = job(&stack, "verify").await;
+    assert_eq!((&report["unread"], &report["agree"]), (&json!(2), &json!(0)), "{report}");
+    stack.clear_dynamodb_faults().await;
+    assert_eq!(job(&stack, "verify").await["agree"], 2);
     stack.stop().await;
 }
 

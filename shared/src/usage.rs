@@ -41,6 +41,20 @@ impl Sums {
         }
     }
 
+    /// What is counted, beside durations, by name.
+    pub const fn counters(&self) -> [(&'static str, u64); 8] {
+        [
+            ("requests", self.requests),
+            ("input_tokens", self.usage.input_tokens.0),
+            ("output_tokens", self.usage.output_tokens.0),
+            ("cache_read_input_tokens", self.usage.cache_read_input_tokens.0),
+            ("cache_creation_input_tokens", self.usage.cache_creation_input_tokens.0),
+            ("embedding_tokens", self.embedding_tokens.0),
+            ("unreported_tokens", self.unreported_tokens.0),
+            ("cost_nano_usd", self.cost_nano_usd.0),
+        ]
+    }
+
     /// Adds another line's sums.
     pub fn merge(&mut self, other: &Self) {
         self.requests += other.requests;

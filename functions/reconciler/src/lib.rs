@@ -5,23 +5,28 @@ mod compare;
 
 use std::time::Duration;
 
+use futures_util::stream::{self, StreamExt};
 use lambda_runtime::Error;
 use serde::{Deserialize, Serialize};
 use shared::aws::usage::UsageStore;
 use shared::aws::{self, StoreError};
-use shared::clock::Clock;
+use shared::clock::{Clock, Timestamp};
 use shared::env;
 use shared::gate::Books;
-use shared::meter::BillingMonth;
+use shared::meter::{BillingMonth, Meter};
 use shared::scope::{Bookkeeper, Subject};
 use shared::tenant::TenantId;
 
 use compare::{Reading, Verdict};
 
-/// How often a tenant at work is looked at until it holds still.
-const LOOKS: u32 = 5;
+/// How often a tenant at work is looked at, in the hope that it rests for a moment.
+const LOOKS: u32 = 3;
 /// How long in between: the bill follows the ledger within about a second.
-const BETWEEN: Duration = Duration::from_secs(2);
+const BETWEEN: Duration = Duration::from_secs(1);
+/// Tenants looked after at the same time.
+const AT_ONCE: usize = 32;
+/// What is kept of the function's time, to list the tenants that are left and to report.
+const MARGIN: Duration = Duration::from_secs(60);
 
 /// What the function works with.
 #[derive(Debug)]
@@ -64,16 +69,20 @@ pub enum Job {
 /// What was done and found.
 #[derive(Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Report {
-    /// Tenants looked at.
+    /// Tenants there are.
     pub tenants: u64,
     /// Leases collected.
     pub collected: usize,
     /// Tenants whose books agree.
     pub agree: u64,
-    /// Tenants that never held still; they are looked at again the next time.
+    /// Tenants that never held still: nothing is wrong as far as it can be seen meanwhile.
     pub at_work: u64,
     /// Tenants whose books differ, and where.
     pub differences: Vec<Difference>,
+    /// Tenants whose books could not be read. Each is an alarm.
+    pub unread: u64,
+    /// Tenants for whom there was no time. It is an alarm.
+    pub unchecked: u64,
 }
 
 /// A difference between books that must agree.
@@ -85,91 +94,149 @@ pub struct Difference {
     pub what: String,
 }
 
-/// Does one job for all tenants.
+/// What became of one tenant.
+enum Done {
+    Collected(usize),
+    Verified(Verdict),
+    Unread,
+    Unchecked,
+}
+
+/// Does one job for all tenants, and stops in time before `deadline`. What cannot be done for one tenant
+/// hinders no other.
 ///
 /// # Errors
-/// If a store does not answer; what was done until then stays done, and the schedule comes again.
-pub async fn handle(context: &Context, job: Job) -> Result<Report, Error> {
+/// If the tenants cannot be listed; what was done until then stays done, and the schedule comes again.
+pub async fn handle(context: &Context, job: Job, deadline: Timestamp) -> Result<Report, Error> {
+    let left = deadline.as_millis().saturating_sub(context.clock.now().as_millis());
+    let left = Duration::from_millis(u64::try_from(left).unwrap_or(0)).saturating_sub(MARGIN);
+    let until = tokio::time::Instant::now() + left;
     let mut report = Report::default();
     let mut after = None;
     loop {
-        let (meters, next) = context.books.meters().page(&context.bookkeeper, after).await?;
-        for (tenant, meter) in meters {
+        let page = context.books.meters().page(&context.bookkeeper, after).await?;
+        let mut tenants = stream::iter(page.meters)
+            .map(async |(tenant, meter)| {
+                let looking = Box::pin(look_after(context, job, &tenant, meter));
+                let done = tokio::time::timeout_at(until, looking).await.unwrap_or(Done::Unchecked);
+                (tenant, done)
+            })
+            .buffer_unordered(AT_ONCE);
+        while let Some((tenant_id, done)) = tenants.next().await {
             report.tenants += 1;
-            let ward = context.bookkeeper.of(tenant);
-            match job {
-                Job::Collect if meter.leases.is_empty() => {}
-                Job::Collect => report.collected += context.books.collect(&ward, meter).await?,
-                Job::Verify => match verify(context, &ward).await? {
-                    Verdict::Agree => report.agree += 1,
-                    Verdict::AtWork => report.at_work += 1,
-                    Verdict::Behind(what) | Verdict::Differ(what) => {
-                        let tenant_id = ward.tenant_id().clone();
-                        tracing::error!(alert = "books_differ", tenant.id = %tenant_id, "{what}");
-                        report.differences.push(Difference { tenant_id, what });
-                    }
-                },
+            match done {
+                Done::Collected(leases) => report.collected += leases,
+                Done::Verified(Verdict::Agree) => report.agree += 1,
+                Done::Verified(Verdict::AtWork) => report.at_work += 1,
+                Done::Verified(Verdict::Differ(what)) => {
+                    report.differences.push(Difference { tenant_id, what });
+                }
+                Done::Unread => report.unread += 1,
+                Done::Unchecked => report.unchecked += 1,
             }
         }
-        after = next;
+        after = page.next;
         if after.is_none() {
             break;
         }
     }
+    if report.unchecked > 0 {
+        let Report { tenants, unchecked, .. } = report;
+        tracing::error!(
+            alert = "books_unchecked",
+            ?job,
+            "No time was left for {unchecked} of {tenants} tenants"
+        );
+    }
     tracing::info!(
-        job = ?job,
+        ?job,
         tenants = report.tenants,
         collected = report.collected,
         at_work = report.at_work,
         differences = report.differences.len(),
+        unread = report.unread,
         "Books looked after"
     );
     Ok(report)
 }
 
-/// Looks at one tenant's books until they hold still.
-async fn verify(context: &Context, ward: &impl Subject) -> Result<Verdict, StoreError> {
-    let this = BillingMonth::of(context.clock.now().as_seconds());
-    let months = [this.previous(), this];
-    let mut last = Verdict::AtWork;
-    for look in 0..LOOKS {
-        if look > 0 {
-            tokio::time::sleep(BETWEEN).await;
+/// Does the job for one tenant.
+async fn look_after(
+    context: &Context,
+    job: Job,
+    tenant_id: &TenantId,
+    meter: Result<Meter, StoreError>,
+) -> Done {
+    let ward = context.bookkeeper.of(tenant_id.clone());
+    let done = async {
+        let meter = meter?;
+        match job {
+            Job::Collect if meter.leases.is_empty() => Ok(Done::Collected(0)),
+            Job::Collect => context.books.collect(&ward, meter).await.map(Done::Collected),
+            Job::Verify => verify(context, &ward).await.map(Done::Verified),
         }
-        last = Box::pin(read(context, ward, months)).await?.judge();
-        if !matches!(last, Verdict::AtWork | Verdict::Behind(_)) {
-            break;
+    };
+    match done.await {
+        Ok(done) => {
+            if let Done::Verified(Verdict::Differ(what)) = &done {
+                tracing::error!(alert = "books_differ", tenant.id = %tenant_id, "{what}");
+            }
+            done
+        }
+        // A minute later it is tried again.
+        Err(error) if job == Job::Collect && error.passes() => {
+            tracing::warn!(tenant.id = %tenant_id, "Leases are left for the next time: {error}");
+            Done::Unread
+        }
+        Err(error) => {
+            tracing::error!(
+                alert = "books_unread",
+                tenant.id = %tenant_id,
+                error = &error as &dyn std::error::Error,
+                "The books cannot be read"
+            );
+            Done::Unread
         }
     }
-    Ok(last)
 }
 
-/// Reads a tenant's books: the meter and the bill before and after the ledger, so that it shows whether
-/// anything moved in between.
-async fn read(
-    context: &Context,
-    ward: &impl Subject,
-    months: [BillingMonth; 2],
-) -> Result<Reading, StoreError> {
-    let bill = async || {
-        let (mut last, this) =
-            tokio::try_join!(context.usage.month(ward, months[0]), context.usage.month(ward, months[1]))?;
-        last.0.extend(this.0);
-        Ok::<_, StoreError>(last)
+/// Looks at one tenant's books, and again if the tenant was at work and looking is cheap.
+async fn verify(context: &Context, ward: &impl Subject) -> Result<Verdict, StoreError> {
+    let mut looks = 0;
+    loop {
+        let (verdict, cheap) = Box::pin(read(context, ward)).await?;
+        looks += 1;
+        if verdict != Verdict::AtWork || !cheap || looks == LOOKS {
+            return Ok(verdict);
+        }
+        tokio::time::sleep(BETWEEN).await;
+    }
+}
+
+/// Reads a tenant's books and judges them; also says whether that took one page of the ledger.
+async fn read(context: &Context, ward: &impl Subject) -> Result<(Verdict, bool), StoreError> {
+    let now = context.clock.now();
+    let this = BillingMonth::of(now.as_seconds());
+    let months = [this.previous(), this];
+    let standing = async || {
+        let (meter, mut bill, this) = tokio::try_join!(
+            context.books.meters().read(ward),
+            context.usage.month(ward, months[0]),
+            context.usage.month(ward, months[1])
+        )?;
+        bill.0.extend(this.0);
+        Ok::<_, StoreError>((meter, bill))
     };
-    let (meter_before, bill_before) = tokio::try_join!(context.books.meters().read(ward), bill())?;
-    let mut reading = Reading::new(months, meter_before, bill_before);
-    let mut after = None;
+    let mut reading = Reading::new(months, now, Box::pin(standing()).await?);
+    let (mut after, mut pages) = (None, 0);
     loop {
         let (records, next) = context.books.ledger().tickets(ward, after).await?;
-        // Tickets are given in the order of their months.
-        let done = records.iter().any(|record| record.month < months[0]);
+        pages += 1;
         records.iter().for_each(|record| reading.take(record));
         after = next;
-        if done || after.is_none() {
+        if after.is_none() || reading.is_done_with(&records) {
             break;
         }
     }
-    let (meter_after, bill_after) = tokio::try_join!(context.books.meters().read(ward), bill())?;
-    Ok(reading.end(meter_after, bill_after))
+    Ok((reading.judge(&Box::pin(standing()).await?), pages == 1))
 }

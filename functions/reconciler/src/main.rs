@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use lambda_runtime::{Error, LambdaEvent, run, service_fn};
 use reconciler::{Context, Job, handle};
+use shared::clock::Timestamp;
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), Error> {
@@ -11,7 +12,8 @@ async fn main() -> Result<(), Error> {
     let context = Arc::new(Context::from_env().await?);
     run(service_fn(|event: LambdaEvent<Job>| {
         let context = Arc::clone(&context);
-        async move { handle(&context, event.payload).await }
+        let deadline = Timestamp::from_millis(i64::try_from(event.context.deadline).unwrap_or(i64::MAX));
+        async move { handle(&context, event.payload, deadline).await }
     }))
     .await
 }

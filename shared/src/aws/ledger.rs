@@ -6,9 +6,9 @@
 use std::time::Duration;
 
 use aws_config::SdkConfig;
-use aws_sdk_dynamodb::types::{AttributeValue, KeysAndAttributes};
 #[cfg(feature = "audit-log")]
-use aws_sdk_dynamodb::types::{TransactWriteItem, Update};
+use aws_sdk_dynamodb::types::Update;
+use aws_sdk_dynamodb::types::{AttributeValue, KeysAndAttributes, TransactWriteItem};
 
 use sha2::{Digest, Sha256};
 
@@ -49,6 +49,15 @@ pub struct Along<'a> {
     pub turn: Option<(&'a ConversationStore, &'a Turn)>,
     /// The first result under an idempotency key.
     pub finished: Option<(&'a IdempotencyStore, Finished<'a>)>,
+}
+
+/// A record as the ledger keeps it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Kept {
+    /// The record.
+    pub record: Record,
+    /// Whether it waits to be exported. One that does not is in the audit log and in the bill, both.
+    pub pending: bool,
 }
 
 /// A record that has waited long to be exported.
@@ -212,9 +221,14 @@ impl Ledger {
         &self,
         subject: &impl Subject,
         after: Option<String>,
-    ) -> Result<(Vec<Record>, Option<String>), StoreError> {
+    ) -> Result<(Vec<Kept>, Option<String>), StoreError> {
         let page = Page { prefix: item_key::TICKETS, newest_first: true, limit: 1_000, after };
-        self.0.query(subject.tenant_id(), page).await
+        let (items, next) = self.0.items(subject.tenant_id(), page).await?;
+        let kept = |item: Item| {
+            let pending = item.contains_key(item_key::PENDING);
+            Ok(Kept { record: self.0.record(item)?, pending })
+        };
+        Ok((items.into_iter().map(kept).collect::<Result<_, StoreError>>()?, next))
     }
 
     /// The records under these sort keys that wait to be exported, at most 100; of one that does not

@@ -26,6 +26,15 @@ pub enum Written {
     No(Meter),
 }
 
+/// Some of the meters.
+#[derive(Debug)]
+pub struct MeterPage {
+    /// The tenants and their meters.
+    pub meters: Vec<(TenantId, Result<Meter, StoreError>)>,
+    /// The tenant after whom the next page begins, if there is one.
+    pub next: Option<TenantId>,
+}
+
 impl MeterStore {
     /// The table of that name.
     pub fn new(config: &SdkConfig, table: String) -> Self {
@@ -96,15 +105,16 @@ impl MeterStore {
         }
     }
 
-    /// A page of all tenants' meters, and where to go on. For the function that keeps the books.
+    /// A page of all tenants' meters, each by itself: one that does not parse hides no other. And where
+    /// to go on. For the function that keeps the books.
     ///
     /// # Errors
-    /// As [`MeterStore::read`].
+    /// If the table does not answer, or holds an item that is no tenant's.
     pub async fn page(
         &self,
         _bookkeeper: &crate::scope::Bookkeeper,
         after: Option<TenantId>,
-    ) -> Result<(Vec<(TenantId, Meter)>, Option<TenantId>), StoreError> {
+    ) -> Result<MeterPage, StoreError> {
         let start = after.map(|id| Item::from([(PARTITION.to_owned(), AttributeValue::S(id.to_string()))]));
         let answer = self
             .0
@@ -121,9 +131,9 @@ impl MeterStore {
         let mut meters = Vec::new();
         for item in answer.items.unwrap_or_default() {
             let tenant = id(&item).ok_or_else(|| self.0.missing())?;
-            meters.push((tenant, self.0.record(item)?));
+            meters.push((tenant, self.0.record(item)));
         }
-        Ok((meters, next))
+        Ok(MeterPage { meters, next })
     }
 }
 

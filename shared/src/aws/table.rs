@@ -56,7 +56,7 @@ pub enum StoreError {
 
 impl StoreError {
     /// Whether the same call may be made again in the hope of an answer.
-    pub(super) fn passes(&self) -> bool {
+    pub fn passes(&self) -> bool {
         matches!(self, Self::Unavailable { code, .. } if code != "ValidationException"
             && code != "AccessDeniedException" && code != "ResourceNotFoundException")
     }
@@ -201,12 +201,23 @@ impl Table {
         answer.item.map(|item| self.record(item)).transpose()
     }
 
-    /// A page of one tenant's items, and the sort key to go on after if there are more.
+    /// A page of one tenant's records, and the sort key to go on after if there are more.
     pub(super) async fn query<T: DeserializeOwned>(
         &self,
         tenant: &TenantId,
         page: Page<'_>,
     ) -> Result<(Vec<T>, Option<String>), StoreError> {
+        let (items, next) = self.items(tenant, page).await?;
+        let records = items.into_iter().map(|item| self.record(item));
+        Ok((records.collect::<Result<_, _>>()?, next))
+    }
+
+    /// As [`Table::query`], with everything that the items hold.
+    pub(super) async fn items(
+        &self,
+        tenant: &TenantId,
+        page: Page<'_>,
+    ) -> Result<(Vec<Item>, Option<String>), StoreError> {
         let answer = self
             .client
             .query()
@@ -224,8 +235,7 @@ impl Table {
             .await
             .map_err(|e| self.failed(e))?;
         let next = answer.last_evaluated_key.and_then(|key| key.get(SORT)?.as_s().ok().cloned());
-        let records = answer.items.unwrap_or_default().into_iter().map(|item| self.record(item));
-        Ok((records.collect::<Result<_, _>>()?, next))
+        Ok((answer.items.unwrap_or_default(), next))
     }
 
     pub(super) fn corrupt(&self, error: impl std::error::Error + Send + Sync + 'static) -> StoreError {

@@ -4,12 +4,14 @@
 use std::collections::BTreeMap;
 
 use aws_config::SdkConfig;
+#[cfg(feature = "audit-log")]
 use aws_sdk_dynamodb::types::{AttributeValue, TransactWriteItem, Update};
 
 use super::table::{Page, StoreError, Table};
 use crate::item_key::{self, SORT};
 use crate::meter::BillingMonth;
 use crate::scope::Subject;
+#[cfg(feature = "audit-log")]
 use crate::tenant::TenantId;
 use crate::units::{NanoUsd, Tokens};
 use crate::usage::{Bill, Histogram, Sums};
@@ -49,7 +51,7 @@ impl UsageStore {
         sums: &Sums,
     ) -> Result<TransactWriteItem, StoreError> {
         let mut counts: Vec<(String, u64)> =
-            counters(sums).map(|(name, count)| (name.to_owned(), count)).into();
+            sums.counters().map(|(name, count)| (name.to_owned(), count)).into();
         counts.extend(sums.latency.counts().iter().map(|(bucket, n)| (format!("{LATENCY}{bucket}"), *n)));
         let mut update = Update::builder()
             .table_name(&self.0.name)
@@ -118,18 +120,4 @@ impl UsageStore {
         sums.latency = Histogram::of(counts);
         Ok((model, sums))
     }
-}
-
-/// The attributes of a line, beside its durations.
-fn counters(sums: &Sums) -> [(&'static str, u64); 8] {
-    [
-        ("requests", sums.requests),
-        ("input_tokens", sums.usage.input_tokens.0),
-        ("output_tokens", sums.usage.output_tokens.0),
-        ("cache_read_input_tokens", sums.usage.cache_read_input_tokens.0),
-        ("cache_creation_input_tokens", sums.usage.cache_creation_input_tokens.0),
-        ("embedding_tokens", sums.embedding_tokens.0),
-        ("unreported_tokens", sums.unreported_tokens.0),
-        ("cost_nano_usd", sums.cost_nano_usd.0),
-    ]
 }
