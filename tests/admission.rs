@@ -893,6 +893,10 @@ async fn of_many_with_one_key_one_runs() {
         retry_after(other);
     }
     assert!(!ran.is_empty() && ran.iter().all(|a| a.text == ran[0].text));
+    // While the first settles, its transaction keeps others from the item.
+    let settling = json!({"mode": "conflict", "operation": "PutItem", "table": "conversations", "times": 1});
+    stack.dynamodb_faults(json!({"seed": 1, "rules": [settling]})).await;
+    retry_after(&post_once(&acme, "/v1/chat", &hello(), "k").await);
     let again = post_once(&acme, "/v1/chat", &hello(), "k").await;
     assert_eq!((again.status, &again.text), (StatusCode::OK, &ran[0].text));
     let books = Books::read(&stack, "acme").await;

@@ -57,6 +57,33 @@ async fn a_question_is_answered_from_the_tenants_document_and_cites_it() {
 }
 
 #[tokio::test]
+async fn what_was_said_is_read_from_the_models_cache_and_charged_right() {
+    let stack = Stack::start().await;
+    let acme = stack.tenant("acme");
+    acme.store("handbook", "Staff handbook", LEAVE).await;
+    let long = format!("{}How many days of annual leave are there?", "Please think well. ".repeat(500));
+    let mut body = json!({"message": long});
+    let mut usages = Vec::new();
+    for _ in 0..3 {
+        let answer = acme.chat(body.clone()).await.expect_status(StatusCode::OK).json();
+        body["conversation_id"] = answer["conversation_id"].clone();
+        let usage = &answer["usage"];
+        let names = ["input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens"];
+        usages.push(names.map(|name| usage[name].as_u64().unwrap()));
+        let [fresh, written, read] = usages[usages.len() - 1];
+        let others = usage["output_tokens"].as_u64().unwrap() * 15_000
+            + usage["embedding_tokens"].as_u64().unwrap() * 20;
+        assert_eq!(usage["cost_nano_usd"], fresh * 3_000 + written * 3_750 + read * 300 + others);
+    }
+    let [first, second, third] = usages[..] else { panic!("{usages:?}") };
+    assert_eq!((first[1], first[2]), (0, 0), "nothing was said before, and the rules are short");
+    assert!(second[1] > 1_500 && second[2] == 0, "{usages:?}");
+    assert_eq!(third[2], second[1], "{usages:?}");
+    assert!(third[1] > 1_500, "what was added since: {usages:?}");
+    stack.stop().await;
+}
+
+#[tokio::test]
 async fn no_tenant_is_ever_shown_anothers_document() {
     let stack = Stack::start().await;
     let (acme, globex) = (stack.tenant("acme"), stack.tenant("globex"));

@@ -8,6 +8,9 @@ use crate::pricing::Usage;
 use crate::tenant::TenantId;
 use crate::units::{NanoUsd, Tokens};
 
+/// The most turns that are read back of a conversation; the prompt's token budget cuts earlier.
+pub const MOST_TURNS: usize = 50;
+
 /// A passage that an answer cites. It was retrieved for that very request.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Citation {

@@ -10,7 +10,7 @@
 use rand::CryptoRng;
 use sha2::{Digest, Sha256};
 
-use crate::conversation::{Citation, Turn};
+use crate::conversation::{Citation, MOST_TURNS, Turn};
 use crate::ids::DocumentId;
 use crate::injection::{self, Finding};
 use crate::messages::{CacheControl, Citations, ContentBlock, Message, Role};
@@ -70,7 +70,7 @@ pub struct Inputs<'a> {
 pub struct Prompt {
     /// The system prompt; its end is a cache breakpoint, since it stays the same from call to call.
     pub system: Vec<ContentBlock>,
-    /// The conversation.
+    /// The conversation. If it is whole, what was said before is a cache breakpoint too.
     pub messages: Vec<Message>,
     /// The passages in it, in the order in which the model counts them.
     pub passages: Vec<Passage>,
@@ -172,9 +172,11 @@ pub fn build(inputs: Inputs<'_>, rng: &mut impl CryptoRng) -> Result<Prompt, Too
 
     let mut room = room.min(Tokens(inputs.max_context.0 / SHARE));
     let mut messages = Vec::new();
+    let mut grows = inputs.history.len() < MOST_TURNS;
     for turn in inputs.history {
         let size = Tokens::estimate(&turn.question) + Tokens::estimate(&turn.answer) + FRAME + FRAME;
         if size > room {
+            grows = false;
             break;
         }
         room = room.saturating_sub(size);
@@ -183,6 +185,14 @@ pub fn build(inputs: Inputs<'_>, rng: &mut impl CryptoRng) -> Result<Prompt, Too
             messages.push(said(Role::Assistant, vec![ContentBlock::text(&turn.answer)]));
             messages.push(said(Role::User, vec![ContentBlock::text(&turn.question)]));
         }
+    }
+    // What was said is what the next question finds unchanged, and worth to be cached; unless it loses
+    // its beginning with each turn.
+    if grows
+        && let Some(Message { content, .. }) = messages.first_mut()
+        && let Some(ContentBlock::Text { cache_control, .. }) = content.last_mut()
+    {
+        *cache_control = Some(CacheControl::Ephemeral);
     }
     messages.reverse();
     let mut content = match inputs.form {
@@ -552,6 +562,30 @@ mod tests {
         assert_eq!(prompt.passages.len(), 2);
         let all = serde_json::to_string(&prompt.messages).unwrap();
         assert!(all.contains("newest?") && !all.contains("older") && !all.contains("oldest?"));
+        assert!(!all.contains("cache_control"), "it begins elsewhere the next time");
+    }
+
+    #[test]
+    fn what_was_said_is_cached_while_it_only_grows() {
+        let profile = profile("");
+        let history = |turns: usize| -> Vec<Turn> {
+            (1..=turns).rev().map(|n| turn(&format!("question {n}?"), &format!("answer {n}"))).collect()
+        };
+        let built = |history: &[Turn]| {
+            let inputs = Inputs { history, ..inputs(&profile, PassageForm::SearchResults) };
+            serde_json::to_value(build(inputs, &mut entropy()).unwrap().messages).unwrap()
+        };
+        let marked = |messages: &serde_json::Value| -> Vec<usize> {
+            let is_marked = |message: &serde_json::Value| message.to_string().contains("cache_control");
+            let all = messages.as_array().unwrap().iter().enumerate();
+            all.filter(|(_, message)| is_marked(message)).map(|(n, _)| n).collect()
+        };
+        assert_eq!(marked(&built(&[])), [0; 0]);
+        let (two, three) = (built(&history(2)), built(&history(3)));
+        assert_eq!((marked(&two), marked(&three)), (vec![3], vec![5]));
+        assert_eq!(two[3]["content"][0]["text"], "answer 2");
+        assert_eq!(two[2], three[2], "the prefix of one is that of the next");
+        assert_eq!(marked(&built(&history(MOST_TURNS))), [0; 0]);
     }
 
     #[test]

@@ -5,13 +5,10 @@ use aws_sdk_dynamodb::types::TransactWriteItem;
 
 use super::table::{Page, StoreError, Table};
 use crate::clock::Timestamp;
-use crate::conversation::Turn;
+use crate::conversation::{MOST_TURNS, Turn};
 use crate::ids::ConversationId;
 use crate::item_key;
 use crate::scope::TenantScope;
-
-/// The most turns that are read back of a conversation; the prompt's token budget cuts earlier.
-const MOST_TURNS: i32 = 50;
 
 /// The table.
 #[derive(Clone, Debug)]
@@ -37,7 +34,7 @@ impl ConversationStore {
         let page = Page {
             prefix: &item_key::turns(conversation),
             newest_first: true,
-            limit: MOST_TURNS,
+            limit: i32::try_from(MOST_TURNS).unwrap_or(i32::MAX),
             after: None,
         };
         let (mut turns, _) = self.0.query::<Turn>(scope.tenant_id(), page).await?;

@@ -150,10 +150,13 @@ impl IdempotencyStore {
             Ok(_) => return Ok(Claimed::First),
             Err(error) => error,
         };
-        let Some(PutItemError::ConditionalCheckFailedException(failed)) = error.as_service_error() else {
-            return Err(self.0.failed(error));
+        let item = match error.as_service_error() {
+            Some(PutItemError::ConditionalCheckFailedException(failed)) => failed.item.clone(),
+            // At this moment a transaction writes the item: that in which the first request settles.
+            Some(PutItemError::TransactionConflictException(_)) => return Ok(Claimed::Running),
+            _ => return Err(self.0.failed(error)),
         };
-        let item = failed.item.clone().ok_or_else(|| self.0.missing())?;
+        let item = item.ok_or_else(|| self.0.missing())?;
         let there: Claim = self.0.record(item)?;
         Ok(match there.result {
             _ if there.fingerprint != key.fingerprint() => Claimed::OtherRequest,
