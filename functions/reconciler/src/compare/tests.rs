@@ -108,8 +108,11 @@ impl Books {
 fn read_amid(books: &mut Books, steps: &[(u8, u64)]) -> Verdict {
     let mut steps = steps.iter();
     let mut reading = Reading::new(months(), NOW, books.standing());
+    if let Some(step) = steps.next() {
+        books.step(*step);
+    }
     // As a query does it: downwards, each record as it is when its turn comes.
-    let mut next = steps.next().map(|step| books.step(*step)).and(books.ledger.last_key_value());
+    let mut next = books.ledger.last_key_value();
     while let Some((ticket, kept)) = next {
         reading.take(kept);
         let ticket = *ticket;
