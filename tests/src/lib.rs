@@ -16,6 +16,8 @@ use std::process::Stdio;
 use std::sync::OnceLock;
 use std::time::Duration;
 
+use local::serving::system_clock;
+use local::sigv4::{self, Credentials};
 use reqwest::{Client, Method, RequestBuilder, Response, StatusCode};
 use serde_json::{Value, json};
 use tokio::process::{Child, Command};
@@ -278,23 +280,55 @@ impl Stack {
 
     /// Sends an operator's request, signed, with any bytes as its body.
     pub async fn admin_raw(&self, method: Method, path: &str, body: Vec<u8>) -> Answer {
-        let admin = &self.ready["admin"];
         let url = format!("{}{path}", self.url());
-        let operator = local::sigv4::Credentials {
+        let headers = [("content-type", "application/json")];
+        let request = self.signed(&self.operator(), sigv4::GATEWAY, method, &url, &headers, body);
+        Answer::read(request.send().await.expect("the gateway answers")).await
+    }
+
+    /// The operator's key.
+    fn operator(&self) -> Credentials {
+        let admin = &self.ready["admin"];
+        Credentials {
             access_key_id: text(admin, "access_key_id").to_owned(),
             secret_access_key: text(admin, "secret_access_key").to_owned(),
             region: text(admin, "region").to_owned(),
             user_arn: String::new(),
+        }
+    }
+
+    /// Makes a call of a service that speaks JSON, DynamoDB or Secrets Manager, with somebody's key.
+    pub async fn signed_by(&self, key: &Credentials, service: &str, target: &str, input: &Value) -> Answer {
+        let (url, version) = match service {
+            "dynamodb" => ("dynamodb_url", "1.0"),
+            _ => ("secrets_url", "1.1"),
         };
-        let headers = [("content-type", "application/json")];
-        let now = local::serving::system_clock();
-        let signed = local::sigv4::sign(&operator, &method, &url, &headers, &body, now).expect("a signature");
-        let mut request =
-            self.http.request(method, url).header("content-type", "application/json").body(body);
-        for (name, value) in signed {
+        let url = format!("{}/", text(&self.ready, url));
+        let kind = format!("application/x-amz-json-{version}");
+        let headers = [("x-amz-target", target), ("content-type", &*kind)];
+        let body = input.to_string().into_bytes();
+        let request = self.signed(key, service, Method::POST, &url, &headers, body);
+        Answer::read(request.send().await.expect("the service answers")).await
+    }
+
+    fn signed(
+        &self,
+        key: &Credentials,
+        service: &str,
+        method: Method,
+        url: &str,
+        headers: &[(&str, &str)],
+        body: Vec<u8>,
+    ) -> RequestBuilder {
+        let signed = sigv4::sign(service, key, &method, url, headers, &body, system_clock());
+        let mut request = self.http.request(method, url).body(body);
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        for (name, value) in signed.expect("a signature") {
             request = request.header(name, value);
         }
-        Answer::read(request.send().await.expect("the gateway answers")).await
+        request
     }
 
     /// Writes an item into a table, past the functions: for states that no route makes.
@@ -309,14 +343,8 @@ impl Stack {
     /// If it is refused.
     pub async fn dynamodb(&self, operation: &str, table: &str, mut call: Value) -> Value {
         call["TableName"] = Self::table(table).into();
-        let request = self.http.post(text(&self.ready, "dynamodb_url"));
-        let request = request
-            .header("x-amz-target", format!("DynamoDB_20120810.{operation}"))
-            .header("content-type", "application/x-amz-json-1.0")
-            .header("authorization", "AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/dynamodb/aws4_request, SignedHeaders=host, Signature=0")
-            .header("x-amz-date", "20260101T000000Z")
-            .body(call.to_string());
-        let answer = Answer::read(request.send().await.expect("the table answers")).await;
+        let target = format!("DynamoDB_20120810.{operation}");
+        let answer = self.signed_by(&self.operator(), "dynamodb", &target, &call).await;
         assert!(answer.status.is_success(), "{operation}: {}", answer.text);
         answer.json()
     }
@@ -428,12 +456,9 @@ impl Stack {
     /// # Panics
     /// If it is refused.
     pub async fn create_secret(&self, name: &str, value: &str) {
-        let request = self.http.post(text(&self.ready, "secrets_url"));
-        let request = request
-            .header("x-amz-target", "secretsmanager.CreateSecret")
-            .header("content-type", "application/x-amz-json-1.1")
-            .body(json!({"Name": name, "SecretString": value}).to_string());
-        let answer = Answer::read(request.send().await.expect("the secrets answer")).await;
+        let secret = json!({"Name": name, "SecretString": value});
+        let target = "secretsmanager.CreateSecret";
+        let answer = self.signed_by(&self.operator(), "secretsmanager", target, &secret).await;
         assert!(answer.status.is_success(), "{}", answer.text);
     }
 
@@ -477,7 +502,13 @@ impl Stack {
     }
 
     /// Asks the stack to end, and waits until it has.
+    ///
+    /// # Panics
+    /// If a function has tried what its role does not allow.
     pub async fn stop(mut self) -> std::process::ExitStatus {
+        let logs = self.logs();
+        let denied = logs.lines().find(|line| line.contains("is not authorized to perform"));
+        assert_eq!(denied, None);
         let pid = self.child.id().expect("a running stack").to_string();
         let kill = std::process::Command::new("kill").args(["-TERM", &pid]).status().expect("kill runs");
         assert!(kill.success());

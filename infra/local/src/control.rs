@@ -128,7 +128,7 @@ mod tests {
         programs(folder.path(), &["fake"]);
         let lambda = Lambda::start(vec![function(20_000)], options(folder.path())).await.unwrap();
         let kill: Kill = Arc::new(|_| Box::pin(std::future::ready(())));
-        let front = Front::new(&[], vec!["fake".to_owned()], kill);
+        let front = Front::new(&[], Arc::default(), vec!["fake".to_owned()], kill);
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
         let url = format!("http://{}/_local", listener.local_addr().unwrap());
         let control = Control { lambda: Arc::clone(&lambda), dynamodb: front };

@@ -104,7 +104,7 @@ impl Gateway {
                 let uri = exchange.uri.path_and_query().map_or("/", |uri| uri.as_str());
                 let (method, headers) = (&exchange.method, &exchange.headers);
                 let now = serving::system_clock();
-                sigv4::verify(&self.credentials, method, uri, headers, &exchange.body, now)
+                sigv4::verify(sigv4::GATEWAY, &self.credentials, method, uri, headers, &exchange.body, now)
                     .map(Caller::Operator)
                     .map_err(|refusal| match refusal {
                         sigv4::Refusal::Missing => Kind::MissingAuthenticationToken.into(),

@@ -17,8 +17,6 @@ const FILE: &str = "identity.json";
 pub struct Identity {
     /// The operator's access key.
     pub admin: AdminKey,
-    /// The access key that functions sign with.
-    pub functions: AdminKey,
     /// The vector store's root key.
     pub qdrant_root_key: String,
     /// The tenants that the stack made by itself, with the keys that were shown once.
@@ -56,7 +54,6 @@ impl Identity {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 let identity = Self {
                     admin: AdminKey::new("AKIALOCALOPERATOR"),
-                    functions: AdminKey::new("ASIALOCALFUNCTIONS"),
                     qdrant_root_key: format!("{}{}", unique_id(), unique_id()),
                     tenants: Vec::new(),
                 };

@@ -31,6 +31,7 @@ pub use self::prelude::Prelude;
 
 use self::instance::{Instance, Invocation};
 use self::pool::Pool;
+use crate::sigv4::Credentials;
 use crate::template::Function;
 
 /// The most that a request may carry into a function, or a buffered response out of it.
@@ -54,8 +55,8 @@ pub struct Options {
     /// Variables for every function beyond the template's and Lambda's own: the addresses of the
     /// services, as `AWS_ENDPOINT_URL_DYNAMODB`.
     pub environment: BTreeMap<String, String>,
-    /// The credential that functions sign their own calls with.
-    pub credentials: FunctionCredentials,
+    /// The access key that each function signs its own calls with, by its logical id.
+    pub credentials: BTreeMap<String, Credentials>,
     /// The region that functions are told they run in.
     pub region: String,
     /// How many processes a function may have where the template reserves no concurrency.
@@ -67,7 +68,7 @@ pub struct Options {
 impl Options {
     /// The usual options: 16 processes at most, ended after five idle minutes.
     #[must_use]
-    pub fn new(binaries: PathBuf, logs: PathBuf, credentials: FunctionCredentials) -> Self {
+    pub fn new(binaries: PathBuf, logs: PathBuf, credentials: BTreeMap<String, Credentials>) -> Self {
         Self {
             binaries,
             logs,
@@ -77,25 +78,6 @@ impl Options {
             default_concurrency: 16,
             idle_timeout: Duration::from_secs(300),
         }
-    }
-}
-
-/// What a function's role would give it.
-#[derive(Clone)]
-pub struct FunctionCredentials {
-    /// `AWS_ACCESS_KEY_ID`.
-    pub access_key_id: String,
-    /// `AWS_SECRET_ACCESS_KEY`.
-    pub secret_access_key: String,
-    /// `AWS_SESSION_TOKEN`.
-    pub session_token: String,
-}
-
-impl std::fmt::Debug for FunctionCredentials {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("FunctionCredentials")
-            .field("access_key_id", &self.access_key_id)
-            .finish_non_exhaustive()
     }
 }
 

@@ -5,6 +5,7 @@ pub mod control;
 pub mod dynamodb;
 pub mod event_pattern;
 pub mod gateway;
+pub mod iam;
 pub mod identity;
 pub mod lambda;
 pub mod lexis;

@@ -1,8 +1,8 @@
 //! The part of AWS Secrets Manager that the functions call, on one file.
 //!
-//! The JSON protocol and its errors are Secrets Manager's. Signatures are not checked and nothing
-//! is encrypted: the server is for loopback, and the file is readable by its owner alone. A call or
-//! parameter that is not implemented is refused by name.
+//! The JSON protocol and its errors are Secrets Manager's, signatures are checked and policies asked.
+//! Nothing is encrypted: the server is for loopback, and the file is readable by its owner alone. A call
+//! or parameter that is not implemented is refused by name.
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -15,13 +15,14 @@ use axum::body::Bytes;
 use axum::extract::State;
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::post;
-use http::{HeaderMap, HeaderValue, StatusCode};
+use http::{HeaderMap, HeaderValue, Method, StatusCode};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use time::{Duration, OffsetDateTime};
 use tokio::net::TcpListener;
 
-use crate::serving::{replace_file, unique_id};
+use crate::iam::{Callers, Intent};
+use crate::serving::{replace_file, system_clock, unique_id};
 
 const CURRENT: &str = "AWSCURRENT";
 const PREVIOUS: &str = "AWSPREVIOUS";
@@ -113,22 +114,33 @@ fn invalid(message: impl Into<String>) -> Refusal {
     refuse("InvalidParameterException", message)
 }
 
-/// Serves the secrets until `shutdown` resolves.
+/// Serves the secrets to these callers until `shutdown` resolves.
 pub async fn serve(
     listener: TcpListener,
     secrets: Secrets,
+    callers: Arc<Callers>,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> io::Result<()> {
-    let router = Router::new().route("/", post(call)).with_state(secrets);
+    let router = Router::new().route("/", post(call)).with_state((secrets, callers));
     crate::serving::serve(listener, router, shutdown).await
 }
 
-async fn call(State(secrets): State<Secrets>, headers: HeaderMap, body: Bytes) -> Response {
+async fn call(
+    State((secrets, callers)): State<(Secrets, Arc<Callers>)>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Response {
     let target = headers.get("x-amz-target").and_then(|value| value.to_str().ok()).map(str::to_owned);
-    // Writes a file: not on a thread that serves connections.
-    let answered = tokio::task::spawn_blocking(move || secrets.dispatch(target.as_deref(), &body)).await;
-    let answered = answered
-        .unwrap_or_else(|_| Err(refuse("InternalServiceError", "An error occurred on the server side.")));
+    let answered = match secrets.denied(&callers, &headers, target.as_deref(), &body) {
+        Some(refusal) => Err(refusal),
+        None => {
+            // Writes a file: not on a thread that serves connections.
+            let work = move || secrets.dispatch(target.as_deref(), &body);
+            tokio::task::spawn_blocking(work).await.unwrap_or_else(|_| {
+                Err(refuse("InternalServiceError", "An error occurred on the server side."))
+            })
+        }
+    };
     let (status, body) = match answered {
         Ok(body) => (StatusCode::OK, body),
         Err(Refusal { kind, message }) => {
@@ -285,6 +297,33 @@ impl Secrets {
             deleted: None,
             versions,
         }
+    }
+
+    /// The refusal of a call that is not signed, or that its signer's policies do not allow.
+    fn denied(
+        &self,
+        callers: &Callers,
+        headers: &HeaderMap,
+        target: Option<&str>,
+        body: &[u8],
+    ) -> Option<Refusal> {
+        let signer = callers.signer("secretsmanager", &Method::POST, "/", headers, body, system_clock());
+        let caller = match signer {
+            Ok(caller) => caller,
+            Err(refusal) => return Some(refuse(refusal.code(), refusal.to_string())),
+        };
+        let operation = target.and_then(|target| target.strip_prefix("secretsmanager.")).unwrap_or_default();
+        let input: Value = serde_json::from_slice(body).unwrap_or_default();
+        let named = ["SecretId", "Name"].iter().find_map(|name| input.get(*name)?.as_str());
+        // As the template has it: without the random end that AWS gives an ARN.
+        let resource = match named {
+            Some(arn) if arn.starts_with("arn:") => arn.to_owned(),
+            Some(name) => format!("arn:aws:secretsmanager:{}:secret:{name}", self.0.place),
+            None => "*".to_owned(),
+        };
+        let message = caller.refused(&[Intent::new(format!("secretsmanager:{operation}"), resource)])?;
+        tracing::warn!("Secrets Manager refused {operation}: {message}");
+        Some(refuse("AccessDeniedException", message))
     }
 
     fn dispatch(&self, target: Option<&str>, body: &[u8]) -> Result<Value, Refusal> {
@@ -607,6 +646,17 @@ mod tests {
     use std::sync::atomic::{AtomicI64, Ordering};
 
     use super::*;
+    use crate::iam::{Caller, Policy};
+    use crate::sigv4::{self, Credentials};
+
+    fn key(id: &str) -> Credentials {
+        Credentials {
+            access_key_id: id.into(),
+            secret_access_key: "secret".into(),
+            region: "eu-central-1".into(),
+            user_arn: format!("arn:aws:iam::0:{id}"),
+        }
+    }
 
     struct Server {
         url: String,
@@ -622,19 +672,35 @@ mod tests {
             let secrets = Secrets::open(path, "eu-central-1", "000000000000", now).unwrap();
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let url = format!("http://{}/", listener.local_addr().unwrap());
-            tokio::spawn(serve(listener, secrets.clone(), std::future::pending()));
+            let (operator, function) = (key("AKID"), key("ROLE"));
+            let policy = json!({"Version": "2012-10-17", "Statement": {
+                "Effect": "Allow", "Action": "secretsmanager:GetSecretValue",
+                "Resource": "arn:aws:secretsmanager:eu-central-1:000000000000:secret:mine/*"}});
+            let policies = Some(vec![Policy::parse(&policy).unwrap()]);
+            let function = Caller { credentials: function, policies, tags: BTreeMap::new() };
+            let callers = Arc::new(Callers::new(vec![Caller::operator(operator), function]));
+            tokio::spawn(serve(listener, secrets.clone(), callers, std::future::pending()));
             Self { url, secrets, seconds }
         }
 
         async fn call(&self, operation: &str, input: Value) -> Value {
-            let response = reqwest::Client::new()
-                .post(&self.url)
-                .header("x-amz-target", format!("secretsmanager.{operation}"))
-                .header("content-type", "application/x-amz-json-1.1")
-                .body(input.to_string())
-                .send()
-                .await
-                .unwrap();
+            self.call_as(&key("AKID"), operation, input).await
+        }
+
+        async fn call_as(&self, caller: &Credentials, operation: &str, input: Value) -> Value {
+            let (target, body) = (format!("secretsmanager.{operation}"), input.to_string());
+            let headers = [("x-amz-target", &*target), ("content-type", "application/x-amz-json-1.1")];
+            let (now, bytes) = (system_clock(), body.as_bytes());
+            let signed =
+                sigv4::sign("secretsmanager", caller, &Method::POST, &self.url, &headers, bytes, now);
+            let mut request = reqwest::Client::new().post(&self.url).body(body.clone());
+            for (name, value) in headers {
+                request = request.header(name, value);
+            }
+            for (name, value) in signed.unwrap() {
+                request = request.header(name, value);
+            }
+            let response = request.send().await.unwrap();
             let status = response.status();
             let answer: Value = response.json().await.unwrap();
             assert_eq!(status.is_success(), answer.get("__type").is_none());
@@ -644,6 +710,31 @@ mod tests {
         async fn value(&self, id: &str) -> Value {
             self.call("GetSecretValue", json!({"SecretId": id})).await["SecretString"].clone()
         }
+    }
+
+    #[tokio::test]
+    async fn policies_decide_and_a_signature_is_needed() {
+        let directory = tempfile::tempdir().unwrap();
+        let server = Server::start(&directory.path().join("secrets.json")).await;
+        for name in ["mine/one", "other"] {
+            server.call("CreateSecret", json!({"Name": name, "SecretString": "x"})).await;
+        }
+        let role = key("ROLE");
+        let read = async |name| server.call_as(&role, "GetSecretValue", json!({"SecretId": name})).await;
+        assert_eq!(read("mine/one").await["SecretString"], "x");
+        for name in ["other", "none"] {
+            assert_eq!(read(name).await["__type"], "AccessDeniedException", "{name}");
+        }
+        let put = json!({"SecretId": "mine/one", "SecretString": "y"});
+        assert_eq!(server.call_as(&role, "PutSecretValue", put).await["__type"], "AccessDeniedException");
+        assert_eq!(server.call_as(&role, "ListSecrets", json!({})).await["__type"], "AccessDeniedException");
+        let stranger = Credentials { access_key_id: "NOBODY".into(), ..key("ROLE") };
+        let refused = server.call_as(&stranger, "ListSecrets", json!({})).await;
+        assert_eq!(refused["__type"], "UnrecognizedClientException");
+        let forged = Credentials { secret_access_key: "guessed".into(), ..key("AKID") };
+        let refused = server.call_as(&forged, "ListSecrets", json!({})).await;
+        assert_eq!(refused["__type"], "InvalidSignatureException");
+        assert_eq!(server.value("mine/one").await, "x");
     }
 
     #[tokio::test]

@@ -1,4 +1,4 @@
-//! AWS Signature Version 4: signing requests to the gateway, and checking them as it does.
+//! AWS Signature Version 4: signing requests to the gateway and to services, and checking them as they do.
 
 use std::time::Duration;
 
@@ -10,12 +10,12 @@ use time::macros::format_description;
 use time::{OffsetDateTime, PrimitiveDateTime};
 
 /// The service in the credential scope of a request to an API.
-const SERVICE: &str = "execute-api";
+pub const GATEWAY: &str = "execute-api";
 const ALGORITHM: &str = "AWS4-HMAC-SHA256";
 /// How far the signer's clock may be off.
 const MAX_SKEW: Duration = Duration::from_secs(300);
 
-/// An operator's access key.
+/// An access key.
 #[derive(Clone)]
 pub struct Credentials {
     /// The part that is sent.
@@ -65,12 +65,26 @@ pub enum Refusal {
     Mismatch,
 }
 
-/// Signs a request, and returns the headers to add to it. `url` is the whole address; `headers` are
-/// signed along with it and must be sent as they are.
+impl Refusal {
+    /// What the services that speak JSON call it.
+    #[must_use]
+    pub const fn code(self) -> &'static str {
+        match self {
+            Self::Missing => "MissingAuthenticationTokenException",
+            Self::Incomplete | Self::Headers | Self::Scope => "IncompleteSignatureException",
+            Self::UnknownKey => "UnrecognizedClientException",
+            Self::Time | Self::Mismatch => "InvalidSignatureException",
+        }
+    }
+}
+
+/// Signs a request to a service, and returns the headers to add to it. `url` is the whole address;
+/// `headers` are signed along with it and must be sent as they are.
 ///
 /// # Errors
 /// If the address or a header is malformed.
 pub fn sign(
+    service: &str,
     credentials: &Credentials,
     method: &Method,
     url: &str,
@@ -78,17 +92,18 @@ pub fn sign(
     body: &[u8],
     now: OffsetDateTime,
 ) -> Result<Vec<(String, String)>, SigningError> {
-    let (instructions, _) =
-        compute(credentials, method, url, headers, body, now, SigningSettings::default())?.into_parts();
+    let (instructions, _) = compute(service, credentials, method, url, headers, body, now)?.into_parts();
     Ok(instructions.headers().map(|(name, value)| (name.to_owned(), value.to_owned())).collect())
 }
 
-/// Checks the signature of a request, and says whose it is. `uri` is the path and query as sent.
+/// Checks the signature of a request to a service, and says whose it is. `uri` is the path and query as
+/// sent.
 ///
 /// # Errors
 /// [`Refusal`].
 pub fn verify<'a>(
-    known: &'a [Credentials],
+    service: &str,
+    known: impl IntoIterator<Item = &'a Credentials>,
     method: &Method,
     uri: &str,
     headers: &HeaderMap,
@@ -105,12 +120,12 @@ pub fn verify<'a>(
     let date_text = headers.get("x-amz-date").and_then(|v| v.to_str().ok()).ok_or(Refusal::Headers)?;
     let signed_at = parse_date(date_text).ok_or(Refusal::Headers)?;
 
-    let [access_key_id, day, region, service, "aws4_request"] = parts.credential.as_slice() else {
+    let [access_key_id, day, region, scope, "aws4_request"] = parts.credential.as_slice() else {
         return Err(Refusal::Incomplete);
     };
-    let credentials = known.iter().find(|c| c.access_key_id == *access_key_id).ok_or(Refusal::UnknownKey)?;
-    if *region != credentials.region || *service != SERVICE || !date_text.starts_with(*day) || day.len() != 8
-    {
+    let credentials =
+        known.into_iter().find(|c| c.access_key_id == *access_key_id).ok_or(Refusal::UnknownKey)?;
+    if *region != credentials.region || *scope != service || !date_text.starts_with(*day) || day.len() != 8 {
         return Err(Refusal::Scope);
     }
     if (now - signed_at).unsigned_abs() > MAX_SKEW {
@@ -127,10 +142,7 @@ pub fn verify<'a>(
         let (Some(value), None) = (values.next(), values.next()) else { return Err(Refusal::Headers) };
         signed.push((*name, value.to_str().map_err(|_| Refusal::Headers)?));
     }
-    // Nothing is left out of what the client says it signed.
-    let mut settings = SigningSettings::default();
-    settings.excluded_headers = None;
-    let computed = compute(credentials, method, uri, &signed, body, signed_at, settings)
+    let computed = compute(service, credentials, method, uri, &signed, body, signed_at)
         .map_err(|_| Refusal::Mismatch)?
         .into_parts()
         .1;
@@ -139,13 +151,13 @@ pub fn verify<'a>(
 }
 
 fn compute(
+    service: &str,
     credentials: &Credentials,
     method: &Method,
     uri: &str,
     headers: &[(&str, &str)],
     body: &[u8],
     time: OffsetDateTime,
-    settings: SigningSettings,
 ) -> Result<aws_sigv4::SigningOutput<aws_sigv4::http_request::SigningInstructions>, SigningError> {
     let identity = aws_credential_types::Credentials::new(
         &credentials.access_key_id,
@@ -155,10 +167,13 @@ fn compute(
         "local",
     )
     .into();
+    // Nothing is left out of what the client signs, or says that it signed.
+    let mut settings = SigningSettings::default();
+    settings.excluded_headers = None;
     let params = v4::SigningParams::builder()
         .identity(&identity)
         .region(&credentials.region)
-        .name(SERVICE)
+        .name(service)
         .time(time.into())
         .settings(settings)
         .build()
@@ -229,7 +244,7 @@ mod tests {
         let mut headers = HeaderMap::new();
         headers.insert("host", "127.0.0.1:9000".parse().unwrap());
         headers.insert("content-type", "application/json".parse().unwrap());
-        for (name, value) in sign(&operator(), method, &url, &extra, body, at).unwrap() {
+        for (name, value) in sign(GATEWAY, &operator(), method, &url, &extra, body, at).unwrap() {
             let name: http::HeaderName = name.parse().unwrap();
             headers.insert(name, value.parse().unwrap());
         }
@@ -237,7 +252,7 @@ mod tests {
     }
 
     fn check(method: &Method, uri: &str, headers: &HeaderMap, body: &[u8]) -> Result<String, Refusal> {
-        verify(&[operator()], method, uri, headers, body, NOW).map(|c| c.access_key_id.clone())
+        verify(GATEWAY, &[operator()], method, uri, headers, body, NOW).map(|c| c.access_key_id.clone())
     }
 
     #[test]
@@ -260,13 +275,13 @@ mod tests {
         let mut stranger = operator();
         stranger.access_key_id = "AKIDOTHER".into();
         assert_eq!(
-            verify(&[stranger], &Method::POST, URI, &headers, b"{}", NOW).unwrap_err(),
+            verify(GATEWAY, &[stranger], &Method::POST, URI, &headers, b"{}", NOW).unwrap_err(),
             Refusal::UnknownKey
         );
         let mut other_secret = operator();
         other_secret.secret_access_key = "Secret".into();
         assert_eq!(
-            verify(&[other_secret], &Method::POST, URI, &headers, b"{}", NOW).unwrap_err(),
+            verify(GATEWAY, &[other_secret], &Method::POST, URI, &headers, b"{}", NOW).unwrap_err(),
             Refusal::Mismatch
         );
     }
@@ -295,7 +310,7 @@ mod tests {
         assert_eq!(with("Bearer ten_pro_acme_x_y"), Refusal::Incomplete);
         assert_eq!(with("AWS4-HMAC-SHA256 Credential=a/b"), Refusal::Incomplete);
         assert_eq!(with(&good.replace("us-east-1", "eu-west-1")), Refusal::Scope);
-        assert_eq!(with(&good.replace(SERVICE, "s3")), Refusal::Scope);
+        assert_eq!(with(&good.replace(GATEWAY, "s3")), Refusal::Scope);
         assert_eq!(with(&good.replace("20261123", "20261122")), Refusal::Scope);
         assert_eq!(with(&good.replace("content-type;host;", "content-type;")), Refusal::Headers);
         assert_eq!(with(&good.replace("content-type;host", "content-type;host;x-absent")), Refusal::Headers);

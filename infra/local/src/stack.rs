@@ -19,10 +19,12 @@ use tokio::task::JoinSet;
 
 use crate::control::{self, Control};
 use crate::gateway::Gateway;
+use crate::iam::{Caller, Callers};
 use crate::identity::{AdminKey, Identity, SeededTenant};
-use crate::lambda::{FunctionCredentials, Lambda, Options as LambdaOptions};
-use crate::serving::{replace_file, system_clock};
-use crate::template::{self, Template, TemplateError};
+use crate::lambda::{Lambda, Options as LambdaOptions};
+use crate::serving::{replace_file, system_clock, unique_id};
+use crate::sigv4::Credentials;
+use crate::template::{self, Function, Template, TemplateError};
 use crate::{dynamodb, offline_embeddings, offline_model, qdrant, s3, schedules, secrets, sigv4, streams};
 
 /// How long a service may take to end once it is asked to.
@@ -272,15 +274,12 @@ impl Stack {
             move |error: &dyn std::fmt::Display| StackError::Service { service, reason: error.to_string() }
         };
         let (logs, queues) = (in_data("logs"), in_data("queues"));
-        let mut options = LambdaOptions::new(
-            config.functions.clone(),
-            logs.clone(),
-            FunctionCredentials {
-                access_key_id: identity.functions.access_key_id.clone(),
-                secret_access_key: identity.functions.secret_access_key.clone(),
-                session_token: "local".to_owned(),
-            },
-        );
+        let roles = template.functions.iter().map(|function| (function.logical_id.clone(), role(function)));
+        let roles: BTreeMap<String, Caller> = roles.collect();
+        let keys = roles.iter().map(|(function, role)| (function.clone(), role.credentials.clone()));
+        let mut options = LambdaOptions::new(config.functions.clone(), logs.clone(), keys.collect());
+        let operator = Caller::operator(identity.admin.credentials());
+        let callers = Arc::new(Callers::new(roles.into_values().chain([operator]).collect()));
         options.environment = BTreeMap::from(
             [
                 ("AWS_ENDPOINT_URL_DYNAMODB", &dynamodb_url),
@@ -303,16 +302,14 @@ impl Stack {
                 async move { lambda.kill_and_wait(&function).await }.boxed()
             })
         };
-        let dynamodb_front = dynamodb::Front::new(&template.tables, functions, kill);
+        let dynamodb_front = dynamodb::Front::new(&template.tables, Arc::clone(&callers), functions, kill);
         let stopped = back.stopped();
         let serving =
             dynamodb::serve(dynamodb_listener, database.clone(), Arc::clone(&dynamodb_front), stopped);
         back.run("DynamoDB", serving);
         let s3_options = s3::Options {
             directory: in_data("s3"),
-            credentials: [&identity.admin, &identity.functions]
-                .map(|key| (key.access_key_id.clone(), key.secret_access_key.clone()))
-                .to_vec(),
+            callers: Arc::clone(&callers),
             buckets: template.buckets.clone(),
             events: None,
         };
@@ -339,7 +336,7 @@ impl Stack {
             store.set(&secret.name, value).map_err(|e| failed("Secrets Manager")(&e))?;
         }
         let stopped = back.stopped();
-        back.run("Secrets Manager", secrets::serve(secrets_listener, store, stopped));
+        back.run("Secrets Manager", secrets::serve(secrets_listener, store, callers, stopped));
 
         let mut front = Services::new();
         for function in &template.functions {
@@ -429,6 +426,22 @@ impl Stack {
     }
 }
 
+/// The role that a function runs in, with an access key for this run of the stack.
+fn role(function: &Function) -> Caller {
+    let credentials = Credentials {
+        access_key_id: format!("ASIA{}", unique_id().to_ascii_uppercase()),
+        secret_access_key: format!("{}{}", unique_id(), unique_id()),
+        region: template::REGION.to_owned(),
+        user_arn: format!(
+            "arn:aws:sts::{}:assumed-role/{}/{}",
+            template::ACCOUNT,
+            function.logical_id,
+            function.name
+        ),
+    };
+    Caller { credentials, policies: Some(function.policies.clone()), tags: BTreeMap::new() }
+}
+
 fn file(path: &Path, source: io::Error) -> StackError {
     StackError::File { path: path.to_owned(), source }
 }
@@ -457,6 +470,7 @@ async fn seed(
     let body = json!({ "tenant_id": tenant, "tier": tier, "company_name": company }).to_string();
     let headers = [("content-type", "application/json")];
     let signed = sigv4::sign(
+        sigv4::GATEWAY,
         &admin.credentials(),
         &http::Method::POST,
         &url,

@@ -19,6 +19,7 @@ use serde_json::{Map, Value};
 
 pub use self::events::{Events, ScheduleEvent, StartingPosition, StreamEvent};
 use self::intrinsics::Evaluator;
+use crate::iam::Policy;
 
 /// Where the stack pretends to be.
 pub const REGION: &str = "us-east-1";
@@ -103,6 +104,8 @@ pub struct Function {
     pub reserved_concurrency: Option<usize>,
     /// What invokes it besides requests.
     pub events: Events,
+    /// What its role may do.
+    pub policies: Vec<Policy>,
 }
 
 /// A DynamoDB table, on demand. Its keys are what differs from table to table.
@@ -434,8 +437,21 @@ fn function(
         memory_mb: merged.number("/MemorySize")?.unwrap_or(128),
         reserved_concurrency: merged.number("/ReservedConcurrentExecutions")?,
         events: events::events(&merged, tables, queues)?,
+        policies: policies(&merged)?,
         logical_id: merged.id,
     })
+}
+
+/// The documents under `Policies`. SAM's named policies and templates are not known here.
+fn policies(function: &Resource) -> Result<Vec<Policy>, TemplateError> {
+    let documents = match function.get("/Policies") {
+        None => return Ok(Vec::new()),
+        Some(Value::Array(documents)) => documents.iter().collect(),
+        Some(one) => vec![one],
+    };
+    let parse =
+        |document| Policy::parse(document).map_err(|problem| invalid(function.at("/Policies"), problem));
+    documents.into_iter().map(parse).collect()
 }
 
 /// SAM's rule for Globals: maps are merged, anything else is replaced.

@@ -6,6 +6,9 @@ use bytes::{BufMut, Bytes, BytesMut};
 use http::HeaderMap;
 use serde_json::{Map, Value};
 
+use crate::iam::Intent;
+use crate::template::{ACCOUNT, REGION};
+
 /// The operations on items; of these DynamoDB says, on request, what they consumed.
 pub(super) const ITEM_OPERATIONS: [&str; 10] = [
     "BatchGetItem",
@@ -37,6 +40,9 @@ pub(super) struct Call {
     pub keys: Vec<String>,
     /// How many parts a transaction has; 0 for anything else.
     pub actions: usize,
+    /// What is done to which table or index, each with the partition keys that are named: what policies
+    /// are asked about.
+    pub intents: Vec<Intent>,
     /// The request's body, as it is passed on: it asks for the consumed capacity.
     pub body: Bytes,
 }
@@ -58,7 +64,9 @@ impl Call {
             }
         }
         let transaction = request.get("TransactItems").and_then(Value::as_array);
+        let intents = intents(operation, &request, &parts, partition_keys);
         Self {
+            intents,
             operation: operation.to_owned(),
             tables,
             keys,
@@ -73,8 +81,38 @@ impl Call {
     }
 }
 
+/// A table's name in its ARN, or an index's.
+fn arn(resource: &str) -> String {
+    format!("arn:aws:dynamodb:{REGION}:{ACCOUNT}:table/{resource}")
+}
+
+/// What a policy has to allow. A transaction is allowed by the actions of its parts; whatever names no
+/// table is an action on everything.
+fn intents(operation: &str, request: &Value, parts: &[Part<'_>], keys: &PartitionKeys) -> Vec<Intent> {
+    let mut intents: Vec<Intent> = Vec::new();
+    for part in parts {
+        let action = format!("dynamodb:{}", part.action.unwrap_or(operation));
+        let index = request.get("IndexName").and_then(Value::as_str);
+        let resource =
+            index.map_or_else(|| part.table.clone(), |index| format!("{}/index/{index}", part.table));
+        let mut intent = Intent::new(action, arn(&resource));
+        if let Some(key) = keys.get(&part.table).and_then(|attribute| part.partition_key(attribute)) {
+            intent.context.insert("dynamodb:LeadingKeys".to_owned(), vec![key]);
+        }
+        if !intents.contains(&intent) {
+            intents.push(intent);
+        }
+    }
+    if intents.is_empty() {
+        intents.push(Intent::new(format!("dynamodb:{operation}"), "*"));
+    }
+    intents
+}
+
 /// What of a request concerns one table.
 struct Part<'a> {
+    /// The action that it is by itself, where that is not the operation.
+    action: Option<&'static str>,
     table: String,
     /// The item or its key.
     item: Option<&'a Value>,
@@ -117,7 +155,12 @@ fn parts<'a>(operation: &str, request: &'a Value) -> Vec<Part<'a>> {
     match operation {
         "BatchGetItem" => map(request.get("RequestItems"))
             .flat_map(|(table, get)| {
-                list(get.get("Keys")).map(|key| Part { table: table.clone(), item: Some(key), query: None })
+                list(get.get("Keys")).map(|key| Part {
+                    action: None,
+                    table: table.clone(),
+                    item: Some(key),
+                    query: None,
+                })
             })
             .collect(),
         "BatchWriteItem" => map(request.get("RequestItems"))
@@ -125,15 +168,16 @@ fn parts<'a>(operation: &str, request: &'a Value) -> Vec<Part<'a>> {
                 list(Some(writes)).map(|write| {
                     let put = write.pointer("/PutRequest/Item");
                     let item = put.or_else(|| write.pointer("/DeleteRequest/Key"));
-                    Part { table: table.clone(), item, query: None }
+                    Part { action: None, table: table.clone(), item, query: None }
                 })
             })
             .collect(),
         "TransactGetItems" | "TransactWriteItems" => list(request.get("TransactItems"))
             .flat_map(|action| map(Some(action)))
-            .filter_map(|(_, action)| {
+            .filter_map(|(kind, action)| {
                 let item = action.get("Item").or_else(|| action.get("Key"));
-                Some(Part { table: table_name(action.get("TableName")?)?, item, query: None })
+                let table = table_name(action.get("TableName")?)?;
+                Some(Part { action: Some(part_action(kind)), table, item, query: None })
             })
             .collect(),
         _ => request
@@ -141,10 +185,22 @@ fn parts<'a>(operation: &str, request: &'a Value) -> Vec<Part<'a>> {
             .and_then(table_name)
             .map(|table| {
                 let item = request.get("Item").or_else(|| request.get("Key"));
-                Part { table, item, query: (operation == "Query").then_some(request) }
+                Part { action: None, table, item, query: (operation == "Query").then_some(request) }
             })
             .into_iter()
             .collect(),
+    }
+}
+
+/// The action of a part of a transaction. What is not known has a name that no policy allows.
+fn part_action(kind: &str) -> &'static str {
+    match kind {
+        "Get" => "GetItem",
+        "Put" => "PutItem",
+        "Update" => "UpdateItem",
+        "Delete" => "DeleteItem",
+        "ConditionCheck" => "ConditionCheckItem",
+        _ => "UnknownPart",
     }
 }
 

@@ -27,7 +27,8 @@ use tokio::task::JoinSet;
 use super::call::{self, Call, PartitionKeys};
 use super::faults::{BadRules, Fault, Faults, Known, RuleSet};
 use super::journal::{Entry, Journal};
-use crate::serving::{PromptStream, unique_id};
+use crate::iam::Callers;
+use crate::serving::{PromptStream, system_clock, unique_id};
 use crate::template::{STACK, Table};
 
 /// How long a call that hangs gets no answer.
@@ -45,6 +46,7 @@ pub type Kill = Arc<dyn Fn(String) -> BoxFuture<'static, ()> + Send + Sync>;
 
 /// What the front knows and remembers. The control address steers it.
 pub struct Front {
+    callers: Arc<Callers>,
     known: Known,
     partition_keys: PartitionKeys,
     kill: Kill,
@@ -62,10 +64,11 @@ impl std::fmt::Debug for Front {
 impl Front {
     /// A front before these tables, without faults. `functions` are the binaries that `kill` knows.
     #[must_use]
-    pub fn new(tables: &[Table], functions: Vec<String>, kill: Kill) -> Arc<Self> {
+    pub fn new(tables: &[Table], callers: Arc<Callers>, functions: Vec<String>, kill: Kill) -> Arc<Self> {
         let partition_keys = tables.iter().map(|t| (t.name.clone(), t.hash_key.name.clone())).collect();
         let tables = tables.iter().map(|table| table.name.clone()).collect();
         Arc::new(Self {
+            callers,
             known: Known { tables, functions, prefix: format!("{STACK}-") },
             partition_keys,
             kill,
@@ -212,8 +215,12 @@ impl Desk {
 
     /// Carries one call to its end.
     async fn carry(&self, parts: request::Parts, body: Bytes) -> Shown {
-        let call = Call::read(&parts.headers, body, &self.front.partition_keys);
-        // Whoever may not make the call is to be refused here, before any fault.
+        let call = Call::read(&parts.headers, body.clone(), &self.front.partition_keys);
+        if let Some((code, answer)) = self.denied(&parts, &body, &call) {
+            let Call { operation, tables, keys, .. } = call;
+            self.front.journal.push(Entry { operation, tables, keys, error: Some(code), ..Entry::default() });
+            return Shown::Answer(answer);
+        }
         let fault = self.front.faults.decide(&call);
         let mut entry = Entry { fault: fault.as_ref().map(Fault::name), ..Entry::default() };
         let done = match &fault {
@@ -254,6 +261,20 @@ impl Desk {
         let Call { operation, tables, keys, .. } = call;
         self.front.journal.push(Entry { operation, tables, keys, ..entry });
         shown
+    }
+
+    /// The refusal of a call that is not signed, or that its signer's policies do not allow.
+    fn denied(&self, parts: &request::Parts, body: &[u8], call: &Call) -> Option<(String, Answer)> {
+        let uri = parts.uri.path_and_query().map_or("/", |uri| uri.as_str());
+        let (method, headers) = (&parts.method, &parts.headers);
+        let signer = self.front.callers.signer("dynamodb", method, uri, headers, body, system_clock());
+        let (code, message) = match signer {
+            Ok(caller) => ("AccessDeniedException", caller.refused(&call.intents)?),
+            Err(refusal) => (refusal.code(), refusal.to_string()),
+        };
+        tracing::warn!("DynamoDB refused {}: {message}", call.operation);
+        let answer = refused(StatusCode::BAD_REQUEST, code, json!({ "message": message }));
+        Some((code.to_owned(), answer))
     }
 
     /// Passes a call on to the tables.

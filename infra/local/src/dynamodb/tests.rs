@@ -13,6 +13,8 @@ use aws_sdk_dynamodb::operation::put_item::PutItemError;
 use aws_sdk_dynamodb::types::{AttributeValue, Put, TransactWriteItem};
 
 use super::*;
+use crate::iam::{Caller, Callers, Policy};
+use crate::sigv4;
 use crate::template::KeyAttribute;
 
 fn table() -> Table {
@@ -25,6 +27,23 @@ fn table() -> Table {
         ttl_attribute: None,
         stream_view: None,
     }
+}
+
+/// An operator, and a function that may put notes and nothing else.
+fn callers() -> Arc<Callers> {
+    let key = |id: &str, arn: &str| sigv4::Credentials {
+        access_key_id: id.into(),
+        secret_access_key: "secret".into(),
+        region: "us-east-1".into(),
+        user_arn: arn.into(),
+    };
+    let policy = Policy::parse(&json!({"Version": "2012-10-17", "Statement": {
+        "Effect": "Allow", "Action": "dynamodb:PutItem",
+        "Resource": "arn:aws:dynamodb:us-east-1:000000000000:table/bulkhead-notes",
+        "Condition": {"StringLike": {"dynamodb:LeadingKeys": "acme*"}}}}));
+    let role = key("ROLE", "arn:aws:sts::0:assumed-role/chat");
+    let function = Caller { credentials: role, policies: Some(vec![policy.unwrap()]), tags: BTreeMap::new() };
+    Arc::new(Callers::new(vec![Caller::operator(key("AKID", "arn:aws:iam::0:user/operator")), function]))
 }
 
 struct Stand {
@@ -53,7 +72,7 @@ impl Stand {
                 Box::pin(std::future::ready(()))
             })
         };
-        let front = Front::new(&tables, vec!["chat".into()], kill);
+        let front = Front::new(&tables, callers(), vec!["chat".into()], kill);
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         tokio::spawn(serve(listener, database, Arc::clone(&front), std::future::pending()));
@@ -119,6 +138,45 @@ async fn calls_pass_and_are_remembered_with_what_they_consumed() {
     assert_eq!(numbers(0), [0_u64; 0]);
     stand.put("b").await.unwrap();
     assert_eq!(numbers(0), [4]);
+}
+
+#[tokio::test]
+async fn policies_decide_and_a_signature_is_needed() {
+    let stand = Stand::new().await;
+    let with = |id: &str, secret: &str| {
+        let credentials = Credentials::new(id, secret, Some("token".into()), None, "test");
+        let config = stand.client.config().to_builder().credentials_provider(credentials).build();
+        Client::from_conf(config)
+    };
+    let put = async |client: &Client, key: &str| {
+        let put = client.put_item().table_name("bulkhead-notes").item("pk", AttributeValue::S(key.into()));
+        put.send().await.map_err(|refused| refused.code().unwrap().to_owned())
+    };
+    let function = with("ROLE", "secret");
+    put(&function, "acme-1").await.unwrap();
+    assert_eq!(put(&function, "globex-1").await.unwrap_err(), "AccessDeniedException");
+    let key = || AttributeValue::S("acme-1".into());
+    let got = function.get_item().table_name("bulkhead-notes").key("pk", key()).send().await;
+    assert_eq!(got.unwrap_err().code(), Some("AccessDeniedException"));
+    // A transaction is what its parts are, each of them.
+    let part = |key: &str| {
+        let put = Put::builder().table_name("bulkhead-notes").item("pk", AttributeValue::S(key.into()));
+        TransactWriteItem::builder().put(put.build().unwrap()).build()
+    };
+    let both = function.transact_write_items().transact_items(part("acme-2")).transact_items(part("other"));
+    assert_eq!(both.send().await.unwrap_err().code(), Some("AccessDeniedException"));
+    let one = function.transact_write_items().transact_items(part("acme-2"));
+    one.send().await.unwrap();
+    assert!(stand.holds("acme-2").await && !stand.holds("other").await && !stand.holds("globex-1").await);
+
+    let refused = async |id, secret| put(&with(id, secret), "acme-3").await.unwrap_err();
+    assert_eq!(refused("NOBODY", "secret").await, "UnrecognizedClientException");
+    assert_eq!(refused("AKID", "guessed").await, "InvalidSignatureException");
+    let last = stand.calls().pop().unwrap();
+    assert_eq!(
+        (&last["operation"], &last["error"]),
+        (&json!("PutItem"), &json!("InvalidSignatureException"))
+    );
 }
 
 #[tokio::test]

@@ -67,7 +67,7 @@ impl Stack {
     fn signed(&self, method: Method, path: &str, at: time::OffsetDateTime) -> RequestBuilder {
         let url = format!("{}{path}", self.url);
         let mut request = self.client.request(method.clone(), &url);
-        for (name, value) in sigv4::sign(&operator(), &method, &url, &[], b"", at).unwrap() {
+        for (name, value) in sigv4::sign(sigv4::GATEWAY, &operator(), &method, &url, &[], b"", at).unwrap() {
             request = request.header(name, value);
         }
         request

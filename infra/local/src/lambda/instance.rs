@@ -357,9 +357,6 @@ fn command(pool: &Pool, shared: &Shared, instance: &str) -> Command {
         .env("AWS_LAMBDA_LOG_STREAM_NAME", format!("[$LATEST]{instance}"))
         .env("AWS_REGION", &options.region)
         .env("AWS_DEFAULT_REGION", &options.region)
-        .env("AWS_ACCESS_KEY_ID", &options.credentials.access_key_id)
-        .env("AWS_SECRET_ACCESS_KEY", &options.credentials.secret_access_key)
-        .env("AWS_SESSION_TOKEN", &options.credentials.session_token)
         .env("LAMBDA_TASK_ROOT", &options.binaries)
         .env("_HANDLER", "bootstrap")
         .env("TZ", ":UTC")
@@ -369,5 +366,12 @@ fn command(pool: &Pool, shared: &Shared, instance: &str) -> Command {
         // Of its own, so that a Ctrl-C in the terminal reaches the stack alone, which ends in order.
         .process_group(0)
         .kill_on_drop(true);
+    if let Some(key) = options.credentials.get(&function.logical_id) {
+        command
+            .env("AWS_ACCESS_KEY_ID", &key.access_key_id)
+            .env("AWS_SECRET_ACCESS_KEY", &key.secret_access_key)
+            // A role's keys are temporary and come with one.
+            .env("AWS_SESSION_TOKEN", "local");
+    }
     command
 }

@@ -130,12 +130,13 @@ pub(crate) fn programs(folder: &Path, names: &[&str]) {
 }
 
 pub(crate) fn options(folder: &Path) -> Options {
-    let credentials = FunctionCredentials {
+    let credentials = Credentials {
         access_key_id: "AKID".into(),
         secret_access_key: "secret".into(),
-        session_token: "token".into(),
+        region: "us-east-1".into(),
+        user_arn: "arn:aws:sts::0:assumed-role/fake".into(),
     };
-    Options::new(folder.to_owned(), folder.join("logs"), credentials)
+    Options::new(folder.to_owned(), folder.join("logs"), [("Fake".to_owned(), credentials)].into())
 }
 
 pub(crate) fn function(timeout_ms: u64) -> Function {
@@ -148,6 +149,7 @@ pub(crate) fn function(timeout_ms: u64) -> Function {
         memory_mb: 128,
         reserved_concurrency: None,
         events: Default::default(),
+        policies: Vec::new(),
     }
 }
 
@@ -205,7 +207,7 @@ async fn a_function_gets_its_event_and_its_environment_and_no_other() {
     assert_eq!(env["TABLE"], "t");
     assert_eq!(env["AWS_ENDPOINT_URL_DYNAMODB"], "http://127.0.0.1:1");
     assert_eq!(env["AWS_LAMBDA_FUNCTION_NAME"], "bulkhead-fake");
-    assert_eq!(env["AWS_SESSION_TOKEN"], "token");
+    assert_eq!(env["AWS_SESSION_TOKEN"], "local");
     assert!(env.get("HOME").is_none() && env.get("CARGO_MANIFEST_DIR").is_none());
 
     // The same process serves the next invocation.

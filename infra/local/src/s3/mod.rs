@@ -5,11 +5,11 @@
 //! or an option of an operation that would change what is stored, is answered `NotImplemented`:
 //! success is never pretended.
 //!
-//! Differences from AWS that a caller can meet: every configured key may do everything (there are
-//! no policies, so anybody may bypass governance retention by asking for it); listings of versions
-//! are complete as soon as a write has returned; a write is durable against the end of the process
-//! but not synced against loss of power.
+//! Differences from AWS that a caller can meet: buckets have no policies of their own, only callers
+//! have; listings of versions are complete as soon as a write has returned; a write is durable against
+//! the end of the process but not synced against loss of power.
 
+mod access;
 mod body;
 mod listing;
 mod rules;
@@ -18,8 +18,6 @@ mod store;
 #[cfg(test)]
 mod tests;
 
-use crate::template;
-use std::collections::HashMap;
 use std::future::Future;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -33,6 +31,10 @@ use s3s::{HttpError, S3Result, s3_error};
 use time::OffsetDateTime;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc::UnboundedSender;
+
+use self::access::Policies;
+use crate::iam::Callers;
+use crate::template;
 
 /// Why the server ended.
 #[derive(Debug, thiserror::Error)]
@@ -63,8 +65,8 @@ pub enum Error {
 pub struct Options {
     /// Everything is kept under this directory; it is created if absent.
     pub directory: PathBuf,
-    /// Access keys and their secrets. Requests signed with any other are refused.
-    pub credentials: Vec<(String, String)>,
+    /// Who may sign requests, and what for.
+    pub callers: Arc<Callers>,
     /// Buckets that are there from the start, set up as the template says.
     pub buckets: Vec<template::Bucket>,
     /// Told of each object written or removed, after it has happened.
@@ -113,7 +115,8 @@ pub async fn serve(
     }
     let service = service::Service::new(Arc::new(store), Arc::new(now), options.events);
     let mut builder = S3ServiceBuilder::new(service);
-    builder.set_auth(Keys(options.credentials.into_iter().collect()));
+    builder.set_auth(Keys(Arc::clone(&options.callers)));
+    builder.set_access(Policies(options.callers));
     let router = Router::new().fallback_service(HandleError::new(builder.build(), aborted));
     crate::serving::serve(listener, router, shutdown).await.map_err(Error::Serve)
 }
@@ -123,14 +126,14 @@ async fn aborted(error: HttpError) -> StatusCode {
     StatusCode::INTERNAL_SERVER_ERROR
 }
 
-/// The configured access keys.
-struct Keys(HashMap<String, String>);
+/// The callers' access keys.
+struct Keys(Arc<Callers>);
 
 #[async_trait::async_trait]
 impl S3Auth for Keys {
     async fn get_secret_key(&self, access_key: &str) -> S3Result<SecretKey> {
-        match self.0.get(access_key) {
-            Some(secret) => Ok(SecretKey::from(secret.as_str())),
+        match self.0.by_key(access_key) {
+            Some(caller) => Ok(SecretKey::from(caller.credentials.secret_access_key.as_str())),
             None => Err(s3_error!(
                 InvalidAccessKeyId,
                 "The AWS Access Key Id you provided does not exist in our records."

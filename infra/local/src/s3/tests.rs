@@ -1,5 +1,6 @@
 //! Over real HTTP, signed as a client signs.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -18,8 +19,11 @@ use sha2::{Digest as _, Sha256};
 use tokio::sync::{mpsc, oneshot};
 
 use super::*;
+use crate::iam::{Caller, Policy};
+use crate::sigv4;
 
 const KEY: &str = "LOCALKEY";
+const ROLE: &str = "LOCALROLE";
 const SECRET: &str = "local-secret";
 /// What the server believes the time is when a test begins.
 const START: i64 = 1_790_000_000;
@@ -30,6 +34,7 @@ struct Server {
     events: Mutex<mpsc::UnboundedReceiver<ObjectEvent>>,
     stop: oneshot::Sender<()>,
     task: tokio::task::JoinHandle<Result<(), Error>>,
+    key: &'static str,
     secret: String,
 }
 
@@ -71,6 +76,24 @@ impl Reply {
     }
 }
 
+/// An operator, and a function that may read and list what is its own.
+fn callers() -> Arc<Callers> {
+    let key = |id: &str, arn: &str| sigv4::Credentials {
+        access_key_id: id.into(),
+        secret_access_key: SECRET.into(),
+        region: "us-east-1".into(),
+        user_arn: arn.into(),
+    };
+    let policy = serde_json::json!({"Version": "2012-10-17", "Statement": [
+        {"Effect": "Allow", "Action": ["s3:GetObject", "s3:PutObject"], "Resource": "arn:aws:s3:::notes/mine/*"},
+        {"Effect": "Allow", "Action": "s3:ListBucket", "Resource": "arn:aws:s3:::notes",
+            "Condition": {"StringLike": {"s3:prefix": "mine/*"}}}]});
+    let role = key(ROLE, "arn:aws:sts::0:assumed-role/notes");
+    let policies = Some(vec![Policy::parse(&policy).unwrap()]);
+    let role = Caller { credentials: role, policies, tags: BTreeMap::new() };
+    Arc::new(Callers::new(vec![Caller::operator(key(KEY, "arn:aws:iam::0:user/operator")), role]))
+}
+
 impl Server {
     async fn start(directory: &Path) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -80,7 +103,7 @@ impl Server {
         let seconds = Arc::new(AtomicI64::new(START));
         let options = Options {
             directory: directory.to_owned(),
-            credentials: vec![(KEY.to_owned(), SECRET.to_owned())],
+            callers: callers(),
             buckets: vec![],
             events: Some(events),
         };
@@ -89,7 +112,7 @@ impl Server {
         let task = tokio::spawn(serve(listener, options, now, async {
             let _ = stopped.await;
         }));
-        Self { base, seconds, events: Mutex::new(received), stop, task, secret: SECRET.to_owned() }
+        Self { base, seconds, events: Mutex::new(received), stop, task, key: KEY, secret: SECRET.to_owned() }
     }
 
     async fn stop(self) {
@@ -105,7 +128,7 @@ impl Server {
         body: &[u8],
         at: SignatureLocation,
     ) -> (Pairs, Pairs) {
-        let identity = Credentials::new(KEY, self.secret.clone(), None, None, "test").into();
+        let identity = Credentials::new(self.key, self.secret.clone(), None, None, "test").into();
         let mut settings = SigningSettings::default();
         settings.percent_encoding_mode = PercentEncodingMode::Single;
         settings.uri_path_normalization_mode = UriPathNormalizationMode::Disabled;
@@ -297,6 +320,41 @@ async fn wrong_digests_store_nothing() {
 
     assert_eq!(std::fs::read_dir(directory.path().join("staging")).unwrap().count(), 0);
     server.get("/plain?acl").await.refused(501, "NotImplemented");
+}
+
+#[tokio::test]
+async fn policies_decide() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut server = Server::start(directory.path()).await;
+    server.put("/notes", &[], "").await.expect(200);
+    server.put("/notes/mine/a", &[], "a").await.expect(200);
+    server.put("/notes/other/b", &[], "b").await.expect(200);
+    server.key = ROLE;
+    assert_eq!(server.get("/notes/mine/a").await.expect(200).text(), "a");
+    server.put("/notes/mine/c", &[], "c").await.expect(200);
+    server.get("/notes?list-type=2&prefix=mine%2F").await.expect(200);
+    let lock = [
+        ("x-amz-object-lock-mode", "GOVERNANCE"),
+        ("x-amz-object-lock-retain-until-date", "2030-01-01T00:00:00Z"),
+    ];
+    server.put("/notes/mine/d", &lock, "d").await.refused(403, "AccessDenied");
+    for (method, path) in [
+        ("GET", "/notes/other/b"),
+        ("GET", "/notes/mine/a?versionId=null"),
+        ("GET", "/notes?list-type=2"),
+        ("GET", "/notes?list-type=2&prefix=other%2F"),
+        ("GET", "/notes?versions&prefix=mine%2F"),
+        ("GET", "/"),
+        ("PUT", "/notes/other/b"),
+        ("DELETE", "/notes/mine/a"),
+        ("GET", "/notes/mine/a?retention"),
+    ] {
+        server.send(method, path, &[], "").await.refused(403, "AccessDenied");
+    }
+    server.key = KEY;
+    assert_eq!(server.get("/notes/other/b").await.expect(200).text(), "b");
+    assert_eq!(server.get("/notes/mine/a").await.expect(200).text(), "a");
+    server.get("/notes/mine/d").await.expect(404);
 }
 
 #[tokio::test]

@@ -1,0 +1,457 @@
+//! IAM, as far as the template's policies use it: whose access key signed a call, and whether the policies
+//! of its role allow it.
+//!
+//! A policy is evaluated as AWS does it: what no statement allows is denied, and what one denies is denied
+//! whatever the others say. An element or operator that is not known here is an error when the template is
+//! read, so that no statement is ever half understood.
+//! <https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_policies_evaluation-logic.html>
+
+use std::collections::BTreeMap;
+
+use http::{HeaderMap, Method};
+use serde_json::{Map, Value};
+use time::OffsetDateTime;
+
+use crate::sigv4::{self, Credentials, Refusal};
+
+/// A policy document.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Policy(Vec<Statement>);
+
+#[derive(Clone, Debug, PartialEq)]
+struct Statement {
+    allows: bool,
+    actions: Vec<String>,
+    resources: Vec<String>,
+    conditions: Vec<Condition>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+struct Condition {
+    /// How the values of a key that has several are taken together.
+    set: Set,
+    test: Test,
+    /// Whether a key that is not there satisfies it.
+    if_exists: bool,
+    key: String,
+    values: Vec<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Set {
+    /// One value is expected.
+    One,
+    /// All of them; none satisfies it.
+    All,
+    /// At least one of them.
+    Any,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Test {
+    Equals,
+    NotEquals,
+    Like,
+    NotLike,
+    Null,
+}
+
+/// What somebody wants to do: one action on one resource.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Intent {
+    /// Such as `dynamodb:GetItem`.
+    pub action: String,
+    /// The resource's ARN, or `*` where the action has none.
+    pub resource: String,
+    /// The condition keys of the request, each with its values.
+    pub context: BTreeMap<String, Vec<String>>,
+}
+
+/// Somebody with an access key.
+#[derive(Clone, Debug)]
+pub struct Caller {
+    /// The key, and whose it is.
+    pub credentials: Credentials,
+    /// The policies of a role. Operators are not bound by any.
+    pub policies: Option<Vec<Policy>>,
+    /// The tags of the session.
+    pub tags: BTreeMap<String, String>,
+}
+
+/// Everybody with an access key.
+#[derive(Clone, Debug, Default)]
+pub struct Callers(Vec<Caller>);
+
+impl Intent {
+    /// An action on a resource, without anything that conditions look at.
+    pub fn new(action: impl Into<String>, resource: impl Into<String>) -> Self {
+        Self { action: action.into(), resource: resource.into(), context: BTreeMap::new() }
+    }
+}
+
+impl Callers {
+    /// These.
+    #[must_use]
+    pub const fn new(callers: Vec<Caller>) -> Self {
+        Self(callers)
+    }
+
+    /// Whose access key that is.
+    #[must_use]
+    pub fn by_key(&self, access_key_id: &str) -> Option<&Caller> {
+        self.0.iter().find(|caller| caller.credentials.access_key_id == access_key_id)
+    }
+
+    /// Who signed a request to a service.
+    ///
+    /// # Errors
+    /// [`Refusal`].
+    pub fn signer(
+        &self,
+        service: &str,
+        method: &Method,
+        uri: &str,
+        headers: &HeaderMap,
+        body: &[u8],
+        now: OffsetDateTime,
+    ) -> Result<&Caller, Refusal> {
+        let keys = self.0.iter().map(|caller| &caller.credentials);
+        let signer = sigv4::verify(service, keys, method, uri, headers, body, now)?;
+        self.by_key(&signer.access_key_id).ok_or(Refusal::UnknownKey)
+    }
+}
+
+impl Caller {
+    /// Somebody who may do everything.
+    #[must_use]
+    pub const fn operator(credentials: Credentials) -> Self {
+        Self { credentials, policies: None, tags: BTreeMap::new() }
+    }
+
+    /// Says why the caller may not do one of these, in AWS's words; nothing if all are allowed.
+    #[must_use]
+    pub fn refused(&self, intents: &[Intent]) -> Option<String> {
+        let refused = intents.iter().find(|intent| !self.may(intent))?;
+        Some(format!(
+            "User: {} is not authorized to perform: {} on resource: {} because no identity-based policy allows \
+             the {} action",
+            self.credentials.user_arn, refused.action, refused.resource, refused.action
+        ))
+    }
+
+    /// Whether the caller's policies allow something.
+    #[must_use]
+    pub fn may(&self, intent: &Intent) -> bool {
+        let Some(policies) = &self.policies else { return true };
+        let mut allowed = false;
+        let statements = policies.iter().flat_map(|policy| &policy.0);
+        for statement in statements.filter(|statement| statement.applies(intent, &self.tags)) {
+            if !statement.allows {
+                return false;
+            }
+            allowed = true;
+        }
+        allowed
+    }
+}
+
+impl Policy {
+    /// Reads a document.
+    ///
+    /// # Errors
+    /// What of it is not known here.
+    pub fn parse(document: &Value) -> Result<Self, String> {
+        let fields = document.as_object().ok_or("is not a policy document")?;
+        if fields.get("Version").and_then(Value::as_str) != Some("2012-10-17") {
+            return Err("has another Version than 2012-10-17".to_owned());
+        }
+        if let Some(other) =
+            fields.keys().find(|name| !["Version", "Id", "Statement"].contains(&name.as_str()))
+        {
+            return Err(format!("has `{other}`, which is not known to the local stack"));
+        }
+        let statements = match fields.get("Statement") {
+            Some(Value::Array(statements)) => statements.iter().map(Statement::parse).collect(),
+            Some(one) => Statement::parse(one).map(|one| vec![one]),
+            None => Err("has no Statement".to_owned()),
+        };
+        statements.map(Self)
+    }
+}
+
+impl Statement {
+    fn parse(statement: &Value) -> Result<Self, String> {
+        const KNOWN: [&str; 5] = ["Sid", "Effect", "Action", "Resource", "Condition"];
+        let fields = statement.as_object().ok_or("has a Statement that is no object")?;
+        if let Some(other) = fields.keys().find(|name| !KNOWN.contains(&name.as_str())) {
+            return Err(format!("has `{other}` in a statement, which is not known to the local stack"));
+        }
+        let list = |name: &str| texts(fields.get(name)).ok_or(format!("has a statement without {name}"));
+        let mut conditions = Vec::new();
+        for (operator, keys) in fields.get("Condition").and_then(Value::as_object).into_iter().flatten() {
+            let keys = keys.as_object().ok_or("has a Condition that is no object")?;
+            conditions.extend(Condition::parse(operator, keys)?);
+        }
+        Ok(Self {
+            allows: match fields.get("Effect").and_then(Value::as_str) {
+                Some("Allow") => true,
+                Some("Deny") => false,
+                _ => return Err("has a statement without Effect".to_owned()),
+            },
+            actions: list("Action")?,
+            resources: list("Resource")?,
+            conditions,
+        })
+    }
+
+    fn applies(&self, intent: &Intent, tags: &BTreeMap<String, String>) -> bool {
+        let action = intent.action.to_ascii_lowercase();
+        self.actions.iter().any(|pattern| matches(&pattern.to_ascii_lowercase(), &action))
+            && self
+                .resources
+                .iter()
+                .any(|pattern| filled(pattern, tags).is_some_and(|p| matches(&p, &intent.resource)))
+            && self.conditions.iter().all(|condition| condition.holds(intent, tags))
+    }
+}
+
+impl Condition {
+    fn parse(operator: &str, keys: &Map<String, Value>) -> Result<Vec<Self>, String> {
+        let (set, test) = match operator.split_once(':') {
+            None => (Set::One, operator),
+            Some(("ForAllValues", test)) => (Set::All, test),
+            Some(("ForAnyValue", test)) => (Set::Any, test),
+            Some(_) => return Err(format!("has the condition operator {operator}, which is not known")),
+        };
+        let (test, if_exists) = match test.strip_suffix("IfExists") {
+            Some(test) => (test, true),
+            None => (test, false),
+        };
+        let test = match test {
+            "StringEquals" => Test::Equals,
+            "StringNotEquals" => Test::NotEquals,
+            "StringLike" => Test::Like,
+            "StringNotLike" => Test::NotLike,
+            "Null" if set == Set::One && !if_exists => Test::Null,
+            _ => return Err(format!("has the condition operator {operator}, which is not known")),
+        };
+        let one = |(key, values): (&String, &Value)| {
+            let values = texts(Some(values)).ok_or(format!("has no values for the condition key {key}"))?;
+            Ok(Self { set, test, if_exists, key: key.clone(), values })
+        };
+        keys.iter().map(one).collect()
+    }
+
+    fn holds(&self, intent: &Intent, tags: &BTreeMap<String, String>) -> bool {
+        let tag = |key: &str| tags.get(key.strip_prefix("aws:PrincipalTag/")?).map(|tag| vec![tag.clone()]);
+        let present = intent.context.get(&self.key).cloned().or_else(|| tag(&self.key));
+        if self.test == Test::Null {
+            return self.values.iter().any(|value| (value == "true") == present.is_none());
+        }
+        let Some(present) = present.filter(|values| !values.is_empty()) else {
+            let negated = matches!(self.test, Test::NotEquals | Test::NotLike);
+            return self.if_exists || self.set == Set::All || (negated && self.set == Set::One);
+        };
+        // A variable without a value makes its pattern match nothing.
+        let wanted: Vec<String> = self.values.iter().filter_map(|value| filled(value, tags)).collect();
+        let one = |value: &String| match self.test {
+            Test::Equals => wanted.contains(value),
+            Test::NotEquals => !wanted.contains(value),
+            Test::Like => wanted.iter().any(|pattern| matches(pattern, value)),
+            Test::NotLike => !wanted.iter().any(|pattern| matches(pattern, value)),
+            Test::Null => false,
+        };
+        match self.set {
+            Set::One => matches!(&present[..], [value] if one(value)),
+            Set::All => present.iter().all(one),
+            Set::Any => present.iter().any(one),
+        }
+    }
+}
+
+/// One text or a list of them.
+fn texts(value: Option<&Value>) -> Option<Vec<String>> {
+    match value? {
+        Value::String(text) => Some(vec![text.clone()]),
+        Value::Bool(flag) => Some(vec![flag.to_string()]),
+        Value::Array(all) => all.iter().map(|one| one.as_str().map(str::to_owned)).collect(),
+        _ => None,
+    }
+}
+
+/// A pattern with the values of its variables; none if one has no value, or is not known here.
+fn filled(pattern: &str, tags: &BTreeMap<String, String>) -> Option<String> {
+    let mut parts = pattern.split("${");
+    let mut text = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        let (variable, rest) = part.split_once('}')?;
+        text.push_str(tags.get(variable.strip_prefix("aws:PrincipalTag/")?)?);
+        text.push_str(rest);
+    }
+    Some(text)
+}
+
+/// Whether a text matches a pattern, in which `*` stands for any characters and `?` for any one.
+fn matches(pattern: &str, text: &str) -> bool {
+    let (pattern, text): (Vec<char>, Vec<char>) = (pattern.chars().collect(), text.chars().collect());
+    let (mut p, mut t, mut star) = (0, 0, None);
+    while let Some(c) = text.get(t) {
+        match pattern.get(p) {
+            Some('*') => {
+                star = Some((p, t));
+                p += 1;
+            }
+            Some(wanted) if wanted == c || *wanted == '?' => (p, t) = (p + 1, t + 1),
+            _ => match &mut star {
+                // The last `*` takes one character more.
+                Some((at, from)) => {
+                    *from += 1;
+                    (p, t) = (*at + 1, *from);
+                }
+                None => return false,
+            },
+        }
+    }
+    pattern.iter().skip(p).all(|c| *c == '*')
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn caller(statements: Value, tags: &[(&str, &str)]) -> Caller {
+        let policy = Policy::parse(&json!({"Version": "2012-10-17", "Statement": statements})).unwrap();
+        let credentials = Credentials {
+            access_key_id: "ASIA1".into(),
+            secret_access_key: "s".into(),
+            region: "us-east-1".into(),
+            user_arn: "arn:aws:sts::0:assumed-role/chat".into(),
+        };
+        let tags = tags.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        Caller { credentials, policies: Some(vec![policy]), tags }
+    }
+
+    fn on(action: &str, resource: &str) -> Intent {
+        Intent::new(action, resource)
+    }
+
+    fn keys(values: &[&str]) -> Intent {
+        let mut intent = on("dynamodb:GetItem", "table/notes");
+        let values = values.iter().map(|value| (*value).to_owned()).collect();
+        intent.context.insert("dynamodb:LeadingKeys".to_owned(), values);
+        intent
+    }
+
+    #[test]
+    fn what_nothing_allows_is_denied_and_a_denial_beats_all() {
+        let chat = caller(
+            json!([
+                {"Effect": "Allow", "Action": ["dynamodb:Get*", "s3:GetObject"], "Resource": ["table/a", "table/b/*"]},
+                {"Effect": "Deny", "Action": "*", "Resource": "table/b/secret-?"},
+            ]),
+            &[],
+        );
+        for (action, resource, may) in [
+            ("dynamodb:GetItem", "table/a", true),
+            ("DynamoDB:getitem", "table/a", true),
+            ("dynamodb:PutItem", "table/a", false),
+            ("dynamodb:GetItem", "table/ab", false),
+            ("dynamodb:GetItem", "TABLE/A", false),
+            ("s3:GetObject", "table/b/x/y", true),
+            ("s3:GetObject", "table/b/secret-1", false),
+            ("s3:GetObject", "table/b/secret-12", true),
+        ] {
+            assert_eq!(chat.may(&on(action, resource)), may, "{action} on {resource}");
+        }
+        let two = [on("s3:GetObject", "table/a"), on("s3:PutObject", "table/a")];
+        assert!(chat.refused(&two[..1]).is_none());
+        assert!(chat.refused(&two).unwrap().contains("s3:PutObject on resource: table/a"));
+        assert!(Caller::operator(chat.credentials).may(&two[1]));
+    }
+
+    #[test]
+    fn a_tenants_session_reaches_its_own_keys_and_no_others() {
+        let statement = json!({
+            "Effect": "Allow", "Action": "dynamodb:GetItem", "Resource": "table/notes",
+            "Condition": {
+                "ForAllValues:StringEquals": {"dynamodb:LeadingKeys": ["${aws:PrincipalTag/tenant_id}"]},
+                "Null": {"dynamodb:LeadingKeys": "false", "aws:PrincipalTag/tenant_id": "false"},
+            },
+        });
+        let acme = caller(statement.clone(), &[("tenant_id", "acme")]);
+        assert!(acme.may(&keys(&["acme"])) && acme.may(&keys(&["acme", "acme"])));
+        assert!(!acme.may(&keys(&["globex"])) && !acme.may(&keys(&["acme", "globex"])));
+        assert!(!acme.may(&on("dynamodb:GetItem", "table/notes")), "no key at all");
+        let nobody = caller(statement, &[]);
+        assert!(!nobody.may(&keys(&["acme"])) && !nobody.may(&keys(&[""])));
+        // Without the guard, the absent key passes: this is why it is there.
+        let careless = json!({
+            "Effect": "Allow", "Action": "dynamodb:GetItem", "Resource": "table/notes",
+            "Condition": {"ForAllValues:StringEquals": {"dynamodb:LeadingKeys": "${aws:PrincipalTag/tenant_id}"}},
+        });
+        assert!(caller(careless, &[("tenant_id", "acme")]).may(&on("dynamodb:GetItem", "table/notes")));
+        let bucket = json!({"Effect": "Allow", "Action": "s3:GetObject",
+            "Resource": "arn:aws:s3:::docs/tenant=${aws:PrincipalTag/tenant_id}/*"});
+        let acme = caller(bucket.clone(), &[("tenant_id", "acme")]);
+        assert!(acme.may(&on("s3:GetObject", "arn:aws:s3:::docs/tenant=acme/x")));
+        assert!(!acme.may(&on("s3:GetObject", "arn:aws:s3:::docs/tenant=acme1/x")));
+        assert!(!caller(bucket, &[]).may(&on("s3:GetObject", "arn:aws:s3:::docs/tenant=/x")));
+    }
+
+    #[test]
+    fn operators_are_told_apart() {
+        let with = |condition: Value| {
+            caller(json!({"Effect": "Allow", "Action": "*", "Resource": "*", "Condition": condition}), &[])
+        };
+        let holds = |condition: Value, values: &[&str]| with(condition).may(&keys(values));
+        let key = "dynamodb:LeadingKeys";
+        assert!(holds(json!({"StringEquals": {key: ["a", "b"]}}), &["b"]));
+        assert!(!holds(json!({"StringEquals": {key: "a*"}}), &["ab"]));
+        assert!(holds(json!({"StringLike": {key: "a*"}}), &["ab"]));
+        assert!(!holds(json!({"StringNotLike": {key: "a*"}}), &["ab"]));
+        assert!(holds(json!({"ForAnyValue:StringEquals": {key: "a"}}), &["b", "a"]));
+        assert!(!holds(json!({"StringEquals": {"absent": "a"}}), &["a"]));
+        assert!(holds(json!({"StringEqualsIfExists": {"absent": "a"}}), &["a"]));
+        assert!(holds(json!({"StringNotEquals": {"absent": "a"}}), &["a"]));
+        assert!(holds(json!({"Null": {"absent": true}}), &["a"]));
+    }
+
+    #[test]
+    fn what_is_not_known_is_no_policy() {
+        let statement = |name: &str, value: Value| {
+            let mut statement = json!({"Effect": "Allow", "Action": "a", "Resource": "b"});
+            statement[name] = value;
+            Policy::parse(&json!({"Version": "2012-10-17", "Statement": [statement]}))
+        };
+        for (name, value) in [
+            ("NotAction", json!("x")),
+            ("Principal", json!("*")),
+            ("Effect", json!("Maybe")),
+            ("Action", json!(7)),
+            ("Condition", json!({"DateLessThan": {"aws:CurrentTime": "x"}})),
+            ("Condition", json!({"ForSomeValues:StringEquals": {"k": "x"}})),
+            ("Condition", json!({"NullIfExists": {"k": "x"}})),
+        ] {
+            assert!(statement(name, value.clone()).is_err(), "{name}: {value}");
+        }
+        assert!(statement("Sid", json!("x")).is_ok());
+        assert!(Policy::parse(&json!({"Statement": []})).is_err(), "an old language");
+    }
+
+    #[test]
+    fn patterns() {
+        for (pattern, text, matched) in [
+            ("*", "", true),
+            ("a*c", "abbc", true),
+            ("a*c", "abbd", false),
+            ("a*b*c", "axbybzc", true),
+            ("?", "ä", true),
+            ("", "a", false),
+            ("a**", "a", true),
+        ] {
+            assert_eq!(matches(pattern, text), matched, "{pattern} {text}");
+        }
+    }
+}

@@ -1,0 +1,74 @@
+//! Which actions of IAM an operation of S3 is.
+
+use std::sync::Arc;
+
+use s3s::access::{S3Access, S3AccessContext};
+use s3s::{S3Result, s3_error};
+
+use crate::iam::{Callers, Intent};
+
+/// The callers' policies.
+pub(super) struct Policies(pub(super) Arc<Callers>);
+
+#[async_trait::async_trait]
+impl S3Access for Policies {
+    async fn check(&self, cx: &mut S3AccessContext<'_>) -> S3Result<()> {
+        let signer = cx.credentials().and_then(|credentials| self.0.by_key(&credentials.access_key));
+        let Some(caller) = signer else { return Err(s3_error!(AccessDenied, "Access Denied")) };
+        match caller.refused(&intents(cx)) {
+            None => Ok(()),
+            Some(message) => {
+                tracing::warn!("S3 refused {}: {message}", cx.s3_op().name());
+                Err(s3_error!(AccessDenied, "{message}"))
+            }
+        }
+    }
+}
+
+/// What a policy has to allow. An operation that is not known here is an action of its own name, which
+/// no policy allows by mistake.
+/// <https://docs.aws.amazon.com/AmazonS3/latest/API/API_Operations_Amazon_Simple_Storage_Service.html>
+fn intents(cx: &S3AccessContext<'_>) -> Vec<Intent> {
+    let path = cx.s3_path();
+    let bucket = format!("arn:aws:s3:::{}", path.get_bucket_name().unwrap_or_default());
+    let resource = match (path.as_object(), path.is_root()) {
+        (Some((_, key)), _) => format!("{bucket}/{key}"),
+        (None, true) => "*".to_owned(),
+        (None, false) => bucket.clone(),
+    };
+    let query = cx.uri().query().unwrap_or_default();
+    let version = query.split('&').any(|part| part.starts_with("versionId="));
+    let versioned =
+        |action: &'static str| if version { format!("{action}Version") } else { action.to_owned() };
+    let mut actions = match cx.s3_op().name() {
+        "GetObject" | "HeadObject" => vec![versioned("s3:GetObject")],
+        "DeleteObject" => vec![versioned("s3:DeleteObject")],
+        "PutObject" | "CreateMultipartUpload" | "UploadPart" | "CompleteMultipartUpload" => {
+            vec!["s3:PutObject".to_owned()]
+        }
+        "HeadBucket" | "ListObjects" | "ListObjectsV2" => vec!["s3:ListBucket".to_owned()],
+        "ListObjectVersions" => vec!["s3:ListBucketVersions".to_owned()],
+        "ListBuckets" => vec!["s3:ListAllMyBuckets".to_owned()],
+        other => vec![format!("s3:{other}")],
+    };
+    for (header, action) in [
+        ("x-amz-object-lock-mode", "s3:PutObjectRetention"),
+        ("x-amz-object-lock-legal-hold", "s3:PutObjectLegalHold"),
+        ("x-amz-bypass-governance-retention", "s3:BypassGovernanceRetention"),
+    ] {
+        if cx.headers().contains_key(header) {
+            actions.push(action.to_owned());
+        }
+    }
+    let prefix = query.split('&').find_map(|part| part.strip_prefix("prefix="));
+    let prefix =
+        prefix.map(|prefix| percent_encoding::percent_decode_str(prefix).decode_utf8_lossy().into_owned());
+    let intent = |action| {
+        let mut intent = Intent::new(action, resource.clone());
+        if let Some(prefix) = &prefix {
+            intent.context.insert("s3:prefix".to_owned(), vec![prefix.clone()]);
+        }
+        intent
+    };
+    actions.into_iter().map(intent).collect()
+}
