@@ -16,6 +16,7 @@ use shared::error::ApiError;
 use shared::item_key;
 use shared::ledger::Action;
 use shared::scope::TenantScope;
+use shared::tenant::TenantId;
 use shared::web;
 
 use crate::cursor::Cursor;
@@ -38,8 +39,11 @@ struct Wanted {
 }
 
 /// What an export's id says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Export {
+    /// Whose it is: to others there is no such export.
+    #[serde(rename = "i")]
+    tenant_id: TenantId,
     #[serde(rename = "f")]
     from: i64,
     #[serde(rename = "t")]
@@ -93,7 +97,7 @@ pub(crate) async fn make(
     context.gate.admit_read(scope).await?;
     let head = context.chains.read(scope).await?.head;
     let (from, to) = (period.from.as_millis(), period.to.as_millis());
-    let export = Export { from, to, lines: head.lines };
+    let export = Export { tenant_id: scope.tenant_id().clone(), from, to, lines: head.lines };
     answer(context, scope, &request, export, Cursor::default(), StatusCode::CREATED).await
 }
 
@@ -103,7 +107,8 @@ pub(crate) async fn again(
     request: Request,
 ) -> Result<Response<Body>, ApiError> {
     let id: String = web::path_id(&request, "id")?;
-    let export = read(&id).ok_or_else(ApiError::not_found)?;
+    let export = read(&id).filter(|export| export.tenant_id == *scope.tenant_id());
+    let export = export.ok_or_else(ApiError::not_found)?;
     let cursor: Option<String> = web::query(&request, "cursor")?;
     let cursor = cursor.map(|text| Cursor::read(&text, scope.tenant_id())).transpose()?;
     context.gate.admit_read(scope).await?;

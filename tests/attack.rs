@@ -1,0 +1,468 @@
+//! Attacks on the walls between tenants (I1): every route of the contract, at every place where it takes
+//! an identifier or trusts a header, with what belongs to others, what looks like it and what is malformed.
+//!
+//! Each tenant's documents, conversations and names carry words that nobody else ever sends. No byte of
+//! an answer to anybody else may hold one: status line, headers, body, errors and streams alike; nor may
+//! a line of the logs. And no answer is a 5xx.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    reason = "a test fails by panicking, and prints its seed"
+)]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::sync::Arc;
+
+use local::template::{RouteAuth, Template};
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom;
+use rand::{RngExt, SeedableRng};
+use serde_json::{Value, json};
+use shared::env;
+use shared::random::entropy;
+use tests::{Options, Stack, Tenant};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::task::JoinSet;
+
+/// Attempts of a run that names no other number.
+const ATTEMPTS: usize = 20_000;
+/// Attempts under way at once.
+const AT_ONCE: usize = 16;
+/// Names that a careless comparison, or a person, takes for one another.
+const TENANTS: [&str; 3] = ["acme1", "acme-1", "globex"];
+/// A document's id that all of them use.
+const SHARED: &str = "handbook";
+
+/// A tenant, and what only it may see.
+struct Target {
+    tenant: Tenant,
+    /// A word of its documents that it tells nobody, and one that attackers search for.
+    canaries: Vec<String>,
+    bait: String,
+    /// Ids of its own, that attackers know.
+    document: String,
+    conversation: String,
+    export: String,
+    cursors: Vec<String>,
+    chunk: String,
+}
+
+/// A request, raw: what a client library would straighten goes out as it is.
+#[derive(Clone, Debug)]
+struct Attempt {
+    method: String,
+    /// As it stands in the request line.
+    path: String,
+    headers: Vec<(String, String)>,
+    body: String,
+}
+
+impl Attempt {
+    /// Sends it; the answer as it came, byte for byte.
+    async fn send(&self, address: &str) -> Vec<u8> {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        let mut request =
+            format!("{} {} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n", self.method, self.path);
+        for (name, value) in &self.headers {
+            request.push_str(&format!("{name}: {value}\r\n"));
+        }
+        request.push_str(&format!("content-length: {}\r\n\r\n{}", self.body.len(), self.body));
+        // A server that refuses may close before it has read all.
+        drop(stream.write_all(request.as_bytes()).await);
+        let mut answer = Vec::new();
+        drop(stream.read_to_end(&mut answer).await);
+        answer
+    }
+}
+
+fn status(answer: &[u8]) -> u16 {
+    let line = answer.split(|byte| *byte == b'\r').next().unwrap_or_default();
+    let code = line.split(|byte| *byte == b' ').nth(1).unwrap_or_default();
+    std::str::from_utf8(code).ok().and_then(|code| code.parse().ok()).unwrap_or(0)
+}
+
+fn holds(answer: &[u8], word: &str) -> bool {
+    answer.windows(word.len()).any(|window| window == word.as_bytes())
+}
+
+/// A body as it is after a real answer's header.
+fn body_of(answer: &[u8]) -> String {
+    let text = String::from_utf8_lossy(answer);
+    let body = text.split_once("\r\n\r\n").map_or("", |(_, body)| body);
+    // Every answer has an id of its own.
+    let mut value: Value = serde_json::from_str(body).unwrap_or_default();
+    value.as_object_mut().map(|fields| fields.remove("request_id"));
+    value.to_string()
+}
+
+/// Puts something before, behind and in the place of an id that is another's.
+fn disguises(id: &str) -> Vec<String> {
+    let encoded = |text: &str| text.bytes().map(|byte| format!("%{byte:02X}")).collect::<String>();
+    vec![
+        id.to_owned(),
+        id.to_uppercase(),
+        encoded(id),
+        format!("{id}%00"),
+        format!("../{id}"),
+        format!("..%2f..%2f{id}"),
+        format!("%2e%2e/{id}"),
+        format!("./{id}"),
+        format!("{id}/"),
+        format!("{id}%2F..%2F{id}"),
+        format!("%20{id}"),
+        format!("{id}%E2%80%8B"),
+        id.replace('a', "%D0%B0"),
+        id.replace('-', "%E2%80%90"),
+        format!("{id}%23{id}"),
+        format!("{id}?id={id}"),
+        id.repeat(60),
+        "*".to_owned(),
+        "%25".to_owned(),
+        "%ff".to_owned(),
+    ]
+}
+
+/// The same for a text in JSON, where nothing is decoded.
+fn json_disguises(id: &str) -> Vec<Value> {
+    let mut all: Vec<Value> = [
+        id.to_owned(),
+        id.to_uppercase(),
+        format!("{id}\u{0}"),
+        format!("../{id}"),
+        format!("{id}\u{200b}"),
+        id.replace('a', "\u{430}"),
+        format!("tenant_globex/{id}"),
+        format!("globex#{id}"),
+        id.repeat(60),
+        String::new(),
+        "*".to_owned(),
+    ]
+    .map(Value::from)
+    .into();
+    all.extend([json!([id]), json!({"S": id}), json!({"$ne": null}), Value::Null, json!(7), json!(true)]);
+    all
+}
+
+/// What a client may hope that somebody trusts.
+fn forged_headers(victim: &Target) -> Vec<Vec<(String, String)>> {
+    let id = &victim.tenant.id;
+    let decision = json!({"tenant_id": id, "tenantId": id, "status": "active", "epoch": 1}).to_string();
+    let one = |name: &str, value: &str| vec![(name.to_owned(), value.to_owned())];
+    vec![
+        Vec::new(),
+        one("X-Amz-Tenant-Id", id),
+        one("X-Tenant-Id", id),
+        one("tenantId", id),
+        one("tenant_id", id),
+        one("decision", &decision),
+        one(
+            "x-amzn-request-context",
+            &json!({"authorizer": {"tenantId": id, "decision": decision}}).to_string(),
+        ),
+        one("x-apigateway-context", &decision),
+        one("X-Forwarded-For", "127.0.0.1"),
+        one("X-Forwarded-Host", &format!("{id}.example")),
+        one("X-Forwarded-Prefix", &format!("/tenant={id}")),
+        one("X-Original-URL", &format!("/v1/documents/{}", victim.document)),
+        one("X-HTTP-Method-Override", "DELETE"),
+        one("X-User-Id", "canary-user"),
+        one("X-User-Id", &format!("{id}#{SHARED}")),
+        one("Idempotency-Key", "the-victims-key"),
+        one("Idempotency-Key", &format!("{id}#key")),
+        one("Cookie", &format!("tenant={id}; api_key={id}")),
+        one("Content-Encoding", "identity"),
+        one("X-Amz-Security-Token", id),
+    ]
+}
+
+/// Keys that are not quite one's own. All but the first must open nothing.
+fn forged_keys(attacker: &Target, victim: &Target) -> Vec<Option<String>> {
+    let (own, other) = (&attacker.tenant.key, &victim.tenant.key);
+    let renamed = own.replacen(&format!("_{}_", attacker.tenant.id), &format!("_{}_", victim.tenant.id), 1);
+    let secret = |key: &str| key.rsplit('_').next().unwrap().to_owned();
+    vec![
+        Some(format!("Bearer {own}")),
+        Some(format!("Bearer {renamed}")),
+        Some(format!("Bearer {}", other.replace(&secret(other), &secret(own)))),
+        Some(format!("Bearer {}", other.to_uppercase())),
+        Some(format!("Bearer {}", other.get(..other.len() - 1).unwrap())),
+        Some(format!("Bearer {own},{other}")),
+        Some(format!("Basic {own}")),
+        Some("Bearer ".to_owned()),
+        None,
+    ]
+}
+
+/// The requests to a route that name something of the victim's, in every place where the route takes a
+/// name. A route that is not here is not in the suite, and fails it.
+fn shapes(route: &str, attacker: &Target, victim: &Target) -> Vec<(String, Value)> {
+    let with = |path: &str, bodies: Vec<Value>| -> Vec<(String, Value)> {
+        bodies.into_iter().map(|body| (path.to_owned(), body)).collect()
+    };
+    let query = |path: &str, name: &str, ids: &[&String]| -> Vec<(String, Value)> {
+        let disguised = ids.iter().flat_map(|id| disguises(id));
+        disguised.map(|id| (format!("{path}?{name}={}", id.replace(['?', ' '], "")), Value::Null)).collect()
+    };
+    let at = |prefix: &str, ids: &[&String]| -> Vec<(String, Value)> {
+        let disguised = ids.iter().flat_map(|id| disguises(id));
+        disguised.map(|id| (format!("{prefix}/{id}"), Value::Null)).collect()
+    };
+    let in_field = |path: &str, base: Value, field: &str, id: &str| -> Vec<(String, Value)> {
+        let bodies = json_disguises(id).into_iter().map(|value| {
+            let mut body = base.clone();
+            body[field] = value;
+            body
+        });
+        with(path, bodies.collect())
+    };
+    let shared = SHARED.to_owned();
+    let cursors: Vec<&String> = victim.cursors.iter().collect();
+    let own_word = format!("{} of {}", attacker.bait, attacker.tenant.id);
+    match route {
+        "POST /v1/documents" => {
+            let base = json!({"id": SHARED, "title": own_word, "content": own_word});
+            let mut all = in_field("/v1/documents", base.clone(), "id", &victim.document);
+            for (field, value) in
+                [("tenant_id", json!(victim.tenant.id)), ("collection", json!("tenant_globex"))]
+            {
+                let mut body = base.clone();
+                body[field] = value;
+                all.push(("/v1/documents".to_owned(), body));
+            }
+            all
+        }
+        "GET /v1/documents" => query("/v1/documents", "cursor", &cursors),
+        "GET /v1/documents/{id}" => at("/v1/documents", &[&victim.document, &shared]),
+        "DELETE /v1/documents/{id}" => at("/v1/documents", &[&victim.document]),
+        "POST /v1/search" => {
+            let base = json!({"query": victim.bait, "top_k": 50});
+            let mut all = in_field("/v1/search", base.clone(), "query", &victim.bait);
+            for (field, value) in [
+                ("tenant_id", json!(victim.tenant.id)),
+                ("collection", json!(format!("tenant_{}", victim.tenant.id))),
+                ("filter", json!({"document_id": victim.document})),
+            ] {
+                let mut body = base.clone();
+                body[field] = value;
+                all.push(("/v1/search".to_owned(), body));
+            }
+            all
+        }
+        "POST /v1/chat" => {
+            let base = json!({"message": format!("What is said about {}?", victim.bait)});
+            let mut all = in_field("/v1/chat", base.clone(), "conversation_id", &victim.conversation);
+            all.extend(in_field("/v1/chat", base.clone(), "model", "claude-haiku-4-5"));
+            for (field, value) in
+                [("stream", json!(true)), ("tenant_id", json!(victim.tenant.id)), ("user", json!("x"))]
+            {
+                let mut body = base.clone();
+                body[field] = value;
+                all.push(("/v1/chat".to_owned(), body));
+            }
+            all
+        }
+        "GET /v1/usage" => query("/v1/usage", "month", &[&victim.tenant.id, &"2026-11".to_owned()]),
+        "GET /v1/audit" => {
+            let mut all = query("/v1/audit", "cursor", &cursors);
+            all.extend(query("/v1/audit", "document", &[&victim.document]));
+            all.extend(query("/v1/audit", "chunk", &[&victim.chunk]));
+            all.extend(query("/v1/audit", "user", &[&"canary-user".to_owned()]));
+            all.push((format!("/v1/audit?tenant_id={}", victim.tenant.id), Value::Null));
+            all
+        }
+        "POST /v1/audit/exports" => {
+            let base = json!({"from": "2026-11-01T00:00:00Z"});
+            let mut all = in_field("/v1/audit/exports", base.clone(), "from", "2026-11-01T00:00:00Z");
+            all.extend(in_field("/v1/audit/exports", base, "tenant_id", &victim.tenant.id));
+            all
+        }
+        "GET /v1/audit/exports/{id}" => at("/v1/audit/exports", &[&victim.export]),
+        // Nothing of an operator's opens to a tenant's key.
+        "GET /admin/usage" | "POST /admin/tenants" | "GET /admin/tenants" => {
+            let path = route.split(' ').next_back().unwrap();
+            vec![(path.to_owned(), json!({"tenant_id": victim.tenant.id})), (format!("/{path}"), Value::Null)]
+        }
+        "GET /admin/tenants/{id}" => at("/admin/tenants", &[&victim.tenant.id]),
+        other => panic!("the suite does not attack {other}"),
+    }
+}
+
+/// A tenant with documents, a conversation and an export, each with words that it alone knows.
+async fn target(stack: &Stack, id: &str) -> Target {
+    let limits = json!({"requests_per_minute": 20_000, "max_concurrent": 200,
+        "tokens_per_day": 1_000_000_000_u64, "monthly_token_budget": 10_000_000_000_u64});
+    let tenant = stack
+        .provision(json!({"tenant_id": id, "tier": "enterprise", "company_name": id, "limits": limits}))
+        .await;
+    let word = |what: &str| format!("{what}{:016x}", entropy().random::<u64>());
+    let (bait, text, title, user) = (word("bait"), word("text"), word("title"), word("user"));
+    let document = word("document");
+    tenant.store(SHARED, &title, &format!("The {bait} of the vault is {text}.")).await;
+    tenant.store(&document, &title, &format!("The {bait} of the cellar is {text}.")).await;
+    let theirs = tenant.as_user("canary-user");
+    let asked = json!({"message": format!("What is the {bait} of the vault? {user}")});
+    let answer = theirs.chat(asked).await.expect_status(reqwest::StatusCode::OK).json();
+    assert!(answer["response"].as_str().unwrap().contains(&text), "{answer}");
+    let chunk = answer["citations"][0]["chunk_id"].as_str().unwrap().to_owned();
+    let export =
+        tenant.post("/v1/audit/exports", &json!({})).await.json()["export_id"].as_str().unwrap().to_owned();
+    let mut cursors = Vec::new();
+    for path in ["/v1/documents?limit=1", "/v1/audit?limit=1"] {
+        cursors.extend(tenant.get(path).await.json()["cursor"].as_str().map(str::to_owned));
+    }
+    Target {
+        canaries: vec![text, title, user],
+        bait,
+        document,
+        conversation: answer["conversation_id"].as_str().unwrap().to_owned(),
+        export,
+        cursors,
+        chunk,
+        tenant,
+    }
+}
+
+/// The contract's routes.
+fn routes() -> Vec<(String, RouteAuth)> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../infra/template.yaml");
+    let given = ["QdrantCells", "ModelUrl", "EmbeddingsUrl", "EmbeddingsModel"];
+    let mut parameters: BTreeMap<String, String> =
+        given.map(|name| (name.to_owned(), "https://x.example".to_owned())).into();
+    parameters.insert("QdrantCells".to_owned(), "default=https://x.example".to_owned());
+    parameters.insert("EmbeddingsDimensions".to_owned(), "512".to_owned());
+    let template = Template::load(&path, &parameters).unwrap();
+    template.api.routes.iter().map(|r| (format!("{} {}", r.method, r.path), r.auth.clone())).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nobody_is_shown_a_byte_of_anothers() {
+    let seed: u64 = env::parsed("SEED").unwrap_or_else(|_| entropy().random());
+    let attempts: usize = env::parsed("ATTEMPTS").unwrap_or(ATTEMPTS);
+    eprintln!("SEED={seed} ATTEMPTS={attempts}");
+    let stack = Stack::start_with(Options { no_seed: true, ..Options::default() }).await;
+    let mut targets = Vec::new();
+    for id in TENANTS {
+        targets.push(target(&stack, id).await);
+    }
+    let targets = Arc::new(targets);
+    let routes = routes();
+    let address = stack.url().strip_prefix("http://").unwrap().to_owned();
+
+    let mut rng = StdRng::seed_from_u64(seed);
+    let mut running = JoinSet::new();
+    let (mut statuses, mut attacked) = (BTreeMap::<u16, usize>::new(), BTreeSet::new());
+    for n in 0..attempts {
+        let pair: Vec<usize> = (0..targets.len()).collect::<Vec<_>>().sample(&mut rng, 2).copied().collect();
+        let (attacker, victim) = (&targets[pair[0]], &targets[pair[1]]);
+        // Each route in turn, so that none is left out of a short run.
+        let (route, auth) = &routes[n % routes.len()];
+        attacked.insert(route.clone());
+        let (path, body) = shapes(route, attacker, victim).choose(&mut rng).unwrap().clone();
+        let keys = forged_keys(attacker, victim);
+        // Mostly the attacker's own key: behind a refused one nothing is tried.
+        let key =
+            if rng.random_bool(0.85) { keys[0].clone() } else { keys.choose(&mut rng).unwrap().clone() };
+        let opens = key == keys[0] && *auth != RouteAuth::Iam;
+        let mut headers = forged_headers(victim).choose(&mut rng).unwrap().clone();
+        headers.extend(key.map(|key| ("authorization".to_owned(), key)));
+        headers.push(("content-type".to_owned(), "application/json".to_owned()));
+        let method = route.split(' ').next().unwrap().to_owned();
+        let body = if body.is_null() { String::new() } else { body.to_string() };
+        let attempt = Attempt { method, path, headers, body };
+        let (targets, address, attacker) = (Arc::clone(&targets), address.clone(), pair[0]);
+        running.spawn(async move {
+            let answer = attempt.send(&address).await;
+            let status = status(&answer);
+            let shown = String::from_utf8_lossy(&answer).into_owned();
+            assert!((200..500).contains(&status), "{attempt:?}\n{shown}");
+            assert!(opens || status >= 400, "it opened: {attempt:?}\n{shown}");
+            let others = targets.iter().enumerate().filter(|(n, _)| *n != attacker).map(|(_, other)| other);
+            for word in others.flat_map(|other| &other.canaries) {
+                assert!(!holds(&answer, word), "{word}: {attempt:?}\n{shown}");
+            }
+            status
+        });
+        while running.len() >= AT_ONCE {
+            let status = running.join_next().await.unwrap().unwrap();
+            *statuses.entry(status).or_default() += 1;
+        }
+    }
+    for status in running.join_all().await {
+        *statuses.entry(status).or_default() += 1;
+    }
+    eprintln!("{attempts} attempts on {} routes; answers by status: {statuses:?}", attacked.len());
+    assert_eq!(attacked.len(), routes.len().min(attempts));
+    assert!(statuses.contains_key(&200), "nothing was let in: the suite attacks a closed door");
+
+    // Everybody still has what was theirs, and the words are theirs alone, logs included.
+    for target in targets.iter() {
+        let hits = target.tenant.search(&target.bait, 50).await;
+        assert!(hits.iter().any(|hit| hit["document_id"] == target.document.as_str()), "{hits:?}");
+        let goes_on = json!({"message": "And?", "conversation_id": target.conversation});
+        let theirs = target.tenant.as_user("canary-user").chat(goes_on).await;
+        assert_eq!(theirs.status, reqwest::StatusCode::OK, "{}", theirs.text);
+    }
+    let logs = stack.logs();
+    for target in targets.iter() {
+        let known = target.canaries.iter().find(|word| logs.contains(*word));
+        assert_eq!(known, None, "a log holds what a tenant wrote");
+    }
+    assert!(!logs.contains("isolation_alert"));
+    stack.stop().await;
+}
+
+/// What is another's and what is nobody's cannot be told apart: by body, by headers, or by how much the
+/// stores were asked.
+#[tokio::test]
+async fn what_is_anothers_is_as_if_it_were_not() {
+    let stack = Stack::start_with(Options { no_seed: true, ..Options::default() }).await;
+    let (acme, globex) = (target(&stack, "acme1").await, target(&stack, "globex").await);
+    let address = stack.url().strip_prefix("http://").unwrap().to_owned();
+    let nobody = |id: &str| -> String {
+        // As long, and made of the same letters.
+        let (head, tail) = id.split_at(id.len() / 2);
+        format!("{head}{}", tail.chars().rev().collect::<String>())
+    };
+    let probe = async |method: &str, path: String, body: Value| {
+        stack.forget_dynamodb_calls().await;
+        let headers = [
+            ("authorization", format!("Bearer {}", acme.tenant.key)),
+            ("content-type", "application/json".into()),
+        ];
+        let attempt = Attempt {
+            method: method.to_owned(),
+            path,
+            headers: headers.map(|(name, value)| (name.to_owned(), value)).into(),
+            body: if body.is_null() { String::new() } else { body.to_string() },
+        };
+        let answer = attempt.send(&address).await;
+        let head = String::from_utf8_lossy(&answer).split("\r\n\r\n").next().unwrap().to_owned();
+        let names: BTreeSet<String> =
+            head.lines().filter_map(|l| Some(l.split_once(':')?.0.to_owned())).collect();
+        let calls = stack.dynamodb_calls().await;
+        let calls: Vec<Value> = calls.iter().map(|call| json!([call["operation"], call["tables"]])).collect();
+        (status(&answer), names, body_of(&answer), calls)
+    };
+    // Warm: the authorizer's decision is kept, the meter known.
+    acme.tenant.get("/v1/documents").await;
+    for (method, prefix, id) in [
+        ("GET", "/v1/documents/", &globex.document),
+        ("DELETE", "/v1/documents/", &globex.document),
+        ("GET", "/v1/audit/exports/", &globex.export),
+    ] {
+        let foreign = probe(method, format!("{prefix}{id}"), Value::Null).await;
+        let absent = probe(method, format!("{prefix}{}", nobody(id)), Value::Null).await;
+        assert_eq!(foreign, absent, "{method} {prefix}");
+        assert_eq!(foreign.0, 404, "{method} {prefix}");
+    }
+    let ask = |conversation: &str| json!({"message": "And?", "conversation_id": conversation});
+    let foreign = probe("POST", "/v1/chat".into(), ask(&globex.conversation)).await;
+    let absent = probe("POST", "/v1/chat".into(), ask(&nobody(&globex.conversation))).await;
+    assert_eq!((foreign.0, &foreign.1, &foreign.2), (absent.0, &absent.1, &absent.2));
+    assert_eq!((foreign.0, foreign.3), (404, absent.3));
+    stack.stop().await;
+}
