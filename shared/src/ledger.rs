@@ -465,6 +465,26 @@ mod tests {
         assert_eq!((lines.len(), lines[0].model, lines[0].requests), (1, UNREPORTED, 1));
     }
 
+    /// An item of a table has at most 400 KB. Every part of a record is bounded where it comes in: here is
+    /// the largest that can be made of those parts.
+    #[test]
+    fn the_largest_record_fits_its_item() {
+        let now = Timestamp::from_millis(i64::from(u32::MAX) * 1_000);
+        let mut record = Record::aborted("a".repeat(32).parse().unwrap(), &lease(), Ticket(u64::MAX), now);
+        record.user_id = Some("\u{10ffff}".repeat(64).parse().unwrap());
+        record.operator = Some("o".repeat(2_048));
+        let document = "d".repeat(128);
+        // A hundred documents to a request, a hundred passages to a search.
+        record.documents = vec![document.parse().unwrap(); 100];
+        record.chunks = vec![format!("{document}:{}", "0".repeat(16)); 100];
+        record.injection = vec!["p".repeat(64); 100];
+        record.model = Some("m".repeat(256));
+        record.embedding_model = record.model.clone();
+        assert!("x".repeat(257).parse::<UserId>().is_err() && "x".repeat(129).parse::<DocumentId>().is_err());
+        let size = serde_json::to_vec(&record).unwrap().len();
+        assert!(size < 64 << 10, "{size} bytes");
+    }
+
     #[test]
     fn the_lines_add_up_to_the_record() {
         let mut record =

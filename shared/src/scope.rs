@@ -2,8 +2,70 @@
 //!
 //! The authorizer turns a [`VerifiedKey`] into a [`Decision`]; API Gateway carries it, outside the
 //! caller's reach, into the function's event; there [`Caller::of`] reads it back and
-//! [`TenantScope::open`] checks what a cached decision cannot know. Every store call of a tenant takes the scope, so code that has not
-//! come this way cannot name a tenant's data.
+//! [`TenantScope::open`] checks what a cached decision cannot know. Every store call of a tenant takes the
+//! scope, so code that has not come this way cannot name a tenant's data.
+//!
+//! What it is for compiles:
+//!
+//! ```
+//! # use shared::scope::{Subject, TenantScope};
+//! # use shared::tenant::TenantId;
+//! fn whose(scope: &TenantScope) -> &TenantId {
+//!     scope.tenant_id()
+//! }
+//! fn books(of: &impl Subject) -> &TenantId {
+//!     of.tenant_id()
+//! }
+//! fn both(scope: &TenantScope) -> bool {
+//!     whose(scope) == books(scope)
+//! }
+//! ```
+//!
+//! The usual mistakes do not. To keep a scope for another request:
+//!
+//! ```compile_fail,E0308
+//! # use shared::scope::TenantScope;
+//! fn keep(scope: &TenantScope) -> TenantScope {
+//!     scope.clone()
+//! }
+//! ```
+//!
+//! To write one down, or read it from what a client sent:
+//!
+//! ```compile_fail,E0277
+//! # use shared::scope::TenantScope;
+//! fn write_down(scope: &TenantScope) -> String {
+//!     serde_json::to_string(scope).unwrap()
+//! }
+//! ```
+//!
+//! ```compile_fail,E0277
+//! # use shared::scope::TenantScope;
+//! fn read_from(body: &str) -> TenantScope {
+//!     serde_json::from_str(body).unwrap()
+//! }
+//! ```
+//!
+//! To make one's own subject out of an id:
+//!
+//! ```compile_fail,E0423
+//! # use shared::scope::Ward;
+//! # use shared::tenant::TenantId;
+//! fn ward(id: TenantId) -> Ward {
+//!     Ward(id)
+//! }
+//! ```
+//!
+//! ```compile_fail,E0277
+//! # use shared::scope::Subject;
+//! # use shared::tenant::TenantId;
+//! struct Mine(TenantId);
+//! impl Subject for Mine {
+//!     fn tenant_id(&self) -> &TenantId {
+//!         &self.0
+//!     }
+//! }
+//! ```
 
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;

@@ -1,5 +1,21 @@
 //! Table `meters`: one item per tenant, written conditionally and never in a transaction. (DynamoDB
 //! refuses a plain write of an item that a transaction is at work on.)
+//!
+//! As every store, it takes whoever may touch a tenant's items, and no id:
+//!
+//! ```
+//! # use shared::{aws::meters::MeterStore, scope::TenantScope};
+//! async fn read(store: &MeterStore, scope: &TenantScope) -> bool {
+//!     store.read(scope).await.is_ok()
+//! }
+//! ```
+//!
+//! ```compile_fail,E0277
+//! # use shared::{aws::meters::MeterStore, tenant::TenantId};
+//! async fn read(store: &MeterStore, id: &TenantId) -> bool {
+//!     store.read(id).await.is_ok()
+//! }
+//! ```
 
 use aws_config::SdkConfig;
 use aws_sdk_dynamodb::operation::update_item::UpdateItemError;
