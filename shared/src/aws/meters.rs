@@ -27,7 +27,7 @@ use super::table::{Item, StoreError, Table};
 use crate::item_key::PARTITION;
 use crate::meter::{Lease, Meter, Replacement, Ticket, Write};
 use crate::scope::Subject;
-use crate::tenant::TenantId;
+use crate::tenant::{TenantId, TenantStatus};
 
 /// The table.
 #[derive(Clone, Debug)]
@@ -116,6 +116,44 @@ impl MeterStore {
             Some(UpdateItemError::ConditionalCheckFailedException(failed)) => {
                 let item = failed.item.clone().ok_or_else(|| self.0.missing())?;
                 Ok(Written::No(self.0.record(item)?))
+            }
+            _ => Err(self.0.failed(error)),
+        }
+    }
+
+    /// Lets a tenant's standing reach its very next admission: from now on only decisions of that epoch
+    /// or later admit, and only while `status` is active. Said again it changes nothing, and a later
+    /// epoch stays.
+    ///
+    /// # Errors
+    /// [`StoreError::Missing`] if the tenant has no meter; otherwise if the table does not answer.
+    pub async fn set_standing(
+        &self,
+        subject: &impl Subject,
+        status: TenantStatus,
+        epoch: u64,
+    ) -> Result<(), StoreError> {
+        let status = serde_dynamo::aws_sdk_dynamodb_1::to_attribute_value(status).map_err(|e| self.0.corrupt(e))?;
+        let answer = self
+            .0
+            .client
+            .update_item()
+            .table_name(&self.0.name)
+            .key(PARTITION, AttributeValue::S(subject.tenant_id().to_string()))
+            .update_expression("SET #s = :s, #e = :e")
+            .condition_expression("attribute_exists(#p) AND #e <= :e")
+            .expression_attribute_names("#p", PARTITION)
+            .expression_attribute_names("#s", "status")
+            .expression_attribute_names("#e", "epoch")
+            .expression_attribute_values(":s", status)
+            .expression_attribute_values(":e", AttributeValue::N(epoch.to_string()))
+            .return_values_on_condition_check_failure(ReturnValuesOnConditionCheckFailure::AllOld)
+            .send()
+            .await;
+        let Err(error) = answer else { return Ok(()) };
+        match error.as_service_error() {
+            Some(UpdateItemError::ConditionalCheckFailedException(failed)) => {
+                failed.item.as_ref().map(|_| ()).ok_or_else(|| self.0.missing())
             }
             _ => Err(self.0.failed(error)),
         }

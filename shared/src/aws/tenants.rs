@@ -1,7 +1,7 @@
 //! Table `tenants`: who a tenant is, and its keys.
 
 use aws_config::SdkConfig;
-use aws_sdk_dynamodb::types::AttributeValue;
+use aws_sdk_dynamodb::types::{AttributeValue, Put, TransactWriteItem};
 
 use super::ledger::Ledger;
 use super::meters::MeterStore;
@@ -71,6 +71,38 @@ impl TenantStore {
             meters.new_part(&tenant.tenant_id, meter)?,
             ledger.event_part(record)?,
         ];
+        match self.0.transact(parts).await {
+            Ok(()) => Ok(()),
+            Err(Cancelled::Conditions(_)) => Err(StoreError::Conflict),
+            Err(Cancelled::Failed(error)) => Err(error),
+        }
+    }
+
+    /// Puts a tenant's record in the place of the one that was read as `was`, with the record of who did
+    /// it. The new one has to be an epoch later; [`MeterStore::set_standing`] then lets it reach the next
+    /// admission.
+    ///
+    /// # Errors
+    /// [`StoreError::Conflict`] if the tenant is gone or has changed since it was read.
+    pub async fn change(
+        &self,
+        _operator: &Operator,
+        was: &Tenant,
+        now: &Tenant,
+        (ledger, record): (&Ledger, &Record),
+    ) -> Result<(), StoreError> {
+        if now.tenant_id != was.tenant_id || now.epoch != was.epoch + 1 {
+            return Err(StoreError::Conflict);
+        }
+        let put = Put::builder()
+            .table_name(&self.0.name)
+            .set_item(Some(self.0.item(now, item_key::TENANT)?))
+            .condition_expression("#e = :e")
+            .expression_attribute_names("#e", "epoch")
+            .expression_attribute_values(":e", AttributeValue::N(was.epoch.to_string()))
+            .build()
+            .map_err(|e| self.0.corrupt(e))?;
+        let parts = vec![TransactWriteItem::builder().put(put).build(), ledger.event_part(record)?];
         match self.0.transact(parts).await {
             Ok(()) => Ok(()),
             Err(Cancelled::Conditions(_)) => Err(StoreError::Conflict),
