@@ -99,7 +99,7 @@ async fn the_store_does_what_the_arithmetic_says() {
     let mut rng = StdRng::seed_from_u64(seed);
     let stack = Stack::start_with(Options { no_seed: true, ..Options::default() }).await;
     stack.provision(json!({"tenant_id": "acme", "tier": "professional", "company_name": "acme"})).await;
-    let store = MeterStore::new(&stack.tables_config().await, Stack::table("meters"));
+    let store = MeterStore::new(&stack.tables_access().await, Stack::table("meters"));
     #[expect(clippy::disallowed_methods, reason = "the test stands for what keeps the books")]
     let ward = Bookkeeper::driven_by_events().of("acme".parse().unwrap());
 

@@ -9,16 +9,15 @@ use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use aws_config::SdkConfig;
 use rand::RngExt;
 use tokio::time::Instant;
 
 use crate::api_key::{Permission, verify};
-use crate::aws::StoreError;
 use crate::aws::idempotency::IdempotencyStore;
 use crate::aws::ledger::{Along, Entered, Ledger};
 use crate::aws::meters::{MeterStore, Written};
 use crate::aws::tenants::TenantStore;
+use crate::aws::{Access, StoreError};
 use crate::breaker::Breaker;
 use crate::clock::{Clock, Timestamp};
 use crate::denials::Denials;
@@ -116,9 +115,9 @@ impl Books {
     ///
     /// # Errors
     /// If a variable is absent; the error names it.
-    pub fn from_env(config: &SdkConfig, clock: Clock) -> Result<Self, EnvError> {
-        let meters = MeterStore::new(config, env::text("METERS_TABLE")?);
-        Ok(Self::new(meters, Ledger::new(config, env::text("AUDIT_TABLE")?), clock))
+    pub fn from_env(access: &Access, clock: Clock) -> Result<Self, EnvError> {
+        let meters = MeterStore::new(access, env::text("METERS_TABLE")?);
+        Ok(Self::new(meters, Ledger::new(access, env::text("AUDIT_TABLE")?), clock))
     }
 
     /// The meters.
@@ -241,9 +240,9 @@ impl Gate {
     ///
     /// # Errors
     /// If a variable is absent; the error names it.
-    pub fn from_env(config: &SdkConfig, clock: Clock) -> Result<Self, EnvError> {
-        let tenants = TenantStore::new(config, env::text("TENANTS_TABLE")?);
-        Ok(Self::new(Books::from_env(config, clock)?, tenants))
+    pub fn from_env(access: &Access, clock: Clock) -> Result<Self, EnvError> {
+        let tenants = TenantStore::new(access, env::text("TENANTS_TABLE")?);
+        Ok(Self::new(Books::from_env(access, clock)?, tenants))
     }
 
     /// Claims a request's idempotency key, if it has one, and brings the first result if the request is a

@@ -8,12 +8,11 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use aws_config::SdkConfig;
 use rand::RngExt;
 use tokio::time::{Instant, timeout};
 
-use crate::aws::StoreError;
 use crate::aws::accounts::{AccountStore, SHARDS, Shard};
+use crate::aws::{Access, StoreError};
 use crate::clock::{Clock, Timestamp};
 use crate::env::{self, EnvError};
 use crate::pressure::{self, Account, Fill, Notes};
@@ -58,10 +57,10 @@ impl Valve {
     ///
     /// # Errors
     /// If a variable is absent or malformed; the error names it.
-    pub fn from_env(config: &SdkConfig, clock: Clock) -> Result<Self, EnvError> {
+    pub fn from_env(access: &Access, clock: Clock) -> Result<Self, EnvError> {
         let ceiling: u32 = env::parsed("MODEL_MAX_IN_FLIGHT")?;
         Ok(Self {
-            accounts: AccountStore::new(config, env::text("ACCOUNTS_TABLE")?),
+            accounts: AccountStore::new(access, env::text("ACCOUNTS_TABLE")?),
             ceiling: Some(ceiling).filter(|ceiling| *ceiling > 0),
             shard: entropy().random_range(0..SHARDS),
             clock,

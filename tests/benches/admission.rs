@@ -17,7 +17,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use aws_config::SdkConfig;
 use aws_lambda_events::apigw::ApiGatewayProxyRequestContext;
 use redis::aio::MultiplexedConnection;
 use serde_json::{Value, json};
@@ -252,7 +251,7 @@ impl Drop for Redis {
 /// The stack, and where its tables are.
 struct Tables {
     stack: Stack,
-    config: SdkConfig,
+    access: shared::aws::Access,
     tenants: usize,
 }
 
@@ -271,7 +270,7 @@ impl Tables {
             "tenant_id": tenant_id, "tier": "enterprise", "company_name": tenant_id, "limits": limits,
         });
         let key: ApiKey = self.stack.provision(body).await.key.parse().unwrap();
-        let store = TenantStore::new(&self.config, Stack::table("tenants"));
+        let store = TenantStore::new(&self.access, Stack::table("tenants"));
         let claimed = store.claimed_by(&key).await.unwrap();
         let status = claimed.tenant.as_ref().map(|tenant| tenant.status);
         let verified = verify(&key, claimed.key, status, Clock::system().now()).unwrap();
@@ -281,9 +280,9 @@ impl Tables {
     }
 
     fn client(&self, decision: &Arc<HashMap<String, Value>>, now: &Clock, settles: bool) -> Client {
-        let meters = MeterStore::new(&self.config, Stack::table("meters"));
-        let ledger = Ledger::new(&self.config, Stack::table("audit"));
-        let tenants = TenantStore::new(&self.config, Stack::table("tenants"));
+        let meters = MeterStore::new(&self.access, Stack::table("meters"));
+        let ledger = Ledger::new(&self.access, Stack::table("audit"));
+        let tenants = TenantStore::new(&self.access, Stack::table("tenants"));
         let gate = Box::new(Gate::new(Books::new(meters, ledger, now.clone()), tenants));
         Client::Bulkhead { gate, decision: Arc::clone(decision), now: now.clone(), settles }
     }
@@ -403,8 +402,8 @@ async fn main() {
         return;
     }
     let stack = Stack::start_with(Options { no_seed: true, ..Options::default() }).await;
-    let config = stack.tables_config().await;
-    let mut tables = Tables { stack, config, tenants: 0 };
+    let access = stack.tables_access().await;
+    let mut tables = Tables { stack, access, tenants: 0 };
     let (redis, on_disk) = (Redis::start(false).await, Redis::start(true).await);
     if redis.is_none() {
         println!("There is no `redis-server` here: its rows are left out.");

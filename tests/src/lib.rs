@@ -61,6 +61,15 @@ pub struct Tenant {
     pub user: Option<String>,
 }
 
+/// An access key, with the token that goes with it if it is a session's.
+#[derive(Clone, Debug)]
+pub struct Key {
+    /// The key.
+    pub credentials: Credentials,
+    /// The token.
+    pub token: Option<String>,
+}
+
 /// An answer, read whole.
 #[derive(Clone, Debug)]
 pub struct Answer {
@@ -161,16 +170,17 @@ impl Stack {
         Self { child, directory, ready, http: client() }
     }
 
-    /// What a client of the stack's tables is configured with, as an operator.
-    pub async fn tables_config(&self) -> aws_config::SdkConfig {
+    /// An operator's access to the stack's tables.
+    pub async fn tables_access(&self) -> shared::aws::Access {
         let admin = &self.ready["admin"];
         let (id, secret) = (text(admin, "access_key_id"), text(admin, "secret_access_key"));
-        aws_config::defaults(aws_config::BehaviorVersion::latest())
+        let config = aws_config::defaults(aws_config::BehaviorVersion::latest())
             .region(aws_config::Region::new(text(admin, "region").to_owned()))
             .endpoint_url(text(&self.ready, "dynamodb_url"))
             .credentials_provider(aws_sdk_s3::config::Credentials::new(id, secret, None, None, "rig"))
             .load()
-            .await
+            .await;
+        shared::aws::Access::own(&config)
     }
 
     /// The name of a table, given without the stack's prefix.
@@ -180,13 +190,20 @@ impl Stack {
 
     /// A client of the stack's buckets, as an operator.
     pub fn s3(&self) -> aws_sdk_s3::Client {
-        let admin = &self.ready["admin"];
-        let (id, secret) = (text(admin, "access_key_id"), text(admin, "secret_access_key"));
+        self.s3_as(&self.operator())
+    }
+
+    /// A client of the stack's buckets with somebody's key.
+    pub fn s3_as(&self, key: &Key) -> aws_sdk_s3::Client {
+        let Key { credentials: Credentials { access_key_id, secret_access_key, region, .. }, token } =
+            key.clone();
+        let credentials =
+            aws_sdk_s3::config::Credentials::new(access_key_id, secret_access_key, token, None, "rig");
         let config = aws_sdk_s3::Config::builder()
             .behavior_version(aws_sdk_s3::config::BehaviorVersion::latest())
-            .region(aws_sdk_s3::config::Region::new(text(admin, "region").to_owned()))
+            .region(aws_sdk_s3::config::Region::new(region))
             .endpoint_url(text(&self.ready, "s3_url"))
-            .credentials_provider(aws_sdk_s3::config::Credentials::new(id, secret, None, None, "rig"))
+            .credentials_provider(credentials)
             .force_path_style(true)
             .build();
         aws_sdk_s3::Client::from_conf(config)
@@ -287,18 +304,67 @@ impl Stack {
     }
 
     /// The operator's key.
-    fn operator(&self) -> Credentials {
+    fn operator(&self) -> Key {
         let admin = &self.ready["admin"];
-        Credentials {
+        let credentials = Credentials {
             access_key_id: text(admin, "access_key_id").to_owned(),
             secret_access_key: text(admin, "secret_access_key").to_owned(),
             region: text(admin, "region").to_owned(),
             user_arn: String::new(),
+        };
+        Key { credentials, token: None }
+    }
+
+    /// Assumes a role with somebody's key, for a session with these tags.
+    ///
+    /// # Errors
+    /// STS's error code.
+    pub async fn assume(&self, key: &Key, role: &str, tags: &[(&str, &str)]) -> Result<Key, String> {
+        let role = format!("arn:aws:iam::000000000000:role/bulkhead-{role}");
+        let mut form = format!(
+            "Action=AssumeRole&Version=2011-06-15&RoleSessionName=rig&RoleArn={}",
+            role.replace(':', "%3A").replace('/', "%2F")
+        );
+        for (n, (name, value)) in tags.iter().enumerate() {
+            form.push_str(&format!("&Tags.member.{}.Key={name}&Tags.member.{0}.Value={value}", n + 1));
         }
+        let url = format!("{}/", text(&self.ready, "sts_url"));
+        let headers = [("content-type", "application/x-www-form-urlencoded")];
+        let request = self.signed(key, "sts", Method::POST, &url, &headers, form.into_bytes());
+        let answer = Answer::read(request.send().await.expect("STS answers")).await;
+        let part = |name: &str| {
+            let (_, rest) = answer.text.split_once(&format!("<{name}>"))?;
+            Some(rest.split_once('<')?.0.to_owned())
+        };
+        if !answer.status.is_success() {
+            return Err(part("Code").expect("an error code"));
+        }
+        let credentials = Credentials {
+            access_key_id: part("AccessKeyId").expect("a key"),
+            secret_access_key: part("SecretAccessKey").expect("a secret"),
+            ..key.credentials.clone()
+        };
+        Ok(Key { credentials, token: part("SessionToken") })
+    }
+
+    /// Steers STS: `{"outage": true}`, `{"lifetime_s": n}`; `{}` ends it.
+    ///
+    /// # Panics
+    /// If it is malformed.
+    pub async fn steer_sts(&self, steering: Value) {
+        let path = format!("{}/sts", text(&self.ready, "control_url"));
+        let sent = self.http.put(path).json(&steering).send().await.expect("the control address answers");
+        assert!(sent.status().is_success(), "{steering}");
+    }
+
+    /// How many sessions STS has given.
+    pub async fn sessions_given(&self) -> u64 {
+        let state = self.control(Method::GET, "sts", String::new()).await.json();
+        state["given"].as_u64().expect("a number")
     }
 
     /// Makes a call of a service that speaks JSON, DynamoDB or Secrets Manager, with somebody's key.
-    pub async fn signed_by(&self, key: &Credentials, service: &str, target: &str, input: &Value) -> Answer {
+    pub async fn signed_by(&self, key: &Key, service: &str, target: &str, input: &Value) -> Answer {
         let (url, version) = match service {
             "dynamodb" => ("dynamodb_url", "1.0"),
             _ => ("secrets_url", "1.1"),
@@ -313,17 +379,19 @@ impl Stack {
 
     fn signed(
         &self,
-        key: &Credentials,
+        key: &Key,
         service: &str,
         method: Method,
         url: &str,
         headers: &[(&str, &str)],
         body: Vec<u8>,
     ) -> RequestBuilder {
-        let signed = sigv4::sign(service, key, &method, url, headers, &body, system_clock());
+        let token = key.token.as_deref().map(|token| (sigv4::SECURITY_TOKEN, token));
+        let headers: Vec<(&str, &str)> = headers.iter().copied().chain(token).collect();
+        let signed = sigv4::sign(service, &key.credentials, &method, url, &headers, &body, system_clock());
         let mut request = self.http.request(method, url).body(body);
         for (name, value) in headers {
-            request = request.header(*name, *value);
+            request = request.header(name, value);
         }
         for (name, value) in signed.expect("a signature") {
             request = request.header(name, value);

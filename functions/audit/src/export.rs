@@ -11,6 +11,7 @@ use http::{Response, StatusCode};
 use lambda_http::{Body, Request};
 use serde::{Deserialize, Serialize};
 use shared::audit_log::{self, Head, ObjectHash, WireRecord};
+use shared::aws::LINKS_HOLD;
 use shared::clock::Timestamp;
 use shared::error::ApiError;
 use shared::item_key;
@@ -27,8 +28,6 @@ use crate::{Context, Period, unavailable};
 const PAGE: usize = 200;
 /// The most records on a page that are not in the log yet.
 const MOST_PENDING: usize = 1_000;
-/// How long links hold.
-const LINKS_HOLD: Duration = Duration::from_secs(3_600);
 const MARGIN: Duration = Duration::from_secs(4);
 
 #[derive(Deserialize)]
@@ -153,7 +152,7 @@ async fn answer(
     .await?;
     let mut objects = Vec::new();
     for (first, start, head, bytes) in found {
-        let url = context.objects.link(scope, &first, LINKS_HOLD).await.map_err(unavailable)?;
+        let url = context.objects.link(scope, &first).await.map_err(unavailable)?;
         objects.push(Entry {
             key: first.key,
             url,

@@ -34,13 +34,14 @@ impl Context {
     /// If a variable is absent; the error names it.
     pub async fn from_env() -> Result<Self, Error> {
         let config = aws::config().await;
+        let access = aws::Access::per_tenant(&config)?;
         let clock = Clock::system();
-        let ledger = Ledger::new(&config, env::text("AUDIT_TABLE")?);
+        let ledger = Ledger::new(&access, env::text("AUDIT_TABLE")?);
         Ok(Self {
-            gate: Gate::from_env(&config, clock.clone())?,
-            chains: Chains::new(&config, env::text("USAGE_TABLE")?, ledger.clone()),
+            gate: Gate::from_env(&access, clock.clone())?,
+            chains: Chains::new(&access, env::text("USAGE_TABLE")?, ledger.clone()),
             ledger,
-            objects: AuditObjects::new(&config, env::text("AUDIT_BUCKET")?),
+            objects: AuditObjects::new(&access, env::text("AUDIT_BUCKET")?),
             clock,
         })
     }

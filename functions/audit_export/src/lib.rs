@@ -46,13 +46,14 @@ impl Context {
     /// If a variable is absent; the error names it.
     pub async fn from_env() -> Result<Self, Error> {
         let config = aws::config().await;
+        let access = aws::Access::own(&config);
         #[expect(clippy::disallowed_methods, reason = "the table's stream drives this function")]
         let bookkeeper = Bookkeeper::driven_by_events();
-        let ledger = Ledger::new(&config, env::text("AUDIT_TABLE")?);
+        let ledger = Ledger::new(&access, env::text("AUDIT_TABLE")?);
         Ok(Self {
-            chains: Chains::new(&config, env::text("USAGE_TABLE")?, ledger.clone()),
+            chains: Chains::new(&access, env::text("USAGE_TABLE")?, ledger.clone()),
             ledger,
-            objects: AuditObjects::new(&config, env::text("AUDIT_BUCKET")?),
+            objects: AuditObjects::new(&access, env::text("AUDIT_BUCKET")?),
             retention_days: env::parsed("AUDIT_RETENTION_DAYS")?,
             bookkeeper,
             clock: Clock::system(),

@@ -39,10 +39,11 @@ impl Context {
     /// If a variable or secret is absent or malformed; the error names it.
     pub async fn from_env() -> Result<Self, Error> {
         let config = aws::config().await;
+        let access = aws::Access::own(&config);
         let clock = Clock::system();
         Ok(Self {
-            tenants: TenantStore::new(&config, env::text("TENANTS_TABLE")?),
-            denials: Denials::new(Ledger::new(&config, env::text("AUDIT_TABLE")?), clock.clone()),
+            tenants: TenantStore::new(&access, env::text("TENANTS_TABLE")?),
+            denials: Denials::new(Ledger::new(&access, env::text("AUDIT_TABLE")?), clock.clone()),
             vector_root_key: secrets::read(&config, "QDRANT_ROOT_KEY_SECRET").await?,
             clock,
         })

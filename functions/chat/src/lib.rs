@@ -59,6 +59,7 @@ impl Context {
     /// If a variable or secret is absent or malformed; the error names it.
     pub async fn from_env() -> Result<Self, Error> {
         let config = aws::config().await;
+        let access = aws::Access::per_tenant(&config)?;
         let http = outbound::client()?;
         let embedding = EmbeddingModel {
             name: env::text("EMBEDDINGS_MODEL")?,
@@ -75,15 +76,15 @@ impl Context {
         let clock = Clock::system();
         let conversations = env::text("CONVERSATIONS_TABLE")?;
         Ok(Self {
-            gate: Gate::from_env(&config, clock.clone())?,
-            valve: Valve::from_env(&config, clock.clone())?,
-            idempotency: IdempotencyStore::new(&config, conversations.clone()),
-            conversations: ConversationStore::new(&config, conversations),
+            gate: Gate::from_env(&access, clock.clone())?,
+            valve: Valve::from_env(&access, clock.clone())?,
+            idempotency: IdempotencyStore::new(&access, conversations.clone()),
+            conversations: ConversationStore::new(&access, conversations),
             cells: env::parsed("QDRANT_CELLS")?,
             embeddings: EmbeddingsClient::new(http.clone(), &embeddings_url, embeddings_key, embedding),
             embedding_prices,
             model: ModelClient::new(http, &model_url, model_key),
-            model_keys: TenantKeys::from_env(&config, "TENANT_MODEL_KEYS")?,
+            model_keys: TenantKeys::from_env(&access, "TENANT_MODEL_KEYS")?,
             clock,
             entropy: entropy(),
         })

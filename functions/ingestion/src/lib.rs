@@ -44,6 +44,7 @@ impl Context {
     /// If a variable or secret is absent or malformed; the error names it.
     pub async fn from_env() -> Result<Self, Error> {
         let config = aws::config().await;
+        let access = aws::Access::per_tenant(&config)?;
         let embedding = EmbeddingModel {
             name: env::text("EMBEDDINGS_MODEL")?,
             dimensions: env::parsed("EMBEDDINGS_DIMENSIONS")?,
@@ -54,10 +55,10 @@ impl Context {
         let key = secrets::read(&config, "EMBEDDINGS_KEY_SECRET").await?;
         let clock = Clock::system();
         Ok(Self {
-            gate: Gate::from_env(&config, clock.clone())?,
-            ledger: Ledger::new(&config, env::text("AUDIT_TABLE")?),
-            idempotency: IdempotencyStore::new(&config, env::text("CONVERSATIONS_TABLE")?),
-            documents: DocumentStore::new(&config, env::text("DOCUMENTS_TABLE")?),
+            gate: Gate::from_env(&access, clock.clone())?,
+            ledger: Ledger::new(&access, env::text("AUDIT_TABLE")?),
+            idempotency: IdempotencyStore::new(&access, env::text("CONVERSATIONS_TABLE")?),
+            documents: DocumentStore::new(&access, env::text("DOCUMENTS_TABLE")?),
             cells: env::parsed("QDRANT_CELLS")?,
             embeddings: EmbeddingsClient::new(outbound::client()?, &url, key, embedding),
             embedding_prices,

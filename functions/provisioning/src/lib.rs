@@ -40,13 +40,14 @@ impl Context {
     /// If a variable or secret is absent or malformed; the error names it.
     pub async fn from_env() -> Result<Self, Error> {
         let config = aws::config().await;
+        let access = aws::Access::own(&config);
         Ok(Self {
-            tenants: TenantStore::new(&config, env::text("TENANTS_TABLE")?),
-            meters: MeterStore::new(&config, env::text("METERS_TABLE")?),
-            ledger: Ledger::new(&config, env::text("AUDIT_TABLE")?),
+            tenants: TenantStore::new(&access, env::text("TENANTS_TABLE")?),
+            meters: MeterStore::new(&access, env::text("METERS_TABLE")?),
+            ledger: Ledger::new(&access, env::text("AUDIT_TABLE")?),
             cells: env::parsed("QDRANT_CELLS")?,
             vector_root_key: secrets::read(&config, "QDRANT_ROOT_KEY_SECRET").await?,
-            model_keys: TenantKeys::from_env(&config, "TENANT_MODEL_KEYS")?,
+            model_keys: TenantKeys::from_env(&access, "TENANT_MODEL_KEYS")?,
             embedding: EmbeddingModel {
                 name: env::text("EMBEDDINGS_MODEL")?,
                 dimensions: env::parsed("EMBEDDINGS_DIMENSIONS")?,

@@ -44,12 +44,13 @@ impl Context {
     /// If a variable is absent; the error names it.
     pub async fn from_env() -> Result<Self, Error> {
         let config = aws::config().await;
+        let access = aws::Access::own(&config);
         #[expect(clippy::disallowed_methods, reason = "schedules drive this function")]
         let bookkeeper = Bookkeeper::driven_by_events();
         let clock = Clock::system();
         Ok(Self {
-            books: Books::from_env(&config, clock.clone())?,
-            usage: UsageStore::new(&config, env::text("USAGE_TABLE")?),
+            books: Books::from_env(&access, clock.clone())?,
+            usage: UsageStore::new(&access, env::text("USAGE_TABLE")?),
             bookkeeper,
             clock,
         })

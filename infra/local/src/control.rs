@@ -10,6 +10,8 @@
 //! | `DELETE /dynamodb/faults` | ends all faults |
 //! | `GET /dynamodb/calls?after=n` | the calls numbered higher than `n`, oldest first |
 //! | `DELETE /dynamodb/calls` | forgets them; numbers go on |
+//! | `PUT /sts` | steers STS: `{"outage": true}`, `{"lifetime_s": n}`; `{}` ends it |
+//! | `GET /sts` | how it is steered, and how many sessions it has given |
 //!
 //! A rule of the faults has a `mode` (`throttle`, `error`, `conflict`, `cancel_conflict`, `hang`,
 //! `lost_answer`, `lost_answer_error`, `delay` with `delay_ms`, `kill_before` and `kill_after` with
@@ -33,6 +35,7 @@ use tokio::net::TcpListener;
 use crate::dynamodb::Front;
 use crate::lambda::{InvokeError, Lambda, MAX_PAYLOAD};
 use crate::serving;
+use crate::sts::{Steering, Sts};
 
 /// What is steered.
 #[derive(Clone, Debug)]
@@ -41,6 +44,8 @@ pub struct Control {
     pub lambda: Arc<Lambda>,
     /// The front before the tables.
     pub dynamodb: Arc<Front>,
+    /// The sessions of tenants.
+    pub sts: Arc<Sts>,
 }
 
 /// Serves the control address until `shutdown` resolves.
@@ -58,6 +63,7 @@ pub async fn serve(
         .route("/functions/{binary}/invoke", post(invoke))
         .route("/dynamodb/faults", put(set_faults).delete(clear_faults))
         .route("/dynamodb/calls", get(calls).delete(forget_calls))
+        .route("/sts", get(sts).put(steer_sts))
         // The function's own limit is the one that is to be seen.
         .layer(DefaultBodyLimit::max(MAX_PAYLOAD * 2))
         .with_state(control);
@@ -110,6 +116,15 @@ async fn forget_calls(State(control): State<Control>) -> StatusCode {
     StatusCode::NO_CONTENT
 }
 
+async fn sts(State(control): State<Control>) -> Response {
+    Json(control.sts.steering()).into_response()
+}
+
+async fn steer_sts(State(control): State<Control>, Json(steering): Json<Steering>) -> StatusCode {
+    control.sts.steer(steering);
+    StatusCode::NO_CONTENT
+}
+
 fn refused(status: StatusCode, error: &dyn std::error::Error) -> Response {
     (status, Json(json!({ "error": error.to_string() }))).into_response()
 }
@@ -131,7 +146,11 @@ mod tests {
         let front = Front::new(&[], Arc::default(), vec!["fake".to_owned()], kill);
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
         let url = format!("http://{}/_local", listener.local_addr().unwrap());
-        let control = Control { lambda: Arc::clone(&lambda), dynamodb: front };
+        let control = Control {
+            lambda: Arc::clone(&lambda),
+            dynamodb: front,
+            sts: Sts::new(Vec::new(), Arc::default()),
+        };
         tokio::spawn(serve(listener, control, std::future::pending()));
         let client = reqwest::Client::new();
         let post = async |path: &str, body: &'static str| {

@@ -1,5 +1,5 @@
-//! IAM, as far as the template's policies use it: whose access key signed a call, and whether the policies
-//! of its role allow it.
+//! IAM, as far as the template's policies use it: whose access key signed a call, whether the policies of
+//! its role allow it, and who may assume which role.
 //!
 //! A policy is evaluated as AWS does it: what no statement allows is denied, and what one denies is denied
 //! whatever the others say. An element or operator that is not known here is an error when the template is
@@ -7,6 +7,7 @@
 //! <https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_policies_evaluation-logic.html>
 
 use std::collections::BTreeMap;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use http::{HeaderMap, Method};
 use serde_json::{Map, Value};
@@ -67,20 +68,51 @@ pub struct Intent {
     pub context: BTreeMap<String, Vec<String>>,
 }
 
+/// A role, as the template declares it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Role {
+    /// Its ARN.
+    pub arn: String,
+    /// What its sessions may do.
+    pub policies: Vec<Policy>,
+    /// Who may assume it.
+    pub trust: Trust,
+}
+
+/// A role's trust policy: for each statement, whom it speaks of.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Trust(Vec<(Vec<String>, Statement)>);
+
 /// Somebody with an access key.
 #[derive(Clone, Debug)]
 pub struct Caller {
     /// The key, and whose it is.
     pub credentials: Credentials,
+    /// The role, as trust policies name it. Operators have none.
+    pub role: Option<String>,
     /// The policies of a role. Operators are not bound by any.
     pub policies: Option<Vec<Policy>>,
     /// The tags of the session.
     pub tags: BTreeMap<String, String>,
+    /// What goes with a key that was given for a while.
+    pub session: Option<Session>,
 }
 
-/// Everybody with an access key.
-#[derive(Clone, Debug, Default)]
-pub struct Callers(Vec<Caller>);
+/// What has to be sent along with a key that was given for a while, and until when it is good.
+#[derive(Clone, Debug)]
+pub struct Session {
+    /// The token.
+    pub token: String,
+    /// From when on it is refused.
+    pub expires_at: OffsetDateTime,
+}
+
+/// Everybody with an access key: those there are from the start, and sessions that came later.
+#[derive(Debug, Default)]
+pub struct Callers {
+    fixed: Vec<Arc<Caller>>,
+    sessions: RwLock<BTreeMap<String, Arc<Caller>>>,
+}
 
 impl Intent {
     /// An action on a resource, without anything that conditions look at.
@@ -92,14 +124,23 @@ impl Intent {
 impl Callers {
     /// These.
     #[must_use]
-    pub const fn new(callers: Vec<Caller>) -> Self {
-        Self(callers)
+    pub fn new(callers: Vec<Caller>) -> Self {
+        Self { fixed: callers.into_iter().map(Arc::new).collect(), sessions: RwLock::default() }
     }
 
     /// Whose access key that is.
     #[must_use]
-    pub fn by_key(&self, access_key_id: &str) -> Option<&Caller> {
-        self.0.iter().find(|caller| caller.credentials.access_key_id == access_key_id)
+    pub fn by_key(&self, access_key_id: &str) -> Option<Arc<Caller>> {
+        let fixed = self.fixed.iter().find(|caller| caller.credentials.access_key_id == access_key_id);
+        let sessions = || self.sessions.read().unwrap_or_else(PoisonError::into_inner);
+        fixed.cloned().or_else(|| sessions().get(access_key_id).cloned())
+    }
+
+    /// Lets somebody in whose key was given for a while. Those whose time is over are forgotten.
+    pub fn add_session(&self, caller: Caller, now: OffsetDateTime) {
+        let mut sessions = self.sessions.write().unwrap_or_else(PoisonError::into_inner);
+        sessions.retain(|_, other| other.session.as_ref().is_none_or(|session| session.expires_at > now));
+        sessions.insert(caller.credentials.access_key_id.clone(), Arc::new(caller));
     }
 
     /// Who signed a request to a service.
@@ -114,10 +155,78 @@ impl Callers {
         headers: &HeaderMap,
         body: &[u8],
         now: OffsetDateTime,
-    ) -> Result<&Caller, Refusal> {
-        let keys = self.0.iter().map(|caller| &caller.credentials);
-        let signer = sigv4::verify(service, keys, method, uri, headers, body, now)?;
-        self.by_key(&signer.access_key_id).ok_or(Refusal::UnknownKey)
+    ) -> Result<Arc<Caller>, Refusal> {
+        let caller = sigv4::presented_key(headers).and_then(|key| self.by_key(key));
+        let key = caller.as_ref().map(|caller| &caller.credentials);
+        sigv4::verify(service, key, method, uri, headers, body, now)?;
+        let caller = caller.ok_or(Refusal::UnknownKey)?;
+        let token = headers.get(sigv4::SECURITY_TOKEN).and_then(|token| token.to_str().ok());
+        caller.check_session(token, now)?;
+        Ok(caller)
+    }
+}
+
+impl Role {
+    /// Says why somebody may not assume the role with these tags, in AWS's words; nothing if it is allowed.
+    /// The trust policy alone decides: it names roles of the same account.
+    /// <https://docs.aws.amazon.com/IAM/latest/UserGuide/id_session-tags.html#id_session-tags_permissions-required>
+    #[must_use]
+    pub fn refused(&self, caller: &Caller, tags: &BTreeMap<String, String>) -> Option<String> {
+        let mut context: BTreeMap<String, Vec<String>> =
+            tags.iter().map(|(key, value)| (format!("aws:RequestTag/{key}"), vec![value.clone()])).collect();
+        context.insert("aws:TagKeys".to_owned(), tags.keys().cloned().collect());
+        let actions: &[&str] =
+            if tags.is_empty() { &["sts:AssumeRole"] } else { &["sts:AssumeRole", "sts:TagSession"] };
+        let refused = actions.iter().find(|action| {
+            let intent = Intent { context: context.clone(), ..Intent::new(**action, self.arn.clone()) };
+            !self.trust.allows(caller, &intent)
+        })?;
+        Some(format!(
+            "User: {} is not authorized to perform: {refused} on resource: {}",
+            caller.credentials.user_arn, self.arn
+        ))
+    }
+}
+
+impl Trust {
+    /// Reads the document of a trust policy.
+    ///
+    /// # Errors
+    /// What of it is not known here.
+    pub fn parse(document: &Value) -> Result<Self, String> {
+        let statements = match document.get("Statement") {
+            Some(Value::Array(statements)) => statements.clone(),
+            Some(one) => vec![one.clone()],
+            None => return Err("has no Statement".to_owned()),
+        };
+        let one = |mut statement: Value| {
+            let fields = statement.as_object_mut().ok_or("has a Statement that is no object")?;
+            let principal = fields.remove("Principal").ok_or("has a statement without Principal")?;
+            if principal.as_object().is_none_or(|principal| principal.len() != 1) {
+                return Err("has a Principal that is not known to the local stack".to_owned());
+            }
+            let who = texts(principal.get("AWS")).ok_or("has a Principal that is not known here")?;
+            // A trust policy speaks of the role that it stands in.
+            if fields.insert("Resource".to_owned(), "*".into()).is_some() {
+                return Err("has a Resource in a trust policy".to_owned());
+            }
+            Ok((who, Statement::parse(&statement)?))
+        };
+        statements.into_iter().map(one).collect::<Result<_, String>>().map(Self)
+    }
+
+    fn allows(&self, caller: &Caller, intent: &Intent) -> bool {
+        let mut allowed = false;
+        for (who, statement) in &self.0 {
+            let meant = caller.role.as_ref().is_some_and(|role| who.contains(role));
+            if meant && statement.applies(intent, &caller.tags) {
+                if !statement.allows {
+                    return false;
+                }
+                allowed = true;
+            }
+        }
+        allowed
     }
 }
 
@@ -125,7 +234,27 @@ impl Caller {
     /// Somebody who may do everything.
     #[must_use]
     pub const fn operator(credentials: Credentials) -> Self {
-        Self { credentials, policies: None, tags: BTreeMap::new() }
+        Self { credentials, role: None, policies: None, tags: BTreeMap::new(), session: None }
+    }
+
+    /// Somebody who acts in a role for as long as the stack runs.
+    #[must_use]
+    pub const fn in_role(credentials: Credentials, role: String, policies: Vec<Policy>) -> Self {
+        let tags = BTreeMap::new();
+        Self { credentials, role: Some(role), policies: Some(policies), tags, session: None }
+    }
+
+    /// Holds the token that came with a request against the caller's session.
+    ///
+    /// # Errors
+    /// [`Refusal::Token`] and [`Refusal::Expired`].
+    pub fn check_session(&self, token: Option<&str>, now: OffsetDateTime) -> Result<(), Refusal> {
+        match &self.session {
+            None => Ok(()),
+            Some(session) if token != Some(&session.token) => Err(Refusal::Token),
+            Some(session) if session.expires_at <= now => Err(Refusal::Expired),
+            Some(_) => Ok(()),
+        }
     }
 
     /// Says why the caller may not do one of these, in AWS's words; nothing if all are allowed.
@@ -330,7 +459,7 @@ mod tests {
             user_arn: "arn:aws:sts::0:assumed-role/chat".into(),
         };
         let tags = tags.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
-        Caller { credentials, policies: Some(vec![policy]), tags }
+        Caller { tags, ..Caller::in_role(credentials, "arn:aws:iam::0:role/chat".into(), vec![policy]) }
     }
 
     fn on(action: &str, resource: &str) -> Intent {

@@ -20,4 +20,5 @@ pub mod serving;
 pub mod sigv4;
 pub mod stack;
 pub mod streams;
+pub mod sts;
 pub mod template;

@@ -23,6 +23,7 @@ use tokio::net::TcpListener;
 
 use crate::iam::{Callers, Intent};
 use crate::serving::{replace_file, system_clock, unique_id};
+use crate::template::secret_arn;
 
 const CURRENT: &str = "AWSCURRENT";
 const PREVIOUS: &str = "AWSPREVIOUS";
@@ -44,7 +45,6 @@ pub struct Secrets(Arc<Inner>);
 struct Inner {
     path: PathBuf,
     /// `region:account`, as it stands in names of resources.
-    place: String,
     now: Box<dyn Fn() -> OffsetDateTime + Send + Sync>,
     secrets: Mutex<BTreeMap<String, Secret>>,
 }
@@ -219,11 +219,9 @@ impl Input {
 }
 
 impl Secrets {
-    /// Opens the file, which need not exist. `region` and `account` stand in the secrets' names.
+    /// Opens the file, which need not exist.
     pub fn open(
         path: &Path,
-        region: &str,
-        account: &str,
         now: impl Fn() -> OffsetDateTime + Send + Sync + 'static,
     ) -> Result<Self, Error> {
         let failed = |source| Error { path: path.to_owned(), source };
@@ -235,12 +233,7 @@ impl Secrets {
         if let Some(parent) = path.parent() {
             std::fs::create_dir_all(parent).map_err(failed)?;
         }
-        Ok(Self(Arc::new(Inner {
-            path: path.to_owned(),
-            place: format!("{region}:{account}"),
-            now: Box::new(now),
-            secrets: Mutex::new(secrets),
-        })))
+        Ok(Self(Arc::new(Inner { path: path.to_owned(), now: Box::new(now), secrets: Mutex::new(secrets) })))
     }
 
     /// Makes a secret hold `value`, as an operator does who sets up an account. One that holds it
@@ -276,11 +269,6 @@ impl Secrets {
         replace_file(&self.0.path, &serde_json::to_vec_pretty(secrets)?, FILE_MODE)
     }
 
-    fn arn(&self, name: &str) -> String {
-        let suffix: String = unique_id().chars().take(6).collect();
-        format!("arn:aws:secretsmanager:{}:secret:{name}-{suffix}", self.0.place)
-    }
-
     fn new_secret(&self, name: &str, version: Option<(String, SecretValue)>) -> Secret {
         let now = self.now();
         let versions = version
@@ -288,7 +276,7 @@ impl Secrets {
             .into_iter()
             .collect();
         Secret {
-            arn: self.arn(name),
+            arn: secret_arn(name),
             description: None,
             tags: Vec::new(),
             created: now,
@@ -315,10 +303,9 @@ impl Secrets {
         let operation = target.and_then(|target| target.strip_prefix("secretsmanager.")).unwrap_or_default();
         let input: Value = serde_json::from_slice(body).unwrap_or_default();
         let named = ["SecretId", "Name"].iter().find_map(|name| input.get(*name)?.as_str());
-        // As the template has it: without the random end that AWS gives an ARN.
         let resource = match named {
             Some(arn) if arn.starts_with("arn:") => arn.to_owned(),
-            Some(name) => format!("arn:aws:secretsmanager:{}:secret:{name}", self.0.place),
+            Some(name) => secret_arn(name),
             None => "*".to_owned(),
         };
         let message = caller.refused(&[Intent::new(format!("secretsmanager:{operation}"), resource)])?;
@@ -470,7 +457,7 @@ impl Secrets {
         if force {
             // Asked for by name, what is not there is answered like what was.
             let name = resolve(secrets, &id).unwrap_or(id);
-            let arn = secrets.remove(&name).map_or_else(|| self.arn(&name), |secret| secret.arn);
+            let arn = secrets.remove(&name).map_or_else(|| secret_arn(&name), |secret| secret.arn);
             return Ok(json!({"ARN": arn, "Name": name, "DeletionDate": seconds(now)}));
         }
         let name = resolve(secrets, &id)?;
@@ -669,15 +656,15 @@ mod tests {
             let seconds = Arc::new(AtomicI64::new(1_790_000_000));
             let clock = Arc::clone(&seconds);
             let now = move || OffsetDateTime::from_unix_timestamp(clock.load(Ordering::SeqCst)).unwrap();
-            let secrets = Secrets::open(path, "eu-central-1", "000000000000", now).unwrap();
+            let secrets = Secrets::open(path, now).unwrap();
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let url = format!("http://{}/", listener.local_addr().unwrap());
             let (operator, function) = (key("AKID"), key("ROLE"));
             let policy = json!({"Version": "2012-10-17", "Statement": {
                 "Effect": "Allow", "Action": "secretsmanager:GetSecretValue",
-                "Resource": "arn:aws:secretsmanager:eu-central-1:000000000000:secret:mine/*"}});
-            let policies = Some(vec![Policy::parse(&policy).unwrap()]);
-            let function = Caller { credentials: function, policies, tags: BTreeMap::new() };
+                "Resource": "arn:aws:secretsmanager:us-east-1:000000000000:secret:mine/*"}});
+            let policies = vec![Policy::parse(&policy).unwrap()];
+            let function = Caller::in_role(function, "arn:aws:iam::0:role/function".into(), policies);
             let callers = Arc::new(Callers::new(vec![Caller::operator(operator), function]));
             tokio::spawn(serve(listener, secrets.clone(), callers, std::future::pending()));
             Self { url, secrets, seconds }

@@ -11,6 +11,8 @@ use time::{OffsetDateTime, PrimitiveDateTime};
 
 /// The service in the credential scope of a request to an API.
 pub const GATEWAY: &str = "execute-api";
+/// The header that carries a session's token.
+pub const SECURITY_TOKEN: &str = "x-amz-security-token";
 const ALGORITHM: &str = "AWS4-HMAC-SHA256";
 /// How far the signer's clock may be off.
 const MAX_SKEW: Duration = Duration::from_secs(300);
@@ -63,6 +65,12 @@ pub enum Refusal {
     /// The request is not the one that was signed, or the secret is another.
     #[error("The signature does not match the request.")]
     Mismatch,
+    /// A session's key came without the session's token, or with another.
+    #[error("The security token included in the request is invalid.")]
+    Token,
+    /// The session is over.
+    #[error("The security token included in the request is expired")]
+    Expired,
 }
 
 impl Refusal {
@@ -72,7 +80,8 @@ impl Refusal {
         match self {
             Self::Missing => "MissingAuthenticationTokenException",
             Self::Incomplete | Self::Headers | Self::Scope => "IncompleteSignatureException",
-            Self::UnknownKey => "UnrecognizedClientException",
+            Self::UnknownKey | Self::Token => "UnrecognizedClientException",
+            Self::Expired => "ExpiredTokenException",
             Self::Time | Self::Mismatch => "InvalidSignatureException",
         }
     }
@@ -94,6 +103,13 @@ pub fn sign(
 ) -> Result<Vec<(String, String)>, SigningError> {
     let (instructions, _) = compute(service, credentials, method, url, headers, body, now)?.into_parts();
     Ok(instructions.headers().map(|(name, value)| (name.to_owned(), value.to_owned())).collect())
+}
+
+/// The access key that a request says it is signed with. Nothing is proven by it.
+#[must_use]
+pub fn presented_key(headers: &HeaderMap) -> Option<&str> {
+    let authorization = headers.get(http::header::AUTHORIZATION)?.to_str().ok()?;
+    Parts::parse(authorization)?.credential.first().copied()
 }
 
 /// Checks the signature of a request to a service, and says whose it is. `uri` is the path and query as

@@ -25,7 +25,9 @@ use crate::lambda::{Lambda, Options as LambdaOptions};
 use crate::serving::{replace_file, system_clock, unique_id};
 use crate::sigv4::Credentials;
 use crate::template::{self, Function, Template, TemplateError};
-use crate::{dynamodb, offline_embeddings, offline_model, qdrant, s3, schedules, secrets, sigv4, streams};
+use crate::{
+    dynamodb, offline_embeddings, offline_model, qdrant, s3, schedules, secrets, sigv4, streams, sts,
+};
 
 /// How long a service may take to end once it is asked to.
 const GRACE: Duration = Duration::from_secs(4);
@@ -135,6 +137,7 @@ pub struct Ready {
     pub s3_url: String,
     pub qdrant_url: String,
     pub secrets_url: String,
+    pub sts_url: String,
     pub audit_bucket: String,
     /// The model's service in use.
     pub model_url: String,
@@ -225,6 +228,7 @@ impl Stack {
         let (s3_listener, s3_url) = listen(0).await?;
         let (qdrant_listener, qdrant_url) = listen(0).await?;
         let (secrets_listener, secrets_url) = listen(0).await?;
+        let (sts_listener, sts_url) = listen(0).await?;
         let (control_listener, control_url) = listen(0).await?;
         let (model_url, model_key) = match &config.model {
             Some(endpoint) => (endpoint.url.clone(), endpoint.key.clone()),
@@ -285,6 +289,7 @@ impl Stack {
                 ("AWS_ENDPOINT_URL_DYNAMODB", &dynamodb_url),
                 ("AWS_ENDPOINT_URL_S3", &s3_url),
                 ("AWS_ENDPOINT_URL_SECRETS_MANAGER", &secrets_url),
+                ("AWS_ENDPOINT_URL_STS", &sts_url),
             ]
             .map(|(name, value)| (name.to_owned(), value.clone())),
         );
@@ -318,13 +323,11 @@ impl Stack {
         let stopped = back.stopped();
         let root_key = identity.qdrant_root_key.clone();
         back.run("Qdrant", qdrant::serve(qdrant_listener, in_data("qdrant"), root_key.clone(), stopped));
-        let store = secrets::Secrets::open(
-            &in_data("secrets.json"),
-            template::REGION,
-            template::ACCOUNT,
-            system_clock,
-        )
-        .map_err(|e| failed("Secrets Manager")(&e))?;
+        let sts = sts::Sts::new(template.roles.clone(), Arc::clone(&callers));
+        let stopped = back.stopped();
+        back.run("STS", sts::serve(sts_listener, Arc::clone(&sts), stopped));
+        let store = secrets::Secrets::open(&in_data("secrets.json"), system_clock)
+            .map_err(|e| failed("Secrets Manager")(&e))?;
         for secret in &template.secrets {
             let value = match secret.logical_id.as_str() {
                 "QdrantRootKey" => &root_key,
@@ -371,7 +374,7 @@ impl Stack {
             Gateway::serve(gateway_listener, template.api.clone(), Arc::clone(&lambda), operators, stopped);
         front.run("the gateway", gateway);
         let stopped = front.stopped();
-        let steered = Control { lambda: Arc::clone(&lambda), dynamodb: dynamodb_front };
+        let steered = Control { lambda: Arc::clone(&lambda), dynamodb: dynamodb_front, sts };
         front.run("the control address", control::serve(control_listener, steered, stopped));
 
         if config.seed && identity.tenants.is_empty() {
@@ -389,6 +392,7 @@ impl Stack {
             s3_url,
             qdrant_url,
             secrets_url,
+            sts_url,
             audit_bucket: template.bucket_name("AuditBucket").unwrap_or_default().to_owned(),
             model_url,
             embeddings_url,
@@ -439,7 +443,8 @@ fn role(function: &Function) -> Caller {
             function.name
         ),
     };
-    Caller { credentials, policies: Some(function.policies.clone()), tags: BTreeMap::new() }
+    let role = template::function_role_arn(&function.logical_id);
+    Caller::in_role(credentials, role, function.policies.clone())
 }
 
 fn file(path: &Path, source: io::Error) -> StackError {

@@ -16,10 +16,11 @@ use std::time::Duration;
 
 use http::Method;
 use serde_json::{Map, Value};
+use sha2::{Digest, Sha256};
 
 pub use self::events::{Events, ScheduleEvent, StartingPosition, StreamEvent};
 use self::intrinsics::Evaluator;
-use crate::iam::Policy;
+use crate::iam::{Policy, Role, Trust};
 
 /// Where the stack pretends to be.
 pub const REGION: &str = "us-east-1";
@@ -79,6 +80,8 @@ pub struct Template {
     pub secrets: Vec<Secret>,
     /// The queues.
     pub queues: Vec<Queue>,
+    /// The roles that are declared by themselves. A function's own is part of the function.
+    pub roles: Vec<Role>,
     /// The API in front of the functions.
     pub api: Api,
     /// The template's outputs. Addresses among them are those of AWS, not of the local stack.
@@ -302,6 +305,7 @@ impl Template {
             queues,
             buckets: of_kind(&resources, "AWS::S3::Bucket", bucket)?,
             secrets: of_kind(&resources, "AWS::SecretsManager::Secret", secret)?,
+            roles: of_kind(&resources, "AWS::IAM::Role", role)?,
             api,
             outputs: evaluator.outputs()?,
         };
@@ -437,21 +441,55 @@ fn function(
         memory_mb: merged.number("/MemorySize")?.unwrap_or(128),
         reserved_concurrency: merged.number("/ReservedConcurrentExecutions")?,
         events: events::events(&merged, tables, queues)?,
-        policies: policies(&merged)?,
+        policies: policies(&merged, Some)?,
         logical_id: merged.id,
     })
 }
 
-/// The documents under `Policies`. SAM's named policies and templates are not known here.
-fn policies(function: &Resource) -> Result<Vec<Policy>, TemplateError> {
-    let documents = match function.get("/Policies") {
+/// The documents under `Policies`, each found in its entry by `document`. SAM's named policies and
+/// templates are not known here.
+fn policies<'a>(
+    resource: &'a Resource,
+    document: fn(&'a Value) -> Option<&'a Value>,
+) -> Result<Vec<Policy>, TemplateError> {
+    let entries = match resource.get("/Policies") {
         None => return Ok(Vec::new()),
-        Some(Value::Array(documents)) => documents.iter().collect(),
+        Some(Value::Array(entries)) => entries.iter().collect(),
         Some(one) => vec![one],
     };
-    let parse =
-        |document| Policy::parse(document).map_err(|problem| invalid(function.at("/Policies"), problem));
-    documents.into_iter().map(parse).collect()
+    let parse = |entry| {
+        let document = document(entry).ok_or("has an entry without PolicyDocument".to_owned());
+        document.and_then(Policy::parse).map_err(|problem| invalid(resource.at("/Policies"), problem))
+    };
+    entries.into_iter().map(parse).collect()
+}
+
+fn role(resource: &Resource) -> Result<Role, TemplateError> {
+    resource.refuse(&["ManagedPolicyArns", "Path", "PermissionsBoundary"])?;
+    let at = "/AssumeRolePolicyDocument";
+    let trust = resource.get(at).ok_or_else(|| invalid(resource.at(at), "is missing"))?;
+    Ok(Role {
+        arn: role_arn(&physical_name(resource)),
+        policies: policies(resource, |entry| entry.get("PolicyDocument"))?,
+        trust: Trust::parse(trust).map_err(|problem| invalid(resource.at(at), problem))?,
+    })
+}
+
+/// A role's ARN.
+fn role_arn(name: &str) -> String {
+    format!("arn:aws:iam::{ACCOUNT}:role/{name}")
+}
+
+/// The ARN of the role that SAM makes for a function.
+pub fn function_role_arn(logical_id: &str) -> String {
+    role_arn(&format!("{STACK}-{logical_id}Role"))
+}
+
+/// A secret's ARN. Secrets Manager ends it with a hyphen and six random characters; here they are drawn from
+/// the name, so that policies that name the secret whole can be held against it.
+pub fn secret_arn(name: &str) -> String {
+    let tail = hex::encode(Sha256::digest(name));
+    format!("arn:aws:secretsmanager:{REGION}:{ACCOUNT}:secret:{name}-{}", tail.get(..6).unwrap_or_default())
 }
 
 /// SAM's rule for Globals: maps are merged, anything else is replaced.
@@ -565,6 +603,7 @@ fn name_property(kind: &str) -> Option<&'static str> {
         "AWS::SecretsManager::Secret" => Some("Name"),
         "AWS::SQS::Queue" => Some("QueueName"),
         "AWS::Logs::LogGroup" => Some("LogGroupName"),
+        "AWS::IAM::Role" => Some("RoleName"),
         _ => None,
     }
 }

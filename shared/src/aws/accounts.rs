@@ -3,9 +3,9 @@
 
 use std::collections::HashMap;
 
-use aws_config::SdkConfig;
 use aws_sdk_dynamodb::types::{AttributeValue, KeysAndAttributes, ReturnValue};
 
+use super::session::Access;
 use super::table::{Item, StoreError, Table};
 use crate::clock::Timestamp;
 use crate::pressure::{Fill, Notes};
@@ -30,8 +30,8 @@ pub struct Shard<'a> {
 
 impl AccountStore {
     /// The table of that name.
-    pub fn new(config: &SdkConfig, table: String) -> Self {
-        Self(Table::new(config, table))
+    pub fn new(access: &Access, table: String) -> Self {
+        Self(Table::new(access, table))
     }
 
     /// All notes about an account. Those of calls that must have ended are left out.
@@ -42,7 +42,7 @@ impl AccountStore {
         let keys = (0..SHARDS).map(|shard| Self::key(Shard { account, shard })).collect();
         let wanted = KeysAndAttributes::builder().set_keys(Some(keys)).build();
         let wanted = wanted.map_err(|e| self.0.corrupt(e))?;
-        let read = self.0.client.batch_get_item().request_items(&self.0.name, wanted);
+        let read = self.0.own_client().batch_get_item().request_items(&self.0.name, wanted);
         // What is throttled is left out: a shard's worth of notes, for a second.
         let answer = read.send().await.map_err(|e| self.0.failed(e))?;
         let items = answer.responses.and_then(|mut tables| tables.remove(&self.0.name));
@@ -105,7 +105,8 @@ impl AccountStore {
         shard: Shard<'_>,
         attributes: [(String, i64); N],
     ) -> Result<(), StoreError> {
-        let mut update = self.0.client.update_item().table_name(&self.0.name).set_key(Some(Self::key(shard)));
+        let mut update =
+            self.0.own_client().update_item().table_name(&self.0.name).set_key(Some(Self::key(shard)));
         let mut sets = Vec::new();
         for (place, (name, number)) in attributes.into_iter().enumerate() {
             update = update
@@ -120,7 +121,8 @@ impl AccountStore {
 
     /// Removes attributes and brings the calls that are left, with their ends.
     async fn remove(&self, shard: Shard<'_>, names: Vec<String>) -> Result<Vec<(String, i64)>, StoreError> {
-        let mut update = self.0.client.update_item().table_name(&self.0.name).set_key(Some(Self::key(shard)));
+        let mut update =
+            self.0.own_client().update_item().table_name(&self.0.name).set_key(Some(Self::key(shard)));
         let mut removes = Vec::new();
         for (place, name) in names.into_iter().enumerate() {
             update = update.expression_attribute_names(format!("#{place}"), name);

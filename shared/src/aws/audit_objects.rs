@@ -12,6 +12,7 @@ use aws_sdk_s3::presigning::PresigningConfig;
 use aws_sdk_s3::primitives::{ByteStream, DateTime};
 use aws_sdk_s3::types::{ChecksumAlgorithm, ObjectLockMode};
 
+use super::session::{Access, LINKS_HOLD};
 use crate::audit_log::{HEAD, Head, tenant_prefix};
 use crate::clock::Timestamp;
 use crate::scope::{Subject, Ward};
@@ -19,7 +20,7 @@ use crate::scope::{Subject, Ward};
 /// The bucket.
 #[derive(Clone, Debug)]
 pub struct AuditObjects {
-    client: Client,
+    access: Access,
     bucket: String,
 }
 
@@ -53,19 +54,12 @@ pub struct First {
 
 impl AuditObjects {
     /// The bucket of that name.
-    pub fn new(config: &SdkConfig, bucket: String) -> Self {
-        // An object of some 100 kB takes longer than an item, and more than one attempt costs nothing.
-        let config = aws_sdk_s3::config::Builder::from(config)
-            .retry_config(RetryConfig::standard().with_max_attempts(4))
-            .timeout_config(
-                TimeoutConfig::builder()
-                    .connect_timeout(Duration::from_secs(1))
-                    .operation_attempt_timeout(Duration::from_secs(5))
-                    .operation_timeout(Duration::from_secs(15))
-                    .build(),
-            )
-            .build();
-        Self { client: Client::from_conf(config), bucket }
+    pub fn new(access: &Access, bucket: String) -> Self {
+        Self { access: access.clone(), bucket }
+    }
+
+    fn client(&self, subject: &impl Subject) -> Client {
+        self.access.of(subject.tenant_id()).s3(settings).clone()
     }
 
     /// Puts an object that is not there, locked until `retain_until`. Says whether it did; if not, there
@@ -82,7 +76,7 @@ impl AuditObjects {
     ) -> Result<bool, ObjectError> {
         own(ward, key)?;
         let put = self
-            .client
+            .client(ward)
             .put_object()
             .bucket(&self.bucket)
             .key(key)
@@ -110,7 +104,7 @@ impl AuditObjects {
         retain_until: Timestamp,
     ) -> Result<(), ObjectError> {
         let text = serde_json::to_vec(head).map_err(|e| self.unavailable("unserialisable", e.into()))?;
-        self.client
+        self.client(ward)
             .put_object()
             .bucket(&self.bucket)
             .key(format!("{}{HEAD}", tenant_prefix(ward.tenant_id())))
@@ -147,7 +141,7 @@ impl AuditObjects {
     ) -> Result<(Vec<First>, Option<String>), ObjectError> {
         own(subject, prefix)?;
         let answer = self
-            .client
+            .client(subject)
             .list_object_versions()
             .bucket(&self.bucket)
             .prefix(prefix)
@@ -184,26 +178,22 @@ impl AuditObjects {
     /// [`ObjectError`].
     pub async fn read(&self, subject: &impl Subject, first: &First) -> Result<Vec<u8>, ObjectError> {
         own(subject, &first.key)?;
-        let call = self.client.get_object().bucket(&self.bucket).key(&first.key);
+        let call = self.client(subject).get_object().bucket(&self.bucket).key(&first.key);
         let answer = call.version_id(&first.version).send().await.map_err(|e| self.failed(e))?;
         let bytes = answer.body.collect().await.map_err(|e| self.unavailable("cut off", e.into()))?;
         Ok(bytes.to_vec())
     }
 
-    /// A link under which anybody can fetch an object for a while.
+    /// A link under which anybody can fetch an object for [`LINKS_HOLD`].
     ///
     /// # Errors
     /// [`ObjectError`].
-    pub async fn link(
-        &self,
-        subject: &impl Subject,
-        first: &First,
-        holds: Duration,
-    ) -> Result<String, ObjectError> {
+    pub async fn link(&self, subject: &impl Subject, first: &First) -> Result<String, ObjectError> {
         own(subject, &first.key)?;
-        let config =
-            PresigningConfig::expires_in(holds).map_err(|e| self.unavailable("no such period", e.into()))?;
-        let call = self.client.get_object().bucket(&self.bucket).key(&first.key).version_id(&first.version);
+        let config = PresigningConfig::expires_in(LINKS_HOLD);
+        let config = config.map_err(|e| self.unavailable("no such period", e.into()))?;
+        let call =
+            self.client(subject).get_object().bucket(&self.bucket).key(&first.key).version_id(&first.version);
         let signed = call.presigned(config).await.map_err(|e| self.failed(e))?;
         Ok(signed.uri().to_owned())
     }
@@ -224,6 +214,20 @@ impl AuditObjects {
     fn unavailable(&self, code: &str, source: Box<dyn std::error::Error + Send + Sync>) -> ObjectError {
         ObjectError::Unavailable { bucket: self.bucket.clone(), code: code.to_owned(), source }
     }
+}
+
+/// An object of some 100 kB takes longer than an item, and more than one attempt costs nothing.
+fn settings(config: &SdkConfig) -> aws_sdk_s3::Config {
+    aws_sdk_s3::config::Builder::from(config)
+        .retry_config(RetryConfig::standard().with_max_attempts(4))
+        .timeout_config(
+            TimeoutConfig::builder()
+                .connect_timeout(Duration::from_secs(1))
+                .operation_attempt_timeout(Duration::from_secs(5))
+                .operation_timeout(Duration::from_secs(15))
+                .build(),
+        )
+        .build()
 }
 
 /// Whether a key or prefix is one of the tenant's: the second look.

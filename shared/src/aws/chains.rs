@@ -8,12 +8,12 @@
 //! bill. So a record is in one object and on the bill once, however often and by however many it is
 //! exported, and wherever they stop.
 
-use aws_config::SdkConfig;
 use aws_sdk_dynamodb::types::{AttributeValue, TransactWriteItem, Update};
 use serde::{Deserialize, Serialize};
 use serde_dynamo::aws_sdk_dynamodb_1::to_attribute_value;
 
 use super::ledger::Ledger;
+use super::session::Access;
 use super::table::{Cancelled, StoreError, Table};
 use super::usage::UsageStore;
 use crate::audit_log::Head;
@@ -77,9 +77,9 @@ impl Growth<'_> {
 
 impl Chains {
     /// In the table of bills of that name, for that ledger.
-    pub fn new(config: &SdkConfig, table: String, ledger: Ledger) -> Self {
-        let usage = UsageStore::new(config, table.clone());
-        Self { table: Table::new(config, table), usage, ledger }
+    pub fn new(access: &Access, table: String, ledger: Ledger) -> Self {
+        let usage = UsageStore::new(access, table.clone());
+        Self { table: Table::new(access, table), usage, ledger }
     }
 
     /// A tenant's log.
@@ -102,7 +102,7 @@ impl Chains {
         let intent_value = value(&|| to_attribute_value(intent))?;
         let mut call = self
             .table
-            .client
+            .client(ward.tenant_id())
             .update_item()
             .table_name(&self.table.name)
             .set_key(Some(Table::key(ward.tenant_id(), item_key::CHAIN)))
@@ -148,7 +148,7 @@ impl Chains {
             parts.push(self.ledger.exported_part(ward, sort, growth.expires_at_s)?);
         }
         parts.extend(self.usage.additions(ward, growth.bill)?);
-        match self.table.transact(parts).await {
+        match self.table.transact(ward.tenant_id(), parts).await {
             Ok(()) => Ok(()),
             Err(Cancelled::Conditions(_)) => Err(StoreError::Conflict),
             Err(Cancelled::Failed(error)) => Err(error),

@@ -1,8 +1,8 @@
 //! Table `conversations`: the turns of a tenant's users.
 
-use aws_config::SdkConfig;
 use aws_sdk_dynamodb::types::TransactWriteItem;
 
+use super::session::Access;
 use super::table::{Page, StoreError, Table};
 use crate::clock::Timestamp;
 use crate::conversation::{MOST_TURNS, Turn};
@@ -16,8 +16,8 @@ pub struct ConversationStore(Table);
 
 impl ConversationStore {
     /// The table of that name.
-    pub fn new(config: &SdkConfig, table: String) -> Self {
-        Self(Table::new(config, table))
+    pub fn new(access: &Access, table: String) -> Self {
+        Self(Table::new(access, table))
     }
 
     /// The latest turns of a conversation of the scope's tenant and user, newest first; none if there

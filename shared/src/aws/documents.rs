@@ -1,9 +1,9 @@
 //! Table `documents`: what a tenant has handed in, and where it stands.
 
-use aws_config::SdkConfig;
 use aws_sdk_dynamodb::types::{AttributeValue, Delete, TransactWriteItem};
 
 use super::ledger::Ledger;
+use super::session::Access;
 use super::table::{Cancelled, Page, StoreError, Table};
 use crate::document::Document;
 use crate::ids::DocumentId;
@@ -17,8 +17,8 @@ pub struct DocumentStore(Table);
 
 impl DocumentStore {
     /// The table of that name.
-    pub fn new(config: &SdkConfig, table: String) -> Self {
-        Self(Table::new(config, table))
+    pub fn new(access: &Access, table: String) -> Self {
+        Self(Table::new(access, table))
     }
 
     /// A document of the scope's tenant.
@@ -45,7 +45,7 @@ impl DocumentStore {
         scope.owns(document.tenant_id.as_str(), "documents").map_err(|_| StoreError::Conflict)?;
         let put = self
             .0
-            .client
+            .client(scope.tenant_id())
             .put_item()
             .table_name(&self.0.name)
             .set_item(Some(self.0.item(document, &item_key::document(&document.id))?));
@@ -85,7 +85,7 @@ impl DocumentStore {
             .build()
             .map_err(|e| self.0.corrupt(e))?;
         let parts = vec![TransactWriteItem::builder().delete(delete).build(), ledger.event_part(record)?];
-        match self.0.transact(parts).await {
+        match self.0.transact(scope.tenant_id(), parts).await {
             Ok(()) | Err(Cancelled::Conditions(_)) => Ok(()),
             Err(Cancelled::Failed(error)) => Err(error),
         }

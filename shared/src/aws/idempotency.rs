@@ -1,11 +1,11 @@
 //! Idempotency keys: items of table `conversations`, since they hold answers and share their fate. A
 //! key is claimed before anything is spent, and its first result enters the ledger's transaction.
 
-use aws_config::SdkConfig;
 use aws_sdk_dynamodb::operation::put_item::PutItemError;
 use aws_sdk_dynamodb::types::{AttributeValue, Put, ReturnValuesOnConditionCheckFailure, TransactWriteItem};
 use serde::{Deserialize, Serialize};
 
+use super::session::Access;
 use super::table::{Item, StoreError, Table};
 use crate::clock::Timestamp;
 use crate::error::{ApiError, Code};
@@ -62,8 +62,8 @@ struct Claim {
 
 impl IdempotencyStore {
     /// In the table of that name.
-    pub fn new(config: &SdkConfig, table: String) -> Self {
-        Self(Table::new(config, table))
+    pub fn new(access: &Access, table: String) -> Self {
+        Self(Table::new(access, table))
     }
 
     fn claim_item(
@@ -126,7 +126,7 @@ impl IdempotencyStore {
         let owner = scope.request_id().to_string();
         let answer = self
             .0
-            .client
+            .client(scope.tenant_id())
             .put_item()
             .table_name(&self.0.name)
             .set_item(Some(self.claim_item(scope, key, until_s, None, now)?))
@@ -192,7 +192,7 @@ impl IdempotencyStore {
     pub async fn release(&self, scope: &TenantScope, key: &IdempotencyKey) -> Result<(), StoreError> {
         let answer = self
             .0
-            .client
+            .client(scope.tenant_id())
             .delete_item()
             .table_name(&self.0.name)
             .set_key(Some(Table::key(scope.tenant_id(), &item_key::idempotency(key.hash()))))

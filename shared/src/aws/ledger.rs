@@ -5,7 +5,6 @@
 
 use std::time::Duration;
 
-use aws_config::SdkConfig;
 #[cfg(feature = "audit-log")]
 use aws_sdk_dynamodb::types::Update;
 use aws_sdk_dynamodb::types::{AttributeValue, KeysAndAttributes, TransactWriteItem};
@@ -14,6 +13,7 @@ use sha2::{Digest, Sha256};
 
 use super::conversations::ConversationStore;
 use super::idempotency::{Finished, IdempotencyStore};
+use super::session::Access;
 use super::table::{Cancelled, Item, Page, StoreError, Table};
 use crate::clock::Timestamp;
 use crate::conversation::Turn;
@@ -77,8 +77,8 @@ pub struct Place(Item);
 
 impl Ledger {
     /// The table of that name.
-    pub fn new(config: &SdkConfig, table: String) -> Self {
-        Self(Table::new(config, table))
+    pub fn new(access: &Access, table: String) -> Self {
+        Self(Table::new(access, table))
     }
 
     /// A record as an item, which waits to be exported.
@@ -123,7 +123,7 @@ impl Ledger {
             if parts.is_empty() {
                 return Ok(entered.unwrap_or(Entered::Ours));
             }
-            match self.0.transact(parts).await {
+            match self.0.transact(scope.tenant_id(), parts).await {
                 Ok(()) => return Ok(entered.unwrap_or(Entered::Ours)),
                 Err(Cancelled::Conditions(found)) => {
                     let mut found = found;
@@ -167,7 +167,8 @@ impl Ledger {
         let sort = item_key::ticket(ticket);
         let mut failed = 0;
         loop {
-            match self.0.transact(vec![self.0.put_new(self.item(record, &sort)?)?]).await {
+            let parts = vec![self.0.put_new(self.item(record, &sort)?)?];
+            match self.0.transact(&record.tenant_id, parts).await {
                 Ok(()) => return Ok(Entered::Ours),
                 Err(Cancelled::Conditions(found)) => {
                     let there = found.into_iter().flatten().next().ok_or_else(|| self.0.missing())?;
@@ -188,7 +189,7 @@ impl Ledger {
         loop {
             let put = self
                 .0
-                .client
+                .client(&record.tenant_id)
                 .put_item()
                 .table_name(&self.0.name)
                 .set_item(Some(item.clone()))
@@ -249,7 +250,7 @@ impl Ledger {
                 .consistent_read(true)
                 .build()
                 .map_err(|e| self.0.corrupt(e))?;
-            let call = self.0.client.batch_get_item().request_items(&self.0.name, wanted);
+            let call = self.0.client(ward.tenant_id()).batch_get_item().request_items(&self.0.name, wanted);
             let answer = call.send().await.map_err(|e| self.0.failed(e))?;
             let items = answer.responses.and_then(|mut tables| tables.remove(&self.0.name));
             for item in items.unwrap_or_default() {
@@ -281,7 +282,7 @@ impl Ledger {
     ) -> Result<(Vec<Overdue>, Option<Place>), StoreError> {
         let answer = self
             .0
-            .client
+            .own_client()
             .scan()
             .table_name(&self.0.name)
             .index_name(item_key::PENDING_INDEX)
@@ -322,7 +323,7 @@ impl Ledger {
     ) -> Result<Vec<(String, Record)>, StoreError> {
         let answer = self
             .0
-            .client
+            .client(subject.tenant_id())
             .query()
             .table_name(&self.0.name)
             .index_name(item_key::PENDING_INDEX)

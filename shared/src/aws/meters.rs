@@ -17,12 +17,12 @@
 //! }
 //! ```
 
-use aws_config::SdkConfig;
 use aws_sdk_dynamodb::operation::update_item::UpdateItemError;
 use aws_sdk_dynamodb::types::{
     AttributeValue, ReturnValue, ReturnValuesOnConditionCheckFailure, TransactWriteItem,
 };
 
+use super::session::Access;
 use super::table::{Item, StoreError, Table};
 use crate::item_key::PARTITION;
 use crate::meter::{Lease, Meter, Replacement, Ticket, Write};
@@ -53,8 +53,8 @@ pub struct MeterPage {
 
 impl MeterStore {
     /// The table of that name.
-    pub fn new(config: &SdkConfig, table: String) -> Self {
-        Self(Table::new(config, table))
+    pub fn new(access: &Access, table: String) -> Self {
+        Self(Table::new(access, table))
     }
 
     /// The part of a transaction that adds a new tenant's meter.
@@ -72,7 +72,7 @@ impl MeterStore {
     pub async fn read(&self, subject: &impl Subject) -> Result<Meter, StoreError> {
         let answer = self
             .0
-            .client
+            .client(subject.tenant_id())
             .get_item()
             .table_name(&self.0.name)
             .key(PARTITION, AttributeValue::S(subject.tenant_id().to_string()))
@@ -93,7 +93,7 @@ impl MeterStore {
         let expression = Expression::of(write);
         let answer = self
             .0
-            .client
+            .client(subject.tenant_id())
             .update_item()
             .table_name(&self.0.name)
             .key(PARTITION, AttributeValue::S(subject.tenant_id().to_string()))
@@ -133,10 +133,11 @@ impl MeterStore {
         status: TenantStatus,
         epoch: u64,
     ) -> Result<(), StoreError> {
-        let status = serde_dynamo::aws_sdk_dynamodb_1::to_attribute_value(status).map_err(|e| self.0.corrupt(e))?;
+        let status =
+            serde_dynamo::aws_sdk_dynamodb_1::to_attribute_value(status).map_err(|e| self.0.corrupt(e))?;
         let answer = self
             .0
-            .client
+            .client(subject.tenant_id())
             .update_item()
             .table_name(&self.0.name)
             .key(PARTITION, AttributeValue::S(subject.tenant_id().to_string()))
@@ -172,7 +173,7 @@ impl MeterStore {
         let start = after.map(|id| Item::from([(PARTITION.to_owned(), AttributeValue::S(id.to_string()))]));
         let answer = self
             .0
-            .client
+            .own_client()
             .scan()
             .table_name(&self.0.name)
             .set_exclusive_start_key(start)

@@ -24,6 +24,7 @@ pub mod ledger;
 pub mod meters;
 #[cfg(feature = "secrets")]
 pub mod secrets;
+mod session;
 #[cfg(feature = "dynamodb")]
 mod table;
 #[cfg(feature = "dynamodb")]
@@ -32,6 +33,7 @@ pub mod tenants;
 #[cfg(feature = "dynamodb")]
 pub mod usage;
 
+pub use session::{Access, LINKS_HOLD};
 #[cfg(feature = "dynamodb")]
 pub use table::StoreError;
 

@@ -9,6 +9,7 @@ use aws_config::SdkConfig;
 use aws_sdk_secretsmanager::Client;
 use tokio::time::Instant;
 
+use super::session::Access;
 use crate::env::{self, EnvError};
 use crate::scope::TenantScope;
 use crate::secret::Secret;
@@ -49,7 +50,7 @@ const MOST_REMEMBERED: usize = 256;
 /// The keys of tenants' own accounts: one secret each, which the operator makes.
 #[derive(Debug)]
 pub struct TenantKeys {
-    client: Client,
+    access: Access,
     prefix: String,
     known: Mutex<HashMap<TenantId, (Secret, Instant)>>,
 }
@@ -60,9 +61,8 @@ impl TenantKeys {
     ///
     /// # Errors
     /// If the variable is absent; the error names it.
-    pub fn from_env(config: &SdkConfig, variable: &'static str) -> Result<Self, EnvError> {
-        let (client, prefix) = (Client::new(config), env::text(variable)?);
-        Ok(Self { client, prefix, known: Mutex::default() })
+    pub fn from_env(access: &Access, variable: &'static str) -> Result<Self, EnvError> {
+        Ok(Self { access: access.clone(), prefix: env::text(variable)?, known: Mutex::default() })
     }
 
     /// The name of a tenant's secret.
@@ -80,7 +80,8 @@ impl TenantKeys {
         if let Some((key, _)) = remembered {
             return Ok(key);
         }
-        let answer = self.client.get_secret_value().secret_id(self.name(tenant)).send().await;
+        let answer =
+            self.access.of(tenant).secrets().get_secret_value().secret_id(self.name(tenant)).send().await;
         let value = answer.map_err(|error| match error.into_service_error() {
             error if error.is_resource_not_found_exception() => KeyError::Absent,
             error => KeyError::Unreadable(Box::new(error)),
@@ -99,7 +100,8 @@ impl TenantKeys {
     /// # Errors
     /// [`KeyError::Unreadable`].
     pub async fn there_is_one_of(&self, tenant: &TenantId) -> Result<bool, KeyError> {
-        let answer = self.client.describe_secret().secret_id(self.name(tenant)).send().await;
+        let answer =
+            self.access.of(tenant).secrets().describe_secret().secret_id(self.name(tenant)).send().await;
         match answer.map_err(aws_sdk_secretsmanager::error::SdkError::into_service_error) {
             Ok(found) => Ok(found.deleted_date.is_none()),
             Err(error) if error.is_resource_not_found_exception() => Ok(false),

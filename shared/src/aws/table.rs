@@ -13,6 +13,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_dynamo::aws_sdk_dynamodb_1::{from_item, to_item};
 
+use super::session::Access;
 use crate::error::{ApiError, Code};
 use crate::item_key::{PARTITION, SORT};
 use crate::tenant::TenantId;
@@ -95,7 +96,7 @@ pub(super) type Item = HashMap<String, AttributeValue>;
 
 #[derive(Clone, Debug)]
 pub(super) struct Table {
-    pub(super) client: Client,
+    access: Access,
     pub(super) name: String,
 }
 
@@ -112,8 +113,18 @@ pub(super) struct Page<'a> {
 }
 
 impl Table {
-    pub(super) fn new(config: &aws_config::SdkConfig, name: String) -> Self {
-        Self { client: Client::new(config), name }
+    pub(super) fn new(access: &Access, name: String) -> Self {
+        Self { access: access.clone(), name }
+    }
+
+    /// The client that acts for a tenant.
+    pub(super) fn client(&self, tenant: &TenantId) -> Client {
+        self.access.of(tenant).dynamodb().clone()
+    }
+
+    /// The client of the function's own role: for what crosses tenants, or is none's.
+    pub(super) fn own_client(&self) -> Client {
+        self.access.own_role().dynamodb().clone()
     }
 
     pub(super) fn key(tenant: &TenantId, sort: &str) -> Item {
@@ -162,9 +173,13 @@ impl Table {
         Ok(TransactWriteItem::builder().put(put).build())
     }
 
-    /// All of `parts` or none.
-    pub(super) async fn transact(&self, parts: Vec<TransactWriteItem>) -> Result<(), Cancelled> {
-        let sent = self.client.transact_write_items().set_transact_items(Some(parts)).send().await;
+    /// All of `parts` or none; they are items of one tenant.
+    pub(super) async fn transact(
+        &self,
+        tenant: &TenantId,
+        parts: Vec<TransactWriteItem>,
+    ) -> Result<(), Cancelled> {
+        let sent = self.client(tenant).transact_write_items().set_transact_items(Some(parts)).send().await;
         let error = match sent {
             Ok(_) => return Ok(()),
             Err(error) => error,
@@ -190,7 +205,7 @@ impl Table {
         sort: &str,
     ) -> Result<Option<T>, StoreError> {
         let answer = self
-            .client
+            .client(tenant)
             .get_item()
             .table_name(&self.name)
             .set_key(Some(Self::key(tenant, sort)))
@@ -219,7 +234,7 @@ impl Table {
         page: Page<'_>,
     ) -> Result<(Vec<Item>, Option<String>), StoreError> {
         let answer = self
-            .client
+            .client(tenant)
             .query()
             .table_name(&self.name)
             .key_condition_expression("#p = :p AND begins_with(#s, :s)")

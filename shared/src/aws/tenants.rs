@@ -1,10 +1,10 @@
 //! Table `tenants`: who a tenant is, and its keys.
 
-use aws_config::SdkConfig;
 use aws_sdk_dynamodb::types::{AttributeValue, Put, TransactWriteItem};
 
 use super::ledger::Ledger;
 use super::meters::MeterStore;
+use super::session::Access;
 use super::table::{Cancelled, Item, StoreError, Table};
 use crate::api_key::{ApiKey, KeyRecord};
 use crate::item_key;
@@ -37,8 +37,8 @@ impl Claimed {
 
 impl TenantStore {
     /// The table of that name.
-    pub fn new(config: &SdkConfig, table: String) -> Self {
-        Self(Table::new(config, table))
+    pub fn new(access: &Access, table: String) -> Self {
+        Self(Table::new(access, table))
     }
 
     /// Reads the two items that a presented key names, at the same time.
@@ -71,7 +71,7 @@ impl TenantStore {
             meters.new_part(&tenant.tenant_id, meter)?,
             ledger.event_part(record)?,
         ];
-        match self.0.transact(parts).await {
+        match self.0.transact(&tenant.tenant_id, parts).await {
             Ok(()) => Ok(()),
             Err(Cancelled::Conditions(_)) => Err(StoreError::Conflict),
             Err(Cancelled::Failed(error)) => Err(error),
@@ -103,7 +103,7 @@ impl TenantStore {
             .build()
             .map_err(|e| self.0.corrupt(e))?;
         let parts = vec![TransactWriteItem::builder().put(put).build(), ledger.event_part(record)?];
-        match self.0.transact(parts).await {
+        match self.0.transact(&now.tenant_id, parts).await {
             Ok(()) => Ok(()),
             Err(Cancelled::Conditions(_)) => Err(StoreError::Conflict),
             Err(Cancelled::Failed(error)) => Err(error),
@@ -140,7 +140,7 @@ impl TenantStore {
         loop {
             let page = self
                 .0
-                .client
+                .own_client()
                 .scan()
                 .table_name(&self.0.name)
                 .filter_expression("#s = :config")

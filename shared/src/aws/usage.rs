@@ -3,10 +3,10 @@
 
 use std::collections::BTreeMap;
 
-use aws_config::SdkConfig;
 #[cfg(feature = "audit-log")]
 use aws_sdk_dynamodb::types::{AttributeValue, TransactWriteItem, Update};
 
+use super::session::Access;
 use super::table::{Page, StoreError, Table};
 use crate::item_key::{self, SORT};
 use crate::meter::BillingMonth;
@@ -25,8 +25,8 @@ pub struct UsageStore(Table);
 
 impl UsageStore {
     /// The table of that name.
-    pub fn new(config: &SdkConfig, table: String) -> Self {
-        Self(Table::new(config, table))
+    pub fn new(access: &Access, table: String) -> Self {
+        Self(Table::new(access, table))
     }
 
     /// The parts of a transaction that add `bill`, one for each of its lines.

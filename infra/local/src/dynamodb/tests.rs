@@ -42,7 +42,7 @@ fn callers() -> Arc<Callers> {
         "Resource": "arn:aws:dynamodb:us-east-1:000000000000:table/bulkhead-notes",
         "Condition": {"StringLike": {"dynamodb:LeadingKeys": "acme*"}}}}));
     let role = key("ROLE", "arn:aws:sts::0:assumed-role/chat");
-    let function = Caller { credentials: role, policies: Some(vec![policy.unwrap()]), tags: BTreeMap::new() };
+    let function = Caller::in_role(role, "arn:aws:iam::0:role/function".into(), vec![policy.unwrap()]);
     Arc::new(Callers::new(vec![Caller::operator(key("AKID", "arn:aws:iam::0:user/operator")), function]))
 }
 

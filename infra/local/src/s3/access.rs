@@ -6,6 +6,8 @@ use s3s::access::{S3Access, S3AccessContext};
 use s3s::{S3Result, s3_error};
 
 use crate::iam::{Callers, Intent};
+use crate::serving::system_clock;
+use crate::sigv4::{self, Refusal};
 
 /// The callers' policies.
 pub(super) struct Policies(pub(super) Arc<Callers>);
@@ -15,6 +17,11 @@ impl S3Access for Policies {
     async fn check(&self, cx: &mut S3AccessContext<'_>) -> S3Result<()> {
         let signer = cx.credentials().and_then(|credentials| self.0.by_key(&credentials.access_key));
         let Some(caller) = signer else { return Err(s3_error!(AccessDenied, "Access Denied")) };
+        match caller.check_session(token(cx).as_deref(), system_clock()) {
+            Ok(()) => {}
+            Err(Refusal::Expired) => return Err(s3_error!(ExpiredToken, "The provided token has expired.")),
+            Err(refusal) => return Err(s3_error!(InvalidToken, "{refusal}")),
+        }
         match caller.refused(&intents(cx)) {
             None => Ok(()),
             Some(message) => {
@@ -23,6 +30,16 @@ impl S3Access for Policies {
             }
         }
     }
+}
+
+/// The token of a session, from a header or from a link. The signature covers both.
+fn token(cx: &S3AccessContext<'_>) -> Option<String> {
+    let header = cx.headers().get(sigv4::SECURITY_TOKEN).and_then(|token| token.to_str().ok());
+    header.map(str::to_owned).or_else(|| {
+        let query = cx.uri().query()?;
+        let value = query.split('&').find_map(|part| part.strip_prefix("X-Amz-Security-Token="))?;
+        Some(percent_encoding::percent_decode_str(value).decode_utf8().ok()?.into_owned())
+    })
 }
 
 /// What a policy has to allow. An operation that is not known here is an action of its own name, which

@@ -1,6 +1,5 @@
 //! Over real HTTP, signed as a client signs.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -89,8 +88,8 @@ fn callers() -> Arc<Callers> {
         {"Effect": "Allow", "Action": "s3:ListBucket", "Resource": "arn:aws:s3:::notes",
             "Condition": {"StringLike": {"s3:prefix": "mine/*"}}}]});
     let role = key(ROLE, "arn:aws:sts::0:assumed-role/notes");
-    let policies = Some(vec![Policy::parse(&policy).unwrap()]);
-    let role = Caller { credentials: role, policies, tags: BTreeMap::new() };
+    let policies = vec![Policy::parse(&policy).unwrap()];
+    let role = Caller::in_role(role, "arn:aws:iam::0:role/function".into(), policies);
     Arc::new(Callers::new(vec![Caller::operator(key(KEY, "arn:aws:iam::0:user/operator")), role]))
 }
 

@@ -7,7 +7,8 @@ use regex::Regex;
 use serde_json::{Map, Value};
 
 use super::{
-    ACCOUNT, API_ID, REGION, Resource, STACK, TemplateError, events, invalid, name_property, scalar, yaml,
+    ACCOUNT, API_ID, REGION, Resource, STACK, TemplateError, events, function_role_arn, invalid,
+    name_property, role_arn, scalar, secret_arn, yaml,
 };
 
 /// Deep enough for any template, shallow enough that a cycle is an error and not an overflow.
@@ -222,6 +223,13 @@ impl<'a> Evaluator<'a> {
         at: &str,
         depth: usize,
     ) -> Result<Value, TemplateError> {
+        // SAM makes a role for each function, under the function's name.
+        if let Some(function) = resource.strip_suffix("Role")
+            && self.kind(function) == Some("AWS::Serverless::Function")
+            && (self.kind(resource), attribute) == (None, "Arn")
+        {
+            return Ok(Value::String(function_role_arn(function)));
+        }
         let kind = self
             .kind(resource)
             .ok_or_else(|| invalid(at, format!("`{resource}` is not a resource of the template")))?;
@@ -234,7 +242,8 @@ impl<'a> Evaluator<'a> {
             ("AWS::SQS::Queue", "Arn") => events::queue_arn(&name),
             ("AWS::SQS::Queue", "QueueName") => name,
             ("AWS::S3::Bucket", "Arn") => format!("arn:aws:s3:::{name}"),
-            ("AWS::SecretsManager::Secret", "Arn" | "Id") => arn("secretsmanager", format!("secret:{name}")),
+            ("AWS::SecretsManager::Secret", "Arn" | "Id") => secret_arn(&name),
+            ("AWS::IAM::Role", "Arn") => role_arn(&name),
             ("AWS::Logs::LogGroup", "Arn") => arn("logs", format!("log-group:{name}:*")),
             _ => {
                 let problem = format!("`{resource}.{attribute}` of a {kind} is not known to the local stack");

@@ -1,0 +1,194 @@
+//! With whose credentials the stores are spoken to: the function's own, or those of a session that is
+//! one tenant's alone.
+//!
+//! A function that acts for tenants has no access of its own to their data. For each tenant it assumes
+//! the role that `TENANT_ROLE_ARN` names, tagged with the tenant's id, and the role's policies open that
+//! tenant's partition keys, objects and secrets and nothing else. So a call that names another tenant is
+//! refused by the store, whatever the code believed.
+//! <https://docs.aws.amazon.com/IAM/latest/UserGuide/id_session-tags.html>
+
+use std::collections::HashMap;
+use std::fmt;
+#[cfg(any(feature = "dynamodb", feature = "objects", feature = "secrets"))]
+use std::sync::OnceLock;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use aws_config::SdkConfig;
+use aws_config::identity::IdentityCache;
+use aws_credential_types::Credentials;
+use aws_credential_types::provider::error::CredentialsError;
+use aws_credential_types::provider::{ProvideCredentials, SharedCredentialsProvider, future};
+use aws_sdk_sts::types::Tag;
+
+use crate::env::{self, EnvError};
+use crate::tenant::TenantId;
+
+/// The session tag that the role's policies compare partition keys, prefixes and names with.
+pub const TENANT_TAG: &str = "tenant_id";
+/// How long a session lasts: the most for a role that is assumed by a role.
+const LIFETIME: Duration = Duration::from_secs(3_600);
+/// A session with less than this left is replaced, so that whatever begins with one ends with it: the
+/// longest request, and links that are given away ([`LINKS_HOLD`]).
+const LEFT_AT_LEAST: Duration = Duration::from_secs(1_200);
+/// How long a link may hold that is signed with a session.
+pub const LINKS_HOLD: Duration = Duration::from_secs(900);
+/// Sessions remembered. An instance that sees more tenants than this opens some of them again.
+const REMEMBERED: usize = 512;
+
+/// With whose credentials stores are spoken to.
+#[derive(Clone)]
+pub struct Access(Arc<Inner>);
+
+struct Inner {
+    own: Arc<Session>,
+    role: Option<TenantRole>,
+    known: Mutex<HashMap<TenantId, Arc<Session>>>,
+}
+
+struct TenantRole {
+    sts: aws_sdk_sts::Client,
+    arn: String,
+}
+
+impl fmt::Debug for Access {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Access").field(&self.0.role.as_ref().map(|role| &role.arn)).finish()
+    }
+}
+
+impl Access {
+    /// The function's own role: for the control plane and those who keep all tenants' books.
+    pub fn own(config: &SdkConfig) -> Self {
+        Self::new(config, None)
+    }
+
+    /// A session for each tenant, in the role that `TENANT_ROLE_ARN` names.
+    ///
+    /// # Errors
+    /// If the variable is absent; the error names it.
+    pub fn per_tenant(config: &SdkConfig) -> Result<Self, EnvError> {
+        let role = TenantRole { sts: aws_sdk_sts::Client::new(config), arn: env::text("TENANT_ROLE_ARN")? };
+        Ok(Self::new(config, Some(role)))
+    }
+
+    fn new(config: &SdkConfig, role: Option<TenantRole>) -> Self {
+        let own = Arc::new(Session::new(config.clone()));
+        Self(Arc::new(Inner { own, role, known: Mutex::default() }))
+    }
+
+    /// What acts for a tenant. Its credentials are fetched with its first call, and again shortly before
+    /// they expire.
+    pub(super) fn of(&self, tenant: &TenantId) -> Arc<Session> {
+        let Some(role) = &self.0.role else { return self.own_role() };
+        let mut known = self.0.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(session) = known.get(tenant) {
+            return Arc::clone(session);
+        }
+        if known.len() >= REMEMBERED {
+            known.clear();
+        }
+        let session = Arc::new(Session::new(role.config(&self.0.own.config, tenant)));
+        known.insert(tenant.clone(), Arc::clone(&session));
+        session
+    }
+
+    /// The function's own role, for what is no tenant's.
+    pub(super) fn own_role(&self) -> Arc<Session> {
+        Arc::clone(&self.0.own)
+    }
+}
+
+impl TenantRole {
+    /// The function's configuration with the tenant's credentials, and a cache of its own for them.
+    fn config(&self, own: &SdkConfig, tenant: &TenantId) -> SdkConfig {
+        let credentials =
+            TenantCredentials { sts: self.sts.clone(), role: self.arn.clone(), tenant: tenant.clone() };
+        own.to_builder()
+            .credentials_provider(SharedCredentialsProvider::new(credentials))
+            // The cache takes up to half off again at random, lest all instances ask at once.
+            .identity_cache(IdentityCache::lazy().buffer_time(LEFT_AT_LEAST * 2).build())
+            .build()
+    }
+}
+
+/// One identity, and its clients.
+pub(super) struct Session {
+    config: SdkConfig,
+    #[cfg(feature = "dynamodb")]
+    dynamodb: OnceLock<aws_sdk_dynamodb::Client>,
+    #[cfg(feature = "objects")]
+    s3: OnceLock<aws_sdk_s3::Client>,
+    #[cfg(feature = "secrets")]
+    secrets: OnceLock<aws_sdk_secretsmanager::Client>,
+}
+
+impl Session {
+    fn new(config: SdkConfig) -> Self {
+        Self {
+            config,
+            #[cfg(feature = "dynamodb")]
+            dynamodb: OnceLock::new(),
+            #[cfg(feature = "objects")]
+            s3: OnceLock::new(),
+            #[cfg(feature = "secrets")]
+            secrets: OnceLock::new(),
+        }
+    }
+
+    #[cfg(feature = "dynamodb")]
+    pub(super) fn dynamodb(&self) -> &aws_sdk_dynamodb::Client {
+        self.dynamodb.get_or_init(|| aws_sdk_dynamodb::Client::new(&self.config))
+    }
+
+    #[cfg(feature = "objects")]
+    pub(super) fn s3(&self, settings: fn(&SdkConfig) -> aws_sdk_s3::Config) -> &aws_sdk_s3::Client {
+        self.s3.get_or_init(|| aws_sdk_s3::Client::from_conf(settings(&self.config)))
+    }
+
+    #[cfg(feature = "secrets")]
+    pub(super) fn secrets(&self) -> &aws_sdk_secretsmanager::Client {
+        self.secrets.get_or_init(|| aws_sdk_secretsmanager::Client::new(&self.config))
+    }
+}
+
+/// Credentials of one tenant's session.
+struct TenantCredentials {
+    sts: aws_sdk_sts::Client,
+    role: String,
+    tenant: TenantId,
+}
+
+impl fmt::Debug for TenantCredentials {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TenantCredentials").field("tenant", &self.tenant).finish_non_exhaustive()
+    }
+}
+
+impl TenantCredentials {
+    async fn assume(&self) -> Result<Credentials, CredentialsError> {
+        let tag = Tag::builder().key(TENANT_TAG).value(self.tenant.as_str()).build();
+        let call = self
+            .sts
+            .assume_role()
+            .role_arn(&self.role)
+            // It stands in CloudTrail beside every call of the session.
+            .role_session_name(self.tenant.as_str())
+            .duration_seconds(i32::try_from(LIFETIME.as_secs()).unwrap_or(i32::MAX))
+            .tags(tag.map_err(CredentialsError::invalid_configuration)?);
+        let answer = call.send().await.map_err(CredentialsError::provider_error)?;
+        let given = answer.credentials.ok_or_else(|| CredentialsError::unhandled("no credentials"))?;
+        let expires_at = given.expiration.try_into().map_err(CredentialsError::unhandled)?;
+        let token = Some(given.session_token);
+        Ok(Credentials::new(given.access_key_id, given.secret_access_key, token, Some(expires_at), "tenant"))
+    }
+}
+
+impl ProvideCredentials for TenantCredentials {
+    fn provide_credentials<'a>(&'a self) -> future::ProvideCredentials<'a>
+    where
+        Self: 'a,
+    {
+        future::ProvideCredentials::new(self.assume())
+    }
+}
