@@ -55,6 +55,7 @@ async fn everything_runs(stack: &Stack) {
     acme.ask("How many days of leave?").await;
     acme.get("/v1/usage").await;
     acme.get("/v1/audit").await;
+    acme.get("/v1/keys").await;
     stack.invoke("reconciler", json!({"job": "collect"})).await;
 }
 
@@ -87,6 +88,18 @@ fn put(table: &str, tenant: &str) -> Value {
 fn query(table: &str, tenant: &str) -> Value {
     let values = json!({":t": {"S": tenant}});
     on(table, json!({"KeyConditionExpression": "tenant_id = :t", "ExpressionAttributeValues": values}))
+}
+
+/// An update of one attribute of an item of table `tenants`.
+fn set(attribute: &str, tenant: &str) -> Value {
+    on("tenants", json!({"Key": key_of("tenants", tenant), "UpdateExpression": "SET #a = :v",
+        "ExpressionAttributeNames": {"#a": attribute}, "ExpressionAttributeValues": {":v": {"N": "1"}}}))
+}
+
+fn put_with(attribute: &str, tenant: &str) -> Value {
+    let mut put = put("tenants", tenant);
+    put["Item"][attribute] = json!({"S": "x"});
+    put
 }
 
 fn secret(name: &str) -> Value {
@@ -132,6 +145,11 @@ async fn a_functions_key_opens_what_its_role_allows_and_nothing_else() {
         ("authorizer", "GetSecretValue", secret("qdrant/root-key"), true),
         ("authorizer", "PutItem", put("tenants", "globex"), false),
         ("authorizer", "Query", query("conversations", "globex"), false),
+        ("authorizer", "UpdateItem", set("last_used_at", "globex"), true),
+        ("authorizer", "UpdateItem", set("expires_at", "globex"), false),
+        ("authorizer", "UpdateItem", set("limits", "globex"), false),
+        ("keys", "GetItem", get("tenants", "globex"), false),
+        ("keys", "UpdateItem", set("epoch", "globex"), false),
         ("usage", "UpdateItem", get("usage", "globex"), false),
         ("usage", "Query", query("documents", "globex"), false),
         ("usage", "UpdateItem", get("meters", "globex"), false),
@@ -167,7 +185,11 @@ async fn a_session_opens_its_own_tenant_and_no_other() {
         (session("chat", "ChatTenantRole").await, session("ingestion", "IngestionTenantRole").await);
     let (usage, log) =
         (session("usage", "UsageTenantRole").await, session("audit-log", "AuditLogTenantRole").await);
-    let cases: [(&Key, &str, &dyn Fn(&str) -> Value); 13] = [
+    let keys = session("keys", "KeysTenantRole").await;
+    let cases: [(&Key, &str, &dyn Fn(&str) -> Value); 16] = [
+        (&keys, "GetItem", &|id| get("tenants", id)),
+        (&keys, "PutItem", &|id| put_with("secret_hash", id)),
+        (&keys, "UpdateItem", &|id| set("epoch", id)),
         (&chat, "GetItem", &|id| get("meters", id)),
         (&chat, "UpdateItem", &|id| get("meters", id)),
         (&chat, "GetItem", &|id| get("tenants", id)),
@@ -217,6 +239,15 @@ async fn a_session_opens_its_own_tenant_and_no_other() {
         (&chat, "PutItem", put("tenants", "acme")),
         (&chat, "GetItem", get("documents", "acme")),
         (&chat, "DeleteItem", get("audit", "acme")),
+        // Of a tenant's record, the function of the keys may write the epoch, and nothing that allows more.
+        (&keys, "PutItem", put_with("limits", "acme")),
+        (&keys, "PutItem", put_with("epoch", "acme")),
+        (&keys, "UpdateItem", set("limits", "acme")),
+        (&keys, "UpdateItem", set("status", "acme")),
+        (&keys, "UpdateItem", set("permissions", "acme")),
+        (&keys, "TransactWriteItems", transaction(&[("Update", set("limits", "acme"))])),
+        (&keys, "Scan", table_of("tenants")),
+        (&keys, "Query", query("conversations", "acme")),
         (&ingestion, "Query", query("conversations", "acme")),
         (&usage, "UpdateItem", get("usage", "acme")),
         (&log, "Query", query("audit", "acme")),

@@ -6,6 +6,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::net::IpAddr;
 use std::str::FromStr;
 
 use rand::CryptoRng;
@@ -14,8 +15,12 @@ use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 
 use crate::clock::Timestamp;
+use crate::network::Network;
 use crate::random;
 use crate::tenant::{TenantId, TenantStatus, Tier};
+
+/// The most keys of a tenant, expired ones that nobody has deleted included.
+pub const MOST_KEYS: u16 = 50;
 
 /// Characters of a key id: 71 bits, unique within a tenant.
 const KEY_ID_LEN: usize = 12;
@@ -256,9 +261,96 @@ pub struct KeyRecord {
     /// From when on it is refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expires_at: Option<Timestamp>,
+    /// From where it may be used; from anywhere if there is no list.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub allowed_cidrs: Option<Vec<Network>>,
+    /// What its tenant calls it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// When the authorizer last recognised it, to the minute.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_used_at: Option<Timestamp>,
+    /// The key whose place it took.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replaces: Option<KeyId>,
+    /// The key that took its place.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replaced_by: Option<KeyId>,
+}
+
+/// What a key may do, from where and how long.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Grants {
+    /// What it may do.
+    pub permissions: BTreeSet<Permission>,
+    /// From when on it is refused.
+    pub expires_at: Option<Timestamp>,
+    /// From where it may be used; from anywhere if there is no list.
+    pub allowed_cidrs: Option<Vec<Network>>,
+}
+
+/// In what grants go beyond others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Beyond {
+    /// A permission that the others lack.
+    Permission(Permission),
+    /// A longer life.
+    Life,
+    /// Addresses that the others leave out.
+    Addresses,
+}
+
+impl Grants {
+    /// Everything, from anywhere, for ever: what an operator may grant.
+    pub fn all() -> Self {
+        Self { permissions: Permission::ALL.into(), expires_at: None, allowed_cidrs: None }
+    }
+
+    /// Whether a request from `source` comes from where it may. An address that is not known lies in no
+    /// network.
+    pub fn allow(&self, source: Option<IpAddr>) -> bool {
+        let lies_in = |networks: &Vec<Network>| {
+            source.is_some_and(|address| networks.iter().any(|network| network.holds(address)))
+        };
+        self.allowed_cidrs.as_ref().is_none_or(lies_in)
+    }
+
+    /// Makes sure that these grants include `others`.
+    ///
+    /// # Errors
+    /// [`Beyond`]: in what they do not.
+    pub fn cover(&self, others: &Self) -> Result<(), Beyond> {
+        if let Some(lacks) = others.permissions.difference(&self.permissions).next() {
+            return Err(Beyond::Permission(*lacks));
+        }
+        if self.expires_at.is_some_and(|ends| others.expires_at.is_none_or(|theirs| theirs > ends)) {
+            return Err(Beyond::Life);
+        }
+        let covered = |own: &Vec<Network>, network| own.iter().any(|one| one.covers(network));
+        match (&self.allowed_cidrs, &others.allowed_cidrs) {
+            (None, _) => Ok(()),
+            (Some(own), Some(theirs)) if theirs.iter().all(|network| covered(own, network)) => Ok(()),
+            (Some(_), _) => Err(Beyond::Addresses),
+        }
+    }
 }
 
 impl KeyRecord {
+    /// The record of a key just issued that has these grants.
+    pub fn granted(key: &ApiKey, grants: Grants, name: Option<String>, created_at: Timestamp) -> Self {
+        let Grants { permissions, expires_at, allowed_cidrs } = grants;
+        Self { allowed_cidrs, name, ..Self::new(key, permissions, created_at, expires_at) }
+    }
+
+    /// What the key may do.
+    pub fn grants(&self) -> Grants {
+        Grants {
+            permissions: self.permissions.clone(),
+            expires_at: self.expires_at,
+            allowed_cidrs: self.allowed_cidrs.clone(),
+        }
+    }
+
     /// The record of a key just issued.
     pub fn new(
         key: &ApiKey,
@@ -273,6 +365,11 @@ impl KeyRecord {
             permissions,
             created_at,
             expires_at,
+            allowed_cidrs: None,
+            name: None,
+            last_used_at: None,
+            replaces: None,
+            replaced_by: None,
         }
     }
 }
@@ -369,6 +466,37 @@ mod tests {
         assert!(verify(&key, Some(record(&key, Some(NOW.plus_millis(1)))), active, NOW).is_ok());
         assert!(verify(&key, Some(record(&key, None)), None, NOW).is_err());
         assert!(verify(&key, Some(record(&key, None)), Some(TenantStatus::Provisioning), NOW).is_err());
+    }
+
+    #[test]
+    fn grants_cover_what_does_not_go_beyond_them() {
+        let grants =
+            |permissions: &[Permission], expires_ms: Option<i64>, networks: Option<&[&str]>| Grants {
+                permissions: permissions.iter().copied().collect(),
+                expires_at: expires_ms.map(Timestamp::from_millis),
+                allowed_cidrs: networks.map(|all| all.iter().map(|text| text.parse().unwrap()).collect()),
+            };
+        let chat = &[Permission::Chat][..];
+        let bound = grants(&[Permission::Chat, Permission::KeysWrite], Some(9), Some(&["10.0.0.0/8", "::1"]));
+        assert_eq!(Grants::all().cover(&bound), Ok(()));
+        assert_eq!(bound.cover(&bound), Ok(()));
+        assert_eq!(bound.cover(&grants(chat, Some(8), Some(&["10.1.0.0/16"]))), Ok(()));
+        let audit = grants(&[Permission::AuditRead], Some(8), Some(&["::1"]));
+        assert_eq!(bound.cover(&audit), Err(Beyond::Permission(Permission::AuditRead)));
+        assert_eq!(bound.cover(&grants(chat, Some(10), Some(&["::1"]))), Err(Beyond::Life));
+        assert_eq!(bound.cover(&grants(chat, None, Some(&["::1"]))), Err(Beyond::Life));
+        assert_eq!(bound.cover(&grants(chat, Some(9), None)), Err(Beyond::Addresses));
+        assert_eq!(bound.cover(&grants(chat, Some(9), Some(&["::1", "11.0.0.0/8"]))), Err(Beyond::Addresses));
+    }
+
+    #[test]
+    fn a_list_lets_in_what_it_names_and_an_empty_one_nobody() {
+        let grants = |networks: Option<Vec<Network>>| Grants { allowed_cidrs: networks, ..Grants::all() };
+        let (inside, outside) = ("10.1.1.1".parse().ok(), "11.1.1.1".parse().ok());
+        let ten = grants(Some(vec!["10.0.0.0/8".parse().unwrap()]));
+        assert!(ten.allow(inside) && !ten.allow(outside) && !ten.allow(None));
+        assert!(!grants(Some(Vec::new())).allow(inside));
+        assert!(grants(None).allow(None));
     }
 
     #[test]

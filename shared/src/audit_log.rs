@@ -162,6 +162,9 @@ pub struct WireRecord {
     pub documents: Vec<DocumentId>,
     pub chunks: Vec<String>,
     pub injection: Vec<String>,
+    // Records from before there was such a thing lack it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub keys: Vec<KeyId>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub latency_ms: Option<u64>,
 }
@@ -201,6 +204,7 @@ impl WireRecord {
             documents: record.documents,
             chunks: record.chunks,
             injection: record.injection,
+            keys: record.keys,
             latency_ms: record.latency_ms,
         }
     }
@@ -241,6 +245,7 @@ impl From<WireRecord> for Record {
             documents: wire.documents,
             chunks: wire.chunks,
             injection: wire.injection,
+            keys: wire.keys,
             latency_ms: wire.latency_ms,
         }
     }

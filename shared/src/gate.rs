@@ -576,16 +576,23 @@ impl Gate {
         if scope.epoch() < state.epoch { self.renew(scope).await } else { Ok(()) }
     }
 
-    /// Reads the tenant's and the key's present records, and decides anew.
-    async fn renew(&self, scope: &mut TenantScope) -> Result<(), ApiError> {
+    /// Reads the tenant's and the key's present records, and decides anew: for what must not rest on a
+    /// decision that API Gateway has kept.
+    ///
+    /// # Errors
+    /// The refusal that the caller is to see.
+    pub async fn renew(&self, scope: &mut TenantScope) -> Result<(), ApiError> {
         let invalid = || ApiError::new(Code::InvalidKey, "not a valid API key");
-        let presented = scope.presented().ok_or_else(invalid)?;
+        let (presented, epoch) = (scope.presented().ok_or_else(invalid)?, scope.epoch());
         let claimed = self.tenants.claimed_by(presented).await?;
         let status = claimed.tenant.as_ref().map(|tenant| tenant.status);
-        let key = verify(presented, claimed.key, status, self.books.clock.now()).map_err(|_| invalid())?;
+        let now = self.books.clock.now();
+        let key = verify(presented, claimed.key, status, now).map_err(|_| invalid())?;
         let tenant = claimed.tenant.ok_or_else(invalid)?;
-        scope.renew(&key, tenant)?;
-        tracing::info!(epoch = scope.epoch(), "A stale decision was made anew");
+        scope.renew(&key, tenant, now)?;
+        if epoch < scope.epoch() {
+            tracing::info!(epoch = scope.epoch(), "A stale decision was made anew");
+        }
         Ok(())
     }
 

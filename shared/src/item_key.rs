@@ -17,10 +17,16 @@ pub const SORT: &str = "sk";
 /// Table `tenants`: the tenant's record.
 pub const TENANT: &str = "CONFIG";
 
+/// Table `tenants`: what every key's record starts with.
+pub const API_KEYS: &str = "KEY#";
+
 /// Table `tenants`: a key's record.
 pub fn api_key(id: &KeyId) -> String {
-    format!("KEY#{id}")
+    format!("{API_KEYS}{id}")
 }
+
+/// Table `tenants`: how many keys were ever made.
+pub const KEYS: &str = "KEYS";
 
 /// Table `conversations`: what every turn of a conversation starts with.
 pub fn turns(conversation: &ConversationId) -> String {

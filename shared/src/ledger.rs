@@ -50,6 +50,14 @@ pub enum Action {
     AuditExported,
     /// A store answered with records of another tenant. They were dropped; it must never happen.
     IsolationAlert,
+    /// Keys were listed.
+    KeysListed,
+    /// A key was made.
+    KeyCreated,
+    /// A key was replaced; it ends after its grace period.
+    KeyRotated,
+    /// A key was revoked.
+    KeyRevoked,
     /// An operator made the tenant, and its first key with it.
     TenantProvisioned,
     /// An operator read the tenant's record.
@@ -206,6 +214,9 @@ pub struct Record {
     /// Injection patterns found, by name.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub injection: Vec<String>,
+    /// Keys made, replaced or revoked; of a replacement, the old one first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub keys: Vec<KeyId>,
     /// How long it took, in milliseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub latency_ms: Option<u64>,
@@ -290,6 +301,7 @@ impl Record {
             documents: Vec::new(),
             chunks: Vec::new(),
             injection: Vec::new(),
+            keys: Vec::new(),
             latency_ms: None,
         }
     }
@@ -400,6 +412,12 @@ impl Record {
             key_id,
             ..Self::blank(tenant_id, action, now, operator.request_id().clone())
         }
+    }
+
+    /// The same record, of something that was done to `keys`.
+    #[must_use]
+    pub fn about(self, keys: Vec<KeyId>) -> Self {
+        Self { keys, ..self }
     }
 
     /// What the meter charges for it.

@@ -27,6 +27,8 @@ pub mod limits;
 #[cfg(any(feature = "model", feature = "prompt"))]
 pub mod messages;
 pub mod meter;
+pub mod network;
+pub mod new_key;
 pub mod one_line;
 pub mod pressure;
 pub mod pricing;

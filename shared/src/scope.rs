@@ -67,8 +67,9 @@
 //! }
 //! ```
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::fmt;
+use std::net::IpAddr;
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -76,7 +77,7 @@ use aws_lambda_events::apigw::ApiGatewayProxyRequestContext;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::api_key::{ApiKey, KeyId, Permission, VerifiedKey};
+use crate::api_key::{ApiKey, Grants, KeyId, Permission, VerifiedKey};
 use crate::clock::Timestamp;
 use crate::error::{ApiError, Code};
 use crate::ids::UserId;
@@ -152,8 +153,7 @@ pub struct Decision {
     epoch: u64,
     tier: Tier,
     key_id: KeyId,
-    permissions: BTreeSet<Permission>,
-    key_expires_at: Option<Timestamp>,
+    grants: Grants,
     profile: Profile,
     limits: Limits,
     cell: String,
@@ -184,8 +184,7 @@ impl Decision {
             epoch: tenant.epoch,
             tier: tenant.tier,
             key_id: record.key_id.clone(),
-            permissions: record.permissions.clone(),
-            key_expires_at: record.expires_at,
+            grants: record.grants(),
             profile: Profile {
                 company_name: tenant.company_name,
                 assistant_name: tenant.assistant_name,
@@ -217,6 +216,30 @@ impl Decision {
     fn from_context(context: &HashMap<String, Value>) -> Option<Self> {
         serde_json::from_str(context.get(DECISION)?.as_str()?).ok()
     }
+
+    /// Whether it lets a request in that needs `permission` and comes from `source`.
+    fn lets_in(
+        &self,
+        permission: Permission,
+        source: Option<IpAddr>,
+        now: Timestamp,
+    ) -> Result<(), ScopeError> {
+        if self.grants.expires_at.is_some_and(|at| at <= now) {
+            return Err(ScopeError::KeyExpired);
+        }
+        if !self.grants.allow(source) {
+            return Err(ScopeError::AddressNotAllowed);
+        }
+        match self.status {
+            TenantStatus::Active => {}
+            TenantStatus::Suspended => return Err(ScopeError::Suspended),
+            TenantStatus::Provisioning => return Err(ScopeError::Unauthorized),
+        }
+        if !self.grants.permissions.contains(&permission) {
+            return Err(ScopeError::Lacks(permission));
+        }
+        Ok(())
+    }
 }
 
 /// A record of one tenant where another's was expected. It must never happen; whoever meets it drops
@@ -231,6 +254,7 @@ pub struct Caller {
     decision: Decision,
     user: Option<http::HeaderValue>,
     presented: Option<ApiKey>,
+    source: Option<IpAddr>,
     request_id: RequestId,
     note: RequestNote,
 }
@@ -251,6 +275,8 @@ impl Caller {
             decision: Decision::from_context(&context.authorizer.fields).ok_or(ScopeError::Unauthorized)?,
             user: headers.get(USER_HEADER).cloned(),
             presented: authorization.and_then(|value| ApiKey::from_authorization(value).ok()),
+            // The connection's own address: what a header says of it, the caller may have written.
+            source: context.identity.source_ip.as_deref().and_then(|text| text.parse().ok()),
             request_id: RequestId(context.request_id.clone().unwrap_or_default()),
             note,
         })
@@ -295,6 +321,7 @@ pub struct TenantScope {
     decision: Decision,
     permission: Permission,
     presented: Option<ApiKey>,
+    source: Option<IpAddr>,
     user_id: Option<UserId>,
     request_id: RequestId,
     note: RequestNote,
@@ -394,6 +421,9 @@ pub enum ScopeError {
     /// The key has expired since the decision was cached.
     #[error("not a valid API key")]
     KeyExpired,
+    /// The key may not be used from where the request comes from.
+    #[error("this key may not be used from this address")]
+    AddressNotAllowed,
     /// The tenant is switched off.
     #[error("the tenant is suspended; its operator can say why")]
     Suspended,
@@ -409,6 +439,7 @@ impl From<ScopeError> for ApiError {
     fn from(error: ScopeError) -> Self {
         let code = match error {
             ScopeError::Unauthorized | ScopeError::KeyExpired => Code::InvalidKey,
+            ScopeError::AddressNotAllowed => Code::IpNotAllowed,
             ScopeError::Suspended => Code::TenantSuspended,
             ScopeError::Lacks(_) => Code::InsufficientScope,
             ScopeError::InvalidUser => return Self::invalid("X-User-Id", error.to_string()),
@@ -423,18 +454,8 @@ impl TenantScope {
     /// # Errors
     /// [`ScopeError`]; everything a cached decision cannot know is checked here, on each request.
     pub fn open(caller: Caller, permission: Permission, now: Timestamp) -> Result<Self, ScopeError> {
-        let Caller { decision, user, presented, request_id, note } = caller;
-        if decision.key_expires_at.is_some_and(|at| at <= now) {
-            return Err(ScopeError::KeyExpired);
-        }
-        match decision.status {
-            TenantStatus::Active => {}
-            TenantStatus::Suspended => return Err(ScopeError::Suspended),
-            TenantStatus::Provisioning => return Err(ScopeError::Unauthorized),
-        }
-        if !decision.permissions.contains(&permission) {
-            return Err(ScopeError::Lacks(permission));
-        }
+        let Caller { decision, user, presented, source, request_id, note } = caller;
+        decision.lets_in(permission, source, now)?;
         let user_id = user
             .map(|value| {
                 std::str::from_utf8(value.as_bytes())
@@ -443,7 +464,7 @@ impl TenantScope {
                     .ok_or(ScopeError::InvalidUser)
             })
             .transpose()?;
-        Ok(Self { decision, permission, presented, user_id, request_id, note })
+        Ok(Self { decision, permission, presented, source, user_id, request_id, note })
     }
 
     /// The key that the request presents: to verify it again where the decision about it has grown
@@ -458,22 +479,21 @@ impl TenantScope {
     ///
     /// # Errors
     /// [`ScopeError`], as [`TenantScope::open`].
-    pub fn renew(&mut self, key: &VerifiedKey, tenant: Tenant) -> Result<(), ScopeError> {
+    pub fn renew(&mut self, key: &VerifiedKey, tenant: Tenant, now: Timestamp) -> Result<(), ScopeError> {
         if tenant.tenant_id != self.decision.tenant_id || key.record().key_id != self.decision.key_id {
             return Err(ScopeError::Unauthorized);
         }
-        match tenant.status {
-            TenantStatus::Active => {}
-            TenantStatus::Suspended => return Err(ScopeError::Suspended),
-            TenantStatus::Provisioning => return Err(ScopeError::Unauthorized),
-        }
-        if !key.record().permissions.contains(&self.permission) {
-            return Err(ScopeError::Lacks(self.permission));
-        }
         let (read, write) = (self.decision.vector_read.clone(), self.decision.vector_write.clone());
-        self.decision =
+        let decision =
             Decision::new(key, tenant, read, write).map_err(|ForeignRecord| ScopeError::Unauthorized)?;
+        decision.lets_in(self.permission, self.source, now)?;
+        self.decision = decision;
         Ok(())
+    }
+
+    /// What the key may do: no more may be handed on in this request.
+    pub fn grants(&self) -> &Grants {
+        &self.decision.grants
     }
 
     /// The epoch of the decision about the key.
@@ -614,6 +634,8 @@ impl Operator {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
     use crate::api_key::{ApiKey, KeyRecord, verify};
     use crate::random::entropy;
@@ -659,6 +681,36 @@ mod tests {
         context.request_id = Some("r-1".into());
         context.authorizer.fields = decision.to_context().unwrap();
         context
+    }
+
+    #[test]
+    fn a_list_of_networks_holds_for_the_address_that_the_gateway_saw() {
+        let tenant = tenant("acme", TenantStatus::Active);
+        let key = ApiKey::issue(Tier::Free, tenant.tenant_id.clone(), &mut entropy());
+        let networks = vec!["203.0.113.0/24".parse().unwrap(), "2001:db8::/32".parse().unwrap()];
+        let grants = Grants { allowed_cidrs: Some(networks), ..Grants::all() };
+        let verified =
+            verify(&key, Some(KeyRecord::granted(&key, grants, None, NOW)), Some(tenant.status), NOW)
+                .unwrap();
+        let token = VectorToken::new("jwt-secret".into());
+        let decision = Decision::new(&verified, tenant, token, None).unwrap();
+        let mut context = ApiGatewayProxyRequestContext::default();
+        context.authorizer.fields = decision.to_context().unwrap();
+        let mut headers = http::HeaderMap::new();
+        headers.insert("x-forwarded-for", "203.0.113.7".parse().unwrap());
+        let mut from = |address: Option<&str>| {
+            context.identity.source_ip = address.map(str::to_owned);
+            let caller = Caller::of(&context, &headers, RequestNote::default()).unwrap();
+            TenantScope::open(caller, Permission::Chat, NOW).map(drop)
+        };
+        for inside in ["203.0.113.7", "::ffff:203.0.113.7", "2001:db8::7"] {
+            assert_eq!(from(Some(inside)), Ok(()), "{inside}");
+        }
+        for outside in
+            [Some("203.0.114.7"), Some("2001:db9::"), Some("::1"), Some("203.0.113.7:80"), Some(""), None]
+        {
+            assert_eq!(from(outside), Err(ScopeError::AddressNotAllowed), "{outside:?}");
+        }
     }
 
     fn open(context: &ApiGatewayProxyRequestContext, at: Timestamp) -> Result<TenantScope, ScopeError> {

@@ -105,6 +105,17 @@ pub fn json<T: DeserializeOwned>(request: &Request) -> Result<T, ApiError> {
     Ok(value)
 }
 
+/// The route with its parameters filled in: what a request is about, however it is spelled.
+fn place(request: &Request) -> String {
+    let mut place = route(request).to_owned();
+    if let Some(parameters) = request.path_parameters_ref() {
+        for (name, value) in parameters.iter() {
+            place = place.replace(&format!("{{{name}}}"), value);
+        }
+    }
+    place
+}
+
 /// The request's idempotency key, if it has one.
 ///
 /// # Errors
@@ -116,7 +127,7 @@ pub fn idempotency_key(request: &Request, scope: &TenantScope) -> Result<Option<
         Body::Binary(bytes) => bytes,
         _ => &[],
     };
-    IdempotencyKey::new(text.as_bytes(), route(request), scope.user_id(), body)
+    IdempotencyKey::new(text.as_bytes(), &place(request), scope.user_id(), body)
         .map(Some)
         .map_err(|e| ApiError::invalid("Idempotency-Key", e.to_string()))
 }

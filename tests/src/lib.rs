@@ -630,6 +630,25 @@ impl Tenant {
         Self { user: Some(user.to_owned()), ..self.clone() }
     }
 
+    /// The same tenant with another of its keys.
+    pub fn with_key(&self, key: &str) -> Self {
+        Self { key: key.to_owned(), ..self.clone() }
+    }
+
+    /// The same tenant at another address of this machine, such as 127.0.0.2.
+    pub fn at(&self, address: std::net::IpAddr) -> Self {
+        let http = Client::builder().local_address(address).timeout(Duration::from_secs(120)).build();
+        Self { http: http.expect("a client"), ..self.clone() }
+    }
+
+    /// The id of this tenant's key.
+    ///
+    /// # Panics
+    /// If the key is none.
+    pub fn key_id(&self) -> &str {
+        self.key.split('_').nth(3).expect("a key")
+    }
+
     /// A request with this tenant's key.
     pub fn request(&self, method: Method, path: &str) -> RequestBuilder {
         let request = self.http.request(method, format!("{}{path}", self.url)).bearer_auth(&self.key);

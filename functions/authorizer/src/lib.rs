@@ -1,6 +1,8 @@
 //! Who is asking: turns the `Authorization` header into a decision that API Gateway caches and hands
 //! to every other function.
 
+use std::time::Duration;
+
 use aws_lambda_events::apigw::{
     ApiGatewayCustomAuthorizerPolicy, ApiGatewayCustomAuthorizerRequestTypeRequest,
     ApiGatewayCustomAuthorizerResponse,
@@ -8,11 +10,12 @@ use aws_lambda_events::apigw::{
 use aws_lambda_events::iam::{IamPolicyEffect, IamPolicyStatement};
 use lambda_runtime::{Diagnostic, Error};
 use serde_json::Value;
-use shared::api_key::{ApiKey, InvalidKey, Permission, verify};
+use shared::api_key::{ApiKey, InvalidKey, Permission, VerifiedKey, verify};
+use shared::aws::keys::KeyStore;
 use shared::aws::ledger::Ledger;
 use shared::aws::secrets;
 use shared::aws::tenants::TenantStore;
-use shared::clock::Clock;
+use shared::clock::{Clock, Timestamp};
 use shared::denials::Denials;
 use shared::error::Code;
 use shared::ledger::{Asked, Denial};
@@ -22,11 +25,15 @@ use shared::tenant::TenantStatus;
 use shared::vector_token::{Access, mint};
 use shared::{aws, env};
 
+/// How long a request waits for the note that its key was used.
+const NOTE_WITHIN: Duration = Duration::from_millis(300);
+
 /// What the authorizer works with. It alone of the functions on a request's path holds the vector
 /// store's root key.
 #[derive(Debug)]
 pub struct Context {
     tenants: TenantStore,
+    keys: KeyStore,
     denials: Denials,
     vector_root_key: Secret,
     clock: Clock,
@@ -43,6 +50,7 @@ impl Context {
         let clock = Clock::system();
         Ok(Self {
             tenants: TenantStore::new(&access, env::text("TENANTS_TABLE")?),
+            keys: KeyStore::new(&access, env::text("TENANTS_TABLE")?),
             denials: Denials::new(Ledger::new(&access, env::text("AUDIT_TABLE")?), clock.clone()),
             vector_root_key: secrets::read(&config, "QDRANT_ROOT_KEY_SECRET").await?,
             clock,
@@ -112,6 +120,7 @@ pub async fn authorize(
         }
     };
     let tenant = claimed.tenant.ok_or(Refusal::Unauthorized)?;
+    note_used(context, &key, now).await;
 
     let token = |access| {
         mint(&context.vector_root_key, &tenant.tenant_id, access, now).map_err(|error| {
@@ -133,6 +142,17 @@ pub async fn authorize(
         Refusal::Unknown
     })?;
     Ok(allow(principal, &event, Value::Object(fields.into_iter().collect())))
+}
+
+/// Notes that the key is in use. API Gateway asks once for each time that it keeps a decision, so this is
+/// as fine as that; nobody waits long for it, and nothing fails with it.
+async fn note_used(context: &Context, key: &VerifiedKey, now: Timestamp) {
+    let noted = tokio::time::timeout(NOTE_WITHIN, context.keys.note_used(key, now)).await;
+    match noted {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::warn!("The use of a key could not be noted: {error}"),
+        Err(_) => tracing::warn!("The use of a key could not be noted in time"),
+    }
 }
 
 fn bearer(event: &ApiGatewayCustomAuthorizerRequestTypeRequest) -> Result<ApiKey, Refusal> {

@@ -1,11 +1,13 @@
 //! The operators' control plane: tenants are made and looked up here.
 
 mod create;
+mod keys;
 mod read;
 
 use http::{Method, Response};
 use lambda_http::{Body, Error, Request};
 use serde::Serialize;
+use shared::aws::keys::KeyStore;
 use shared::aws::ledger::Ledger;
 use shared::aws::meters::MeterStore;
 use shared::aws::secrets::TenantKeys;
@@ -23,6 +25,7 @@ use shared::{env, web};
 /// What the function works with.
 pub struct Context {
     tenants: TenantStore,
+    keys: KeyStore,
     meters: MeterStore,
     ledger: Ledger,
     cells: Cells,
@@ -43,6 +46,7 @@ impl Context {
         let access = aws::Access::own(&config);
         Ok(Self {
             tenants: TenantStore::new(&access, env::text("TENANTS_TABLE")?),
+            keys: KeyStore::new(&access, env::text("TENANTS_TABLE")?),
             meters: MeterStore::new(&access, env::text("METERS_TABLE")?),
             ledger: Ledger::new(&access, env::text("AUDIT_TABLE")?),
             cells: env::parsed("QDRANT_CELLS")?,
@@ -64,6 +68,7 @@ pub async fn handle(context: &Context, request: Request) -> Response<Body> {
         (&Method::POST, "/admin/tenants") => create::handle(context, request).await,
         (&Method::GET, "/admin/tenants") => read::list(context, request).await,
         (&Method::GET, "/admin/tenants/{id}") => read::one(context, request).await,
+        (&Method::POST, "/admin/tenants/{id}/keys") => keys::handle(context, request).await,
         _ => Err(ApiError::not_found()),
     })
     .await

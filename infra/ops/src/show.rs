@@ -186,6 +186,9 @@ fn for_a_person(record: &WireRecord) -> String {
     if !record.injection.is_empty() {
         add(format!("injection {}", quoted(record.injection.iter().map(String::as_str))));
     }
+    if !record.keys.is_empty() {
+        add(format!("keys {}", quoted(record.keys.iter().map(|id| id.as_str()))));
+    }
     text
 }
 
@@ -193,7 +196,7 @@ fn quoted<'a>(texts: impl Iterator<Item = &'a str>) -> String {
     texts.map(|text| format!("\"{}\"", OneLine(text))).collect::<Vec<_>>().join(",")
 }
 
-const COLUMNS: [&str; 37] = [
+const COLUMNS: [&str; 38] = [
     "time",
     "tenant_id",
     "position",
@@ -227,13 +230,14 @@ const COLUMNS: [&str; 37] = [
     "documents",
     "chunks",
     "injection",
+    "keys",
     "latency_ms",
     "object",
     "previous",
     "retain_until",
 ];
 
-fn cells(line: &Line) -> [String; 37] {
+fn cells(line: &Line) -> [String; 38] {
     let record = &line.record;
     let text = |text: Option<&str>| text.map_or_else(String::new, |text| safe(text).into_owned());
     let number = |number: Option<u64>| number.map_or_else(String::new, |number| number.to_string());
@@ -272,6 +276,7 @@ fn cells(line: &Line) -> [String; 37] {
         list(record.documents.iter().map(|id| id.as_str()).collect()),
         list(record.chunks.iter().map(String::as_str).collect()),
         list(record.injection.iter().map(String::as_str).collect()),
+        list(record.keys.iter().map(|id| id.as_str()).collect()),
         number(record.latency_ms),
         line.object.to_string(),
         String::from(line.previous.clone()),

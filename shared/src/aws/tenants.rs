@@ -41,15 +41,17 @@ impl TenantStore {
         Self(Table::new(access, table))
     }
 
-    /// Reads the two items that a presented key names, at the same time.
+    /// Reads the two items that a presented key names: the tenant's first, and only then the key's. A
+    /// revocation takes the key away and moves the epoch on in one transaction; so a key that is found was
+    /// there at the epoch that was read, or later, and a decision about one that is revoked is never of
+    /// the epoch that its revocation began.
     ///
     /// # Errors
     /// If the table does not answer or an item does not parse.
     pub async fn claimed_by(&self, presented: &ApiKey) -> Result<Claimed, StoreError> {
         let tenant_id = presented.claimed_tenant();
-        let key = item_key::api_key(presented.key_id());
-        let (tenant, key) =
-            tokio::try_join!(self.0.get(tenant_id, item_key::TENANT), self.0.get(tenant_id, &key))?;
+        let tenant = self.0.get(tenant_id, item_key::TENANT).await?;
+        let key = self.0.get(tenant_id, &item_key::api_key(presented.key_id())).await?;
         Ok(Claimed { tenant, key })
     }
 

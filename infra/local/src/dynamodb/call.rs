@@ -99,6 +99,10 @@ fn intents(operation: &str, request: &Value, parts: &[Part<'_>], keys: &Partitio
         if let Some(key) = keys.get(&part.table).and_then(|attribute| part.partition_key(attribute)) {
             intent.context.insert("dynamodb:LeadingKeys".to_owned(), vec![key]);
         }
+        let attributes = part.attributes();
+        if !attributes.is_empty() {
+            intent.context.insert("dynamodb:Attributes".to_owned(), attributes);
+        }
         if !intents.contains(&intent) {
             intents.push(intent);
         }
@@ -118,9 +122,71 @@ struct Part<'a> {
     item: Option<&'a Value>,
     /// A query's whole request.
     query: Option<&'a Value>,
+    /// Where its expressions stand.
+    fields: &'a Value,
 }
 
+/// The fields of a call that are expressions.
+const EXPRESSIONS: [&str; 5] = [
+    "UpdateExpression",
+    "ConditionExpression",
+    "ProjectionExpression",
+    "FilterExpression",
+    "KeyConditionExpression",
+];
+/// Those of calls in the old manner, that name attributes as their own fields.
+const LEGACY: [&str; 6] =
+    ["AttributeUpdates", "Expected", "KeyConditions", "QueryFilter", "ScanFilter", "AttributesToGet"];
+/// Words of an expression that are no attributes.
+const WORDS: [&str; 18] = [
+    "SET",
+    "REMOVE",
+    "ADD",
+    "DELETE",
+    "AND",
+    "OR",
+    "NOT",
+    "BETWEEN",
+    "IN",
+    "attribute_exists",
+    "attribute_not_exists",
+    "attribute_type",
+    "begins_with",
+    "contains",
+    "size",
+    "if_not_exists",
+    "list_append",
+    "",
+];
+
 impl Part<'_> {
+    /// The attributes that the request names, each once and by its top level: those of the item or key,
+    /// and of every expression. <https://docs.aws.amazon.com/amazondynamodb/latest/developerguide/specifying-conditions.html>
+    fn attributes(&self) -> Vec<String> {
+        let mut all = Vec::new();
+        map(self.item).for_each(|(name, _)| push_new(&mut all, name.clone()));
+        for field in LEGACY {
+            let value = self.fields.get(field);
+            map(value).for_each(|(name, _)| push_new(&mut all, name.clone()));
+            let listed = value.and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str);
+            listed.for_each(|name| push_new(&mut all, name.to_owned()));
+        }
+        let names = self.fields.get("ExpressionAttributeNames");
+        for expression in EXPRESSIONS.iter().filter_map(|field| self.fields.get(*field)?.as_str()) {
+            let parts = expression.split(|c: char| !(c.is_alphanumeric() || "_#:.-".contains(c)));
+            for path in parts {
+                let top = path.split('.').next().unwrap_or_default();
+                let value = top.starts_with(|c: char| c == ':' || c == '-' || c.is_ascii_digit());
+                if value || WORDS.iter().any(|word| word.eq_ignore_ascii_case(top)) {
+                    continue;
+                }
+                let name = names.and_then(|names| names.get(top)).and_then(Value::as_str).unwrap_or(top);
+                push_new(&mut all, name.to_owned());
+            }
+        }
+        all
+    }
+
     fn partition_key(&self, attribute: &str) -> Option<String> {
         if let Some(value) = self.item.and_then(|item| item.get(attribute)) {
             return text(value);
@@ -160,6 +226,7 @@ fn parts<'a>(operation: &str, request: &'a Value) -> Vec<Part<'a>> {
                     table: table.clone(),
                     item: Some(key),
                     query: None,
+                    fields: get,
                 })
             })
             .collect(),
@@ -168,7 +235,7 @@ fn parts<'a>(operation: &str, request: &'a Value) -> Vec<Part<'a>> {
                 list(Some(writes)).map(|write| {
                     let put = write.pointer("/PutRequest/Item");
                     let item = put.or_else(|| write.pointer("/DeleteRequest/Key"));
-                    Part { action: None, table: table.clone(), item, query: None }
+                    Part { action: None, table: table.clone(), item, query: None, fields: &Value::Null }
                 })
             })
             .collect(),
@@ -177,7 +244,7 @@ fn parts<'a>(operation: &str, request: &'a Value) -> Vec<Part<'a>> {
             .filter_map(|(kind, action)| {
                 let item = action.get("Item").or_else(|| action.get("Key"));
                 let table = table_name(action.get("TableName")?)?;
-                Some(Part { action: Some(part_action(kind)), table, item, query: None })
+                Some(Part { action: Some(part_action(kind)), table, item, query: None, fields: action })
             })
             .collect(),
         _ => request
@@ -185,7 +252,8 @@ fn parts<'a>(operation: &str, request: &'a Value) -> Vec<Part<'a>> {
             .and_then(table_name)
             .map(|table| {
                 let item = request.get("Item").or_else(|| request.get("Key"));
-                Part { action: None, table, item, query: (operation == "Query").then_some(request) }
+                let query = (operation == "Query").then_some(request);
+                Part { action: None, table, item, query, fields: request }
             })
             .into_iter()
             .collect(),
@@ -326,6 +394,36 @@ mod tests {
             (call.tables, call.keys),
             (vec!["notes".into(), "other".into()], vec!["a".into(), "7".into()])
         );
+    }
+
+    #[test]
+    fn attributes_are_found_wherever_a_request_names_them() {
+        let named = |operation: &str, body: Value| {
+            let intents = read(operation, &body.to_string()).intents;
+            let mut all: Vec<String> = intents
+                .iter()
+                .flat_map(|intent| intent.context.get("dynamodb:Attributes").cloned().unwrap_or_default())
+                .collect();
+            all.sort();
+            all.join(" ")
+        };
+        let key = json!({"pk": {"S": "a"}, "sk": {"S": "b"}});
+        let update = json!({"TableName": "notes", "Key": key,
+            "UpdateExpression": "SET #l.requests[0] = :v, n = if_not_exists(n, :one) - :two REMOVE old.#deep",
+            "ConditionExpression": "attribute_exists(#p) AND NOT (epoch BETWEEN :a AND :b) and size(other)>:c",
+            "ExpressionAttributeNames": {"#l": "limits", "#p": "pk", "#deep": "deep"}});
+        assert_eq!(named("UpdateItem", update.clone()), "epoch limits n old other pk sk");
+        let in_transaction = json!({"TransactItems": [{"Update": update}]});
+        assert_eq!(named("TransactWriteItems", in_transaction), "epoch limits n old other pk sk");
+        let put =
+            json!({"TableName": "notes", "Item": {"pk": {"S": "a"}, "limits": {"M": {"x": {"N": "1"}}}}});
+        assert_eq!(named("PutItem", put), "limits pk");
+        let get = json!({"RequestItems": {"notes": {"Keys": [key], "ProjectionExpression": "a.b, c"}}});
+        assert_eq!(named("BatchGetItem", get), "a c pk sk");
+        let old =
+            json!({"TableName": "notes", "Key": key, "AttributeUpdates": {"limits": {"Value": {"N": "1"}}}});
+        assert_eq!(named("UpdateItem", old), "limits pk sk");
+        assert_eq!(named("Scan", json!({"TableName": "notes"})), "");
     }
 
     #[test]

@@ -1,0 +1,20 @@
+//! The keys function's binary: telemetry, context, run.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+
+use keys::{Context, handle};
+use lambda_http::{Error, run, service_fn};
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> Result<(), Error> {
+    shared::telemetry::init();
+    let context = Arc::new(Context::from_env().await?);
+    let closing = Arc::clone(&context);
+    lambda_runtime::spawn_graceful_shutdown_handler(|| async move { closing.close().await }).await;
+    run(service_fn(|request| {
+        let context = Arc::clone(&context);
+        async move { Ok::<_, Infallible>(handle(&context, request).await) }
+    }))
+    .await
+}

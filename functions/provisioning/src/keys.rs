@@ -1,0 +1,53 @@
+//! `POST /admin/tenants/{id}/keys`: a key for a tenant that has lost its own, or never had the right one.
+
+use http::{Response, StatusCode};
+use lambda_http::{Body, Request};
+use shared::api_key::{ApiKey, Grants, KeyRecord, MOST_KEYS};
+use shared::aws::keys::{Added, Addition};
+use shared::error::{ApiError, Code};
+use shared::ledger::{Action, Record};
+use shared::new_key::{CreatedKey, NewKey};
+use shared::tenant::TenantId;
+use shared::web;
+
+use crate::Context;
+
+/// How often a key is made again on a tenant's record that has moved on meanwhile.
+const ROUNDS: u32 = 4;
+
+pub(crate) async fn handle(context: &Context, request: Request) -> Result<Response<Body>, ApiError> {
+    let operator = web::operator(&request)?;
+    let id: TenantId = web::path_id(&request, "id")?;
+    let body: NewKey = web::json(&request)?;
+    for _ in 0..ROUNDS {
+        let tenant = context.tenants.get(&operator, &id).await?.ok_or_else(ApiError::not_found)?;
+        let now = context.clock.now();
+        let (name, grants) = body.clone().granted(&Grants::all(), now)?;
+        let mut rng = context.entropy;
+        let key = ApiKey::issue(tenant.tier, id.clone(), &mut rng);
+        let record = KeyRecord::granted(&key, grants, name, now);
+        let key_id = key.key_id().clone();
+        let done = Record::operation(&operator, id.clone(), Action::KeyCreated, Some(key_id.clone()), now)
+            .about(vec![key_id]);
+        let addition = Addition {
+            key: &record,
+            epoch: tenant.epoch,
+            replaces: None,
+            note: (&context.ledger, &done),
+            finished: None,
+        };
+        let ward = operator.ward(id.clone());
+        match Box::pin(context.keys.add(&ward, &addition)).await? {
+            Added::Yes => {
+                tracing::info!(tenant.id = %id, key.made = %key.key_id(), operator.arn = operator.arn(), "Key made");
+                return Ok(web::reply(StatusCode::CREATED, &CreatedKey::new(&key, record)));
+            }
+            Added::Full => {
+                let message = format!("the tenant has {MOST_KEYS} keys, which is the most");
+                return Err(ApiError::new(Code::Conflict, message));
+            }
+            Added::Stale | Added::Nothing | Added::Replaced | Added::Superseded => {}
+        }
+    }
+    Err(ApiError::unavailable("the tenant's present state"))
+}
