@@ -2,27 +2,44 @@
 
 #![expect(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use local::sigv4::Credentials;
-use reqwest::StatusCode;
+use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
-use tests::{Key, Stack};
+use tests::{Answer, Key, Options, Stack, Tenant};
 
 const DENIED: &str = "AccessDeniedException";
 
 /// The environment of a function's process: what code that runs in it can get hold of.
 fn environment(stack: &Stack, function: &str) -> BTreeMap<String, String> {
-    let name = ("AWS_LAMBDA_FUNCTION_NAME".to_owned(), format!("bulkhead-{function}"));
-    let environments = stack.children().into_iter().filter_map(|pid| {
-        let bytes = std::fs::read(format!("/proc/{pid}/environ")).ok()?;
-        let pairs = bytes.split(|byte| *byte == 0).filter_map(|pair| std::str::from_utf8(pair).ok());
-        let split =
-            |pair: &str| pair.split_once('=').map(|(name, value)| (name.to_owned(), value.to_owned()));
-        Some(pairs.filter_map(split).collect::<BTreeMap<_, _>>())
-    });
-    let mut found = environments.filter(|environment| environment.get(&name.0) == Some(&name.1));
-    found.next().unwrap_or_else(|| panic!("no process of {function}"))
+    let found = stack.processes(function).into_values().next();
+    found.unwrap_or_else(|| panic!("no process of {function}"))
+}
+
+fn pids(stack: &Stack, function: &str) -> BTreeSet<u32> {
+    stack.processes(function).into_keys().collect()
+}
+
+fn signal(signal: &str, pid: u32) {
+    let sent = std::process::Command::new("kill").args([signal, &pid.to_string()]).status().unwrap();
+    assert!(sent.success());
+}
+
+/// Makes a request of the tenant's, with another's name in a header that Lambda itself knows.
+async fn asks(tenant: &Tenant) {
+    let answer = tenant.request(Method::GET, "/v1/usage").header("x-amz-tenant-id", "globex").send().await;
+    assert_eq!(Answer::read(answer.unwrap()).await.status, StatusCode::OK, "{}", tenant.id);
+}
+
+/// The process that comes into being for a tenant's request.
+async fn new_process(stack: &Stack, tenant: &Tenant) -> u32 {
+    let before = pids(stack, "usage");
+    asks(tenant).await;
+    let after = pids(stack, "usage");
+    let new: Vec<u32> = after.difference(&before).copied().collect();
+    assert_eq!(new.len(), 1, "{before:?} {after:?}");
+    new[0]
 }
 
 /// A function's own key, as whoever broke into it would use it.
@@ -56,6 +73,7 @@ async fn everything_runs(stack: &Stack) {
     acme.get("/v1/usage").await;
     acme.get("/v1/audit").await;
     acme.get("/v1/keys").await;
+    stack.admin(Method::GET, "/admin/usage", None).await.expect_status(StatusCode::OK);
     stack.invoke("reconciler", json!({"job": "collect"})).await;
 }
 
@@ -92,8 +110,11 @@ fn query(table: &str, tenant: &str) -> Value {
 
 /// An update of one attribute of an item of table `tenants`.
 fn set(attribute: &str, tenant: &str) -> Value {
-    on("tenants", json!({"Key": key_of("tenants", tenant), "UpdateExpression": "SET #a = :v",
-        "ExpressionAttributeNames": {"#a": attribute}, "ExpressionAttributeValues": {":v": {"N": "1"}}}))
+    on(
+        "tenants",
+        json!({"Key": key_of("tenants", tenant), "UpdateExpression": "SET #a = :v",
+        "ExpressionAttributeNames": {"#a": attribute}, "ExpressionAttributeValues": {":v": {"N": "1"}}}),
+    )
 }
 
 fn put_with(attribute: &str, tenant: &str) -> Value {
@@ -150,6 +171,10 @@ async fn a_functions_key_opens_what_its_role_allows_and_nothing_else() {
         ("authorizer", "UpdateItem", set("limits", "globex"), false),
         ("keys", "GetItem", get("tenants", "globex"), false),
         ("keys", "UpdateItem", set("epoch", "globex"), false),
+        ("usage", "Scan", table_of("tenants"), false),
+        ("admin-usage", "Scan", table_of("tenants"), true),
+        ("admin-usage", "Query", query("usage", "globex"), true),
+        ("admin-usage", "UpdateItem", get("meters", "globex"), false),
         ("usage", "UpdateItem", get("usage", "globex"), false),
         ("usage", "Query", query("documents", "globex"), false),
         ("usage", "UpdateItem", get("meters", "globex"), false),
@@ -351,5 +376,150 @@ async fn sessions_are_kept_renewed_and_missed() {
     tokio::time::sleep(std::time::Duration::from_millis(1_500)).await;
     acme.ask("How many days of leave?").await;
     assert!(stack.sessions_given().await > given, "a session that ends soon is replaced");
+    stack.stop().await;
+}
+
+#[tokio::test]
+async fn a_process_serves_one_tenant() {
+    let stack = Stack::start().await;
+    let (acme, globex) = (stack.tenant("acme"), stack.tenant("globex"));
+    let of_acme = new_process(&stack, &acme).await;
+    let of_globex = new_process(&stack, &globex).await;
+    for tenant in [&acme, &globex, &globex, &acme] {
+        asks(tenant).await;
+    }
+    assert_eq!(pids(&stack, "usage"), BTreeSet::from([of_acme, of_globex]));
+
+    // Whose it is, seen from outside: stopped, it keeps its tenant waiting and nobody else.
+    signal("-STOP", of_acme);
+    let waiting = {
+        let acme = acme.clone();
+        tokio::spawn(async move { asks(&acme).await })
+    };
+    for _ in 0..3 {
+        asks(&globex).await;
+    }
+    assert!(!waiting.is_finished(), "acme was served by another process");
+    assert_eq!(pids(&stack, "usage"), BTreeSet::from([of_acme, of_globex]));
+    signal("-CONT", of_acme);
+    waiting.await.unwrap();
+
+    // One that dies at work is replaced for its tenant alone.
+    signal("-STOP", of_acme);
+    let lost = {
+        let acme = acme.clone();
+        tokio::spawn(async move { acme.get("/v1/usage").await.status })
+    };
+    asks(&globex).await;
+    signal("-KILL", of_acme);
+    lost.await.unwrap();
+    asks(&acme).await;
+    asks(&globex).await;
+    let now = pids(&stack, "usage");
+    let next = *now.difference(&BTreeSet::from([of_globex])).next().unwrap();
+    assert_eq!(now, BTreeSet::from([next, of_globex]));
+    assert_ne!(next, of_acme);
+
+    // Operators are nobody's tenant, and have processes that serve no tenant.
+    stack.admin(Method::GET, "/admin/usage", None).await.expect_status(StatusCode::OK);
+    assert_eq!(pids(&stack, "usage"), BTreeSet::from([next, of_globex]));
+    assert_eq!(pids(&stack, "admin-usage").len(), 1);
+    stack.stop().await;
+}
+
+/// The event that API Gateway makes of a request to this route.
+fn event(method: &str, path: &str, headers: Value) -> Value {
+    json!({
+        "resource": path, "path": path, "httpMethod": method, "headers": headers, "multiValueHeaders": {},
+        "queryStringParameters": null, "multiValueQueryStringParameters": null, "pathParameters": null,
+        "stageVariables": null, "body": null, "isBase64Encoded": false,
+        "requestContext": {
+            "accountId": "000000000000", "apiId": "local", "httpMethod": method, "path": path,
+            "protocol": "HTTP/1.1", "requestId": "r-1", "resourceId": "local", "resourcePath": path,
+            "stage": "live", "identity": {"sourceIp": "127.0.0.1"},
+        },
+    })
+}
+
+/// What the authorizer says of a tenant's key.
+async fn decision(stack: &Stack, tenant: &Tenant) -> Value {
+    let authorization = json!({"authorization": format!("Bearer {}", tenant.key)});
+    let mut asked = event("GET", "/v1/usage", authorization);
+    asked["type"] = "REQUEST".into();
+    asked["methodArn"] = "arn:aws:execute-api:us-east-1:000000000000:local/live/GET/v1/usage".into();
+    stack.invoke("authorizer", asked).await["context"].clone()
+}
+
+fn alerts(stack: &Stack) -> usize {
+    stack.logs().matches("isolation_alert").count()
+}
+
+/// What a function prints is in the log soon after its answer.
+async fn wait_for_alerts(stack: &Stack, expected: usize) {
+    for _ in 0..500 {
+        if alerts(stack) >= expected {
+            break;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
+    assert_eq!(alerts(stack), expected);
+}
+
+/// Should API Gateway or Lambda ever deliver a request to another tenant's process, it refuses.
+#[tokio::test]
+async fn a_request_in_anothers_process_is_refused_and_raises_the_alarm() {
+    let stack = Stack::start().await;
+    let mut own = event("GET", "/v1/usage", json!({"x-amz-tenant-id": "globex"}));
+    own["requestContext"]["authorizer"] = decision(&stack, &stack.tenant("acme")).await;
+    let answered = stack.invoke_for(Some("acme"), "bulkhead-usage", own.clone()).await.json();
+    assert_eq!(answered["statusCode"], 200, "{answered}");
+    assert_eq!(alerts(&stack), 0);
+
+    stack.forget_dynamodb_calls().await;
+    let refused = stack.invoke_for(Some("globex"), "bulkhead-usage", own.clone()).await.json();
+    assert_eq!(refused["statusCode"], 503, "{refused}");
+    assert_eq!(stack.dynamodb_calls().await, Vec::<Value>::new(), "it has touched something");
+    wait_for_alerts(&stack, 1).await;
+
+    // What an operator sees is all tenants'.
+    let mut operators = event("GET", "/admin/usage", json!({}));
+    operators["requestContext"]["identity"]["userArn"] = "arn:aws:iam::000000000000:user/operator".into();
+    let refused = stack.invoke_for(Some("acme"), "bulkhead-usage", operators.clone()).await.json();
+    assert_eq!(refused["statusCode"], 503, "{refused}");
+    wait_for_alerts(&stack, 2).await;
+    let answered = stack.invoke_for(None, "bulkhead-admin-usage", operators).await.json();
+    assert_eq!(answered["statusCode"], 200, "{answered}");
+
+    // Lambda itself takes no request without a tenant, nor one of a tenant where none is expected.
+    let nobodys = stack.invoke_for(None, "bulkhead-usage", own.clone()).await;
+    assert_eq!(nobodys.status, StatusCode::BAD_REQUEST, "{}", nobodys.text);
+    let named = stack.invoke_for(Some("acme"), "bulkhead-admin-usage", own).await;
+    assert_eq!(named.status, StatusCode::BAD_REQUEST, "{}", named.text);
+    stack.stop().await;
+}
+
+/// Everything else holds where the mode is off.
+#[tokio::test]
+async fn without_tenant_isolation_tenants_share_a_process_and_nothing_else() {
+    let parameters = vec![("TenantIsolation", "off".to_owned())];
+    let stack = Stack::start_with(Options { parameters, ..Options::default() }).await;
+    let (acme, globex) = (stack.tenant("acme"), stack.tenant("globex"));
+    acme.store("handbook", "Handbook", "Every employee has 25 days of paid annual leave.").await;
+    globex.store("handbook", "Handbook", "Every employee has 30 days of paid annual leave.").await;
+    for (tenant, days) in [(&acme, "25"), (&globex, "30")] {
+        let answer = tenant.ask("How many days of annual leave does an employee have?").await;
+        assert!(answer["response"].as_str().unwrap().contains(days), "{answer}");
+        asks(tenant).await;
+        asks(tenant).await;
+    }
+    for function in ["usage", "chat", "ingestion"] {
+        assert_eq!(pids(&stack, function).len(), 1, "{function}");
+    }
+    assert!(!stack.logs().contains("isolation_alert"));
+
+    let mut own = event("GET", "/v1/usage", json!({}));
+    own["requestContext"]["authorizer"] = decision(&stack, &acme).await;
+    let answered = stack.invoke_for(None, "bulkhead-usage", own).await.json();
+    assert_eq!(answered["statusCode"], 200, "{answered}");
     stack.stop().await;
 }

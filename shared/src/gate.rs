@@ -29,7 +29,7 @@ use crate::ledger::{Action, Denial, Entry, Record};
 use crate::meter::{Asker, Charged, Ended, Lease, Limit, Meter, Refusal, Ticket, Want, Work, Write};
 use crate::random::entropy;
 use crate::retry::Backoff;
-use crate::scope::{Caller, ScopeError, Subject, TenantScope};
+use crate::scope::{Caller, Isolation, ScopeError, Subject, TenantScope};
 use crate::tenant::{TenantId, TenantStatus, Tier};
 use crate::units::{NanoUsd, Tokens};
 use crate::valve::Shed;
@@ -59,6 +59,7 @@ pub struct Books {
 pub struct Gate {
     books: Books,
     tenants: TenantStore,
+    isolation: Isolation,
     known: Mutex<HashMap<TenantId, Meter>>,
     breaker: Mutex<Breaker>,
     denials: Denials,
@@ -231,18 +232,19 @@ impl From<StoreError> for Denied {
 
 impl Gate {
     /// A gate over these stores. `tenants` is asked where a decision has grown stale.
-    pub fn new(books: Books, tenants: TenantStore) -> Self {
+    pub fn new(books: Books, tenants: TenantStore, isolation: Isolation) -> Self {
         let denials = Denials::new(books.ledger.clone(), books.clock.clone());
-        Self { books, tenants, known: Mutex::default(), breaker: Mutex::default(), denials }
+        Self { books, tenants, isolation, known: Mutex::default(), breaker: Mutex::default(), denials }
     }
 
-    /// The gate that the environment describes: `METERS_TABLE`, `AUDIT_TABLE` and `TENANTS_TABLE`.
+    /// The gate that the environment describes: `METERS_TABLE`, `AUDIT_TABLE`, `TENANTS_TABLE` and
+    /// `TENANT_ISOLATION`.
     ///
     /// # Errors
-    /// If a variable is absent; the error names it.
+    /// If a variable is absent or malformed; the error names it.
     pub fn from_env(access: &Access, clock: Clock) -> Result<Self, EnvError> {
         let tenants = TenantStore::new(access, env::text("TENANTS_TABLE")?);
-        Ok(Self::new(Books::from_env(access, clock)?, tenants))
+        Ok(Self::new(Books::from_env(access, clock)?, tenants, env::parsed("TENANT_ISOLATION")?))
     }
 
     /// Claims a request's idempotency key, if it has one, and brings the first result if the request is a
@@ -517,7 +519,8 @@ impl Gate {
     }
 
     /// Lets a caller in to what needs `permission`, and runs its request. Whatever comes of it, the
-    /// tenant's standing is noted for the headers.
+    /// tenant's standing is noted for the headers; unless this is not the tenant's own process, which
+    /// touches nothing of the tenant's.
     ///
     /// # Errors
     /// Why it is not let in; or those of `run`.
@@ -529,8 +532,12 @@ impl Gate {
     ) -> Result<T, ApiError> {
         let (ward, limits, note) = (caller.ward(), caller.limits().clone(), caller.note().clone());
         let asked = caller.asked();
+        let opened = TenantScope::open(caller, permission, self.isolation, self.books.clock.now());
+        if let Err(error @ ScopeError::Misdelivered) = opened {
+            return Err(error.into());
+        }
         let work = async {
-            match TenantScope::open(caller, permission, self.books.clock.now()) {
+            match opened {
                 // Boxed: what is nested in it is deep, and the compiler has its limits.
                 Ok(scope) => Box::pin(run(scope)).await,
                 Err(error) => Err(error.into()),

@@ -242,6 +242,33 @@ impl Decision {
     }
 }
 
+/// Whether the tenants' processes are apart, as `template.yaml` has it: then a process of a function that
+/// tenants' requests reach serves one tenant alone, whose id Lambda names with each request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Isolation {
+    /// Each process is a tenant's.
+    On,
+    /// A process is nobody's in particular, and Lambda names no tenant.
+    Off,
+}
+
+impl FromStr for Isolation {
+    type Err = UnknownIsolation;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "on" => Ok(Self::On),
+            "off" => Ok(Self::Off),
+            _ => Err(UnknownIsolation),
+        }
+    }
+}
+
+/// A text that is neither `on` nor `off`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("it is neither `on` nor `off`")]
+pub struct UnknownIsolation;
+
 /// A record of one tenant where another's was expected. It must never happen; whoever meets it drops
 /// the record and raises the alarm.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -255,19 +282,22 @@ pub struct Caller {
     user: Option<http::HeaderValue>,
     presented: Option<ApiKey>,
     source: Option<IpAddr>,
+    process: Option<String>,
     request_id: RequestId,
     note: RequestNote,
 }
 
 impl Caller {
     /// Who asks, from what API Gateway put into the event. Nothing that the caller wrote takes part,
-    /// except the user's name, which is only an assertion.
+    /// except the user's name, which is only an assertion. `process` is the tenant whose process this is,
+    /// as Lambda says.
     ///
     /// # Errors
     /// [`ScopeError::Unauthorized`].
     pub fn of(
         context: &ApiGatewayProxyRequestContext,
         headers: &http::HeaderMap,
+        process: Option<&str>,
         note: RequestNote,
     ) -> Result<Self, ScopeError> {
         let authorization = headers.get(http::header::AUTHORIZATION).and_then(|value| value.to_str().ok());
@@ -277,6 +307,7 @@ impl Caller {
             presented: authorization.and_then(|value| ApiKey::from_authorization(value).ok()),
             // The connection's own address: what a header says of it, the caller may have written.
             source: context.identity.source_ip.as_deref().and_then(|text| text.parse().ok()),
+            process: process.map(str::to_owned),
             request_id: RequestId(context.request_id.clone().unwrap_or_default()),
             note,
         })
@@ -415,6 +446,9 @@ impl Bookkeeper {
 /// Why a request with a recognised key is refused all the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ScopeError {
+    /// The request has come to a process that is not its tenant's own.
+    #[error("the request cannot be handed to the tenant's own process right now; nothing was changed")]
+    Misdelivered,
     /// The event did not come through the authorizer.
     #[error("the request carries no authorizer decision")]
     Unauthorized,
@@ -441,6 +475,7 @@ impl From<ScopeError> for ApiError {
             ScopeError::Unauthorized | ScopeError::KeyExpired => Code::InvalidKey,
             ScopeError::AddressNotAllowed => Code::IpNotAllowed,
             ScopeError::Suspended => Code::TenantSuspended,
+            ScopeError::Misdelivered => Code::Unavailable,
             ScopeError::Lacks(_) => Code::InsufficientScope,
             ScopeError::InvalidUser => return Self::invalid("X-User-Id", error.to_string()),
         };
@@ -453,8 +488,26 @@ impl TenantScope {
     ///
     /// # Errors
     /// [`ScopeError`]; everything a cached decision cannot know is checked here, on each request.
-    pub fn open(caller: Caller, permission: Permission, now: Timestamp) -> Result<Self, ScopeError> {
-        let Caller { decision, user, presented, source, request_id, note } = caller;
+    pub fn open(
+        caller: Caller,
+        permission: Permission,
+        isolation: Isolation,
+        now: Timestamp,
+    ) -> Result<Self, ScopeError> {
+        let Caller { decision, user, presented, source, process, request_id, note } = caller;
+        let own = match isolation {
+            Isolation::On => Some(decision.tenant_id.as_str()),
+            Isolation::Off => None,
+        };
+        if process.as_deref() != own {
+            tracing::error!(
+                alert = "isolation_alert",
+                tenant.id = %decision.tenant_id,
+                process.tenant = process,
+                "A request has come to a process that is not its tenant's own; it is refused"
+            );
+            return Err(ScopeError::Misdelivered);
+        }
         decision.lets_in(permission, source, now)?;
         let user_id = user
             .map(|value| {
@@ -606,11 +659,20 @@ pub struct Operator {
 }
 
 impl Operator {
-    /// The operator whose signature API Gateway verified.
+    /// The operator whose signature API Gateway verified. `process` is the tenant whose process this is,
+    /// as Lambda says: where there is one, no operator is let in, for what he sees is all tenants'.
     ///
     /// # Errors
-    /// [`ScopeError::Unauthorized`] if the route was not signed.
-    pub fn open(context: &ApiGatewayProxyRequestContext) -> Result<Self, ScopeError> {
+    /// [`ScopeError::Unauthorized`] if the route was not signed; [`ScopeError::Misdelivered`].
+    pub fn open(context: &ApiGatewayProxyRequestContext, process: Option<&str>) -> Result<Self, ScopeError> {
+        if process.is_some() {
+            tracing::error!(
+                alert = "isolation_alert",
+                process.tenant = process,
+                "An operator's request has come to a tenant's process; it is refused"
+            );
+            return Err(ScopeError::Misdelivered);
+        }
         let arn = context.identity.user_arn.clone().filter(|arn| !arn.is_empty());
         let request_id = RequestId(context.request_id.clone().unwrap_or_default());
         arn.map(|arn| Self { arn, request_id }).ok_or(ScopeError::Unauthorized)
@@ -700,8 +762,8 @@ mod tests {
         headers.insert("x-forwarded-for", "203.0.113.7".parse().unwrap());
         let mut from = |address: Option<&str>| {
             context.identity.source_ip = address.map(str::to_owned);
-            let caller = Caller::of(&context, &headers, RequestNote::default()).unwrap();
-            TenantScope::open(caller, Permission::Chat, NOW).map(drop)
+            let caller = Caller::of(&context, &headers, None, RequestNote::default()).unwrap();
+            TenantScope::open(caller, Permission::Chat, Isolation::Off, NOW).map(drop)
         };
         for inside in ["203.0.113.7", "::ffff:203.0.113.7", "2001:db8::7"] {
             assert_eq!(from(Some(inside)), Ok(()), "{inside}");
@@ -714,8 +776,17 @@ mod tests {
     }
 
     fn open(context: &ApiGatewayProxyRequestContext, at: Timestamp) -> Result<TenantScope, ScopeError> {
-        let caller = Caller::of(context, &http::HeaderMap::new(), RequestNote::default())?;
-        TenantScope::open(caller, Permission::Chat, at)
+        open_in(context, Some("acme"), Isolation::On, at)
+    }
+
+    fn open_in(
+        context: &ApiGatewayProxyRequestContext,
+        process: Option<&str>,
+        isolation: Isolation,
+        at: Timestamp,
+    ) -> Result<TenantScope, ScopeError> {
+        let caller = Caller::of(context, &http::HeaderMap::new(), process, RequestNote::default())?;
+        TenantScope::open(caller, Permission::Chat, isolation, at)
     }
 
     #[test]
@@ -743,13 +814,33 @@ mod tests {
     }
 
     #[test]
+    fn a_scope_opens_in_its_tenants_own_process_alone() {
+        let context = context(TenantStatus::Active, &[Permission::Chat], None);
+        let with = |process, isolation| open_in(&context, process, isolation, NOW).map(|_| ());
+        assert_eq!(with(Some("acme"), Isolation::On), Ok(()));
+        for other in [None, Some(""), Some("globex"), Some("acme1"), Some("ACME"), Some("acme ")] {
+            assert_eq!(with(other, Isolation::On), Err(ScopeError::Misdelivered), "{other:?}");
+        }
+        assert_eq!(with(None, Isolation::Off), Ok(()));
+        // Lambda names nobody where the mode is off: template and environment contradict each other.
+        assert_eq!(with(Some("acme"), Isolation::Off), Err(ScopeError::Misdelivered));
+        assert_eq!(ApiError::from(ScopeError::Misdelivered).code.status(), 503);
+
+        assert_eq!("on".parse(), Ok(Isolation::On));
+        assert_eq!("off".parse(), Ok(Isolation::Off));
+        for unclear in ["", "On", "true", "0", "off "] {
+            assert_eq!(unclear.parse::<Isolation>(), Err(UnknownIsolation), "{unclear}");
+        }
+    }
+
+    #[test]
     fn the_user_is_text_of_bounded_length() {
         let context = context(TenantStatus::Active, &[Permission::Chat], None);
         let with = |value: &[u8]| {
             let mut headers = http::HeaderMap::new();
             headers.insert(USER_HEADER, http::HeaderValue::from_bytes(value).unwrap());
-            let caller = Caller::of(&context, &headers, RequestNote::default()).unwrap();
-            TenantScope::open(caller, Permission::Chat, NOW)
+            let caller = Caller::of(&context, &headers, None, RequestNote::default()).unwrap();
+            TenantScope::open(caller, Permission::Chat, Isolation::Off, NOW)
         };
         assert_eq!(with("zoë".as_bytes()).unwrap().user_id().unwrap().as_str(), "zoë");
         for bad in [&b""[..], &b"\xff"[..], &[b'x'; 257][..]] {
@@ -770,10 +861,12 @@ mod tests {
     #[test]
     fn an_operator_is_one_whom_iam_named() {
         let mut context = ApiGatewayProxyRequestContext::default();
-        assert!(Operator::open(&context).is_err());
+        assert!(Operator::open(&context, None).is_err());
         context.identity.user_arn = Some(String::new());
-        assert!(Operator::open(&context).is_err());
+        assert!(Operator::open(&context, None).is_err());
         context.identity.user_arn = Some("arn:aws:iam::1:user/op".into());
-        assert_eq!(Operator::open(&context).unwrap().arn(), "arn:aws:iam::1:user/op");
+        assert_eq!(Operator::open(&context, None).unwrap().arn(), "arn:aws:iam::1:user/op");
+        let in_a_tenants = Operator::open(&context, Some("acme"));
+        assert_eq!(in_a_tenants.unwrap_err(), ScopeError::Misdelivered);
     }
 }

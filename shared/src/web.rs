@@ -41,6 +41,12 @@ pub fn route(request: &Request) -> &str {
     context(request).and_then(|c| c.resource_path.as_deref()).unwrap_or_default()
 }
 
+/// The tenant whose process this is, where Lambda keeps tenants' processes apart. The client has no part in
+/// it: API Gateway maps it from what the authorizer found out.
+fn process(request: &Request) -> Option<&str> {
+    request.lambda_context_ref()?.tenant_id.as_deref()
+}
+
 /// Who sends a tenant's request.
 ///
 /// # Errors
@@ -48,7 +54,7 @@ pub fn route(request: &Request) -> &str {
 pub fn caller(request: &Request) -> Result<Caller, ApiError> {
     let context = context(request).ok_or_else(|| ApiError::new(Code::InvalidKey, "not a valid API key"))?;
     let note = request.extensions().get::<RequestNote>().cloned().unwrap_or_default();
-    let caller = Caller::of(context, request.headers(), note)?;
+    let caller = Caller::of(context, request.headers(), process(request), note)?;
     let span = tracing::Span::current();
     span.record("tenant.id", caller.tenant_id().as_str());
     span.record("key.id", caller.key_id().as_str());
@@ -62,7 +68,7 @@ pub fn caller(request: &Request) -> Result<Caller, ApiError> {
 pub fn operator(request: &Request) -> Result<Operator, ApiError> {
     let context = context(request)
         .ok_or_else(|| ApiError::new(Code::InvalidKey, "the request is not signed by an operator"))?;
-    Ok(Operator::open(context)?)
+    Ok(Operator::open(context, process(request))?)
 }
 
 /// By when the request must be answered: Lambda's deadline, less a margin to answer in.

@@ -31,7 +31,7 @@ use shared::ledger::Entry;
 use shared::limits::Limits;
 use shared::meter::{Asker, Meter, Want, Work};
 use shared::pricing::Usage;
-use shared::scope::{Caller, Decision, RequestNote, TenantScope, VectorToken};
+use shared::scope::{Caller, Decision, Isolation, RequestNote, TenantScope, VectorToken};
 use shared::tenant::{TenantStatus, Tier};
 use shared::units::{NanoUsd, Tokens};
 use tests::{Options, Stack};
@@ -124,8 +124,8 @@ fn scope(decision: &HashMap<String, Value>, number: usize, now: Timestamp) -> Te
     let mut context = ApiGatewayProxyRequestContext::default();
     context.request_id = Some(format!("00000000-0000-4000-8000-{number:012}"));
     context.authorizer.fields = decision.clone();
-    let caller = Caller::of(&context, &http::HeaderMap::new(), RequestNote::default()).unwrap();
-    TenantScope::open(caller, Permission::Chat, now).unwrap()
+    let caller = Caller::of(&context, &http::HeaderMap::new(), None, RequestNote::default()).unwrap();
+    TenantScope::open(caller, Permission::Chat, Isolation::Off, now).unwrap()
 }
 
 /// What was measured: how each attempt ended, and how long it took.
@@ -283,7 +283,7 @@ impl Tables {
         let meters = MeterStore::new(&self.access, Stack::table("meters"));
         let ledger = Ledger::new(&self.access, Stack::table("audit"));
         let tenants = TenantStore::new(&self.access, Stack::table("tenants"));
-        let gate = Box::new(Gate::new(Books::new(meters, ledger, now.clone()), tenants));
+        let gate = Box::new(Gate::new(Books::new(meters, ledger, now.clone()), tenants, Isolation::Off));
         Client::Bulkhead { gate, decision: Arc::clone(decision), now: now.clone(), settles }
     }
 

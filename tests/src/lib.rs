@@ -11,6 +11,7 @@
     reason = "a rig fails by panicking"
 )]
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::OnceLock;
@@ -454,8 +455,20 @@ impl Stack {
     /// # Panics
     /// If it fails.
     pub async fn invoke(&self, function: &str, payload: Value) -> Value {
-        let path = format!("functions/{function}/invoke");
-        self.control(Method::POST, &path, payload.to_string()).await.json()
+        let answer = self.invoke_for(None, function, payload).await;
+        assert!(answer.status.is_success(), "{function}: {} {}", answer.status, answer.text);
+        answer.json()
+    }
+
+    /// Invokes a function with this event past the gateway, in a tenant's process if one is named, and
+    /// returns its result or why it has none.
+    pub async fn invoke_for(&self, tenant: Option<&str>, function: &str, payload: Value) -> Answer {
+        let url = format!("{}/functions/{function}/invoke", text(&self.ready, "control_url"));
+        let mut request = self.http.post(url).body(payload.to_string());
+        if let Some(tenant) = tenant {
+            request = request.header("x-amz-tenant-id", tenant);
+        }
+        Answer::read(request.send().await.expect("the control address answers")).await
     }
 
     /// Puts faults between the functions and their tables: `{"seed": n, "rules": […]}`, in the place of
@@ -567,6 +580,20 @@ impl Stack {
             .filter_map(|task| std::fs::read_to_string(task.path().join("children")).ok())
             .flat_map(|text| text.split_whitespace().filter_map(|pid| pid.parse().ok()).collect::<Vec<u32>>())
             .collect()
+    }
+
+    /// The processes of a function, each with its environment; `function` is its name without the stack's
+    /// prefix.
+    pub fn processes(&self, function: &str) -> BTreeMap<u32, BTreeMap<String, String>> {
+        let name = format!("bulkhead-{function}");
+        let environments = self.children().into_iter().filter_map(|pid| {
+            let bytes = std::fs::read(format!("/proc/{pid}/environ")).ok()?;
+            let pairs = bytes.split(|byte| *byte == 0).filter_map(|pair| std::str::from_utf8(pair).ok());
+            let split =
+                |pair: &str| pair.split_once('=').map(|(name, value)| (name.to_owned(), value.to_owned()));
+            Some((pid, pairs.filter_map(split).collect::<BTreeMap<_, _>>()))
+        });
+        environments.filter(|(_, vars)| vars.get("AWS_LAMBDA_FUNCTION_NAME") == Some(&name)).collect()
     }
 
     /// Asks the stack to end, and waits until it has.

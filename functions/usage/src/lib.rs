@@ -25,26 +25,10 @@ use view::View;
 /// What the function works with.
 pub struct Context {
     gate: Gate,
-    figures: Figures,
-    tenants: TenantStore,
-    /// The same with the function's own role, for operators.
-    all_figures: Figures,
-    clock: Clock,
-}
-
-/// Where the figures come from.
-struct Figures {
     meters: MeterStore,
+    tenants: TenantStore,
     usage: UsageStore,
-}
-
-impl Figures {
-    fn from_env(access: &aws::Access) -> Result<Self, Error> {
-        Ok(Self {
-            meters: MeterStore::new(access, env::text("METERS_TABLE")?),
-            usage: UsageStore::new(access, env::text("USAGE_TABLE")?),
-        })
-    }
+    clock: Clock,
 }
 
 impl Context {
@@ -53,14 +37,13 @@ impl Context {
     /// # Errors
     /// If a variable is absent; the error names it.
     pub async fn from_env() -> Result<Self, Error> {
-        let config = aws::config().await;
-        let (access, own) = (aws::Access::per_tenant(&config)?, aws::Access::own(&config));
+        let access = aws::Access::from_env(&aws::config().await);
         let clock = Clock::system();
         Ok(Self {
             gate: Gate::from_env(&access, clock.clone())?,
-            figures: Figures::from_env(&access)?,
-            tenants: TenantStore::new(&own, env::text("TENANTS_TABLE")?),
-            all_figures: Figures::from_env(&own)?,
+            meters: MeterStore::new(&access, env::text("METERS_TABLE")?),
+            tenants: TenantStore::new(&access, env::text("TENANTS_TABLE")?),
+            usage: UsageStore::new(&access, env::text("USAGE_TABLE")?),
             clock,
         })
     }
@@ -87,7 +70,7 @@ async fn own(context: &Context, request: Request) -> Result<Response<Body>, ApiE
     let run = async |mut scope: TenantScope| {
         let month = month(context, &request)?;
         context.gate.admit_read(&mut scope).await?;
-        let view = one(context, &context.figures, &scope, scope.limits(), month).await?;
+        let view = one(context, &scope, scope.limits(), month).await?;
         context.gate.note(&scope, Action::UsageRead, Vec::new()).await?;
         Ok(view)
     };
@@ -111,7 +94,7 @@ async fn all(context: &Context, request: Request) -> Result<Response<Body>, ApiE
     let mut usage = Vec::with_capacity(tenants.len());
     for tenant in tenants {
         let ward = operator.ward(tenant.tenant_id);
-        usage.push(one(context, &context.all_figures, &ward, &tenant.limits, month).await?);
+        usage.push(one(context, &ward, &tenant.limits, month).await?);
     }
     if !wants_csv(&request) {
         return Ok(web::reply(StatusCode::OK, &All { usage, cursor }));
@@ -127,12 +110,11 @@ async fn all(context: &Context, request: Request) -> Result<Response<Body>, ApiE
 /// One tenant's month, and where it stands now.
 async fn one(
     context: &Context,
-    figures: &Figures,
     subject: &impl Subject,
     limits: &Limits,
     month: BillingMonth,
 ) -> Result<View, ApiError> {
-    let (bill, meter) = tokio::try_join!(figures.usage.month(subject, month), figures.meters.read(subject))?;
+    let (bill, meter) = tokio::try_join!(context.usage.month(subject, month), context.meters.read(subject))?;
     let standing = meter.standing(limits, context.clock.now());
     Ok(View::new(subject.tenant_id().clone(), month, &bill, limits, &standing))
 }

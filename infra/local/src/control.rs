@@ -5,7 +5,7 @@
 //! | --- | --- |
 //! | `GET /health` | answers |
 //! | `POST /functions/{binary}/kill` | kills the function's processes in the middle of whatever they do |
-//! | `POST /functions/{binary}/invoke` | invokes the function with the JSON in the body, answers its result |
+//! | `POST /functions/{function}/invoke` | invokes the function with the JSON in the body, for the tenant that the header `x-amz-tenant-id` names, if any; answers its result |
 //! | `PUT /dynamodb/faults` | puts `{"seed": n, "rules": […]}` in the place of all rules, answers its seed |
 //! | `DELETE /dynamodb/faults` | ends all faults |
 //! | `GET /dynamodb/calls?after=n` | the calls numbered higher than `n`, oldest first |
@@ -27,15 +27,18 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post, put};
 use axum::{Json, Router};
 use bytes::Bytes;
-use http::{StatusCode, header};
+use http::{HeaderMap, StatusCode, header};
 use serde::Deserialize;
 use serde_json::json;
 use tokio::net::TcpListener;
 
 use crate::dynamodb::Front;
-use crate::lambda::{InvokeError, Lambda, MAX_PAYLOAD};
+use crate::lambda::{InvokeError, Lambda, MAX_PAYLOAD, WITHOUT_HURRY};
 use crate::serving;
 use crate::sts::{Steering, Sts};
+
+/// Names the tenant that a function is invoked for.
+const TENANT_ID: &str = "x-amz-tenant-id";
 
 /// What is steered.
 #[derive(Clone, Debug)]
@@ -60,7 +63,7 @@ pub async fn serve(
     let routes = Router::new()
         .route("/health", get(async || Json(json!({ "status": "ok" }))))
         .route("/functions/{binary}/kill", post(kill))
-        .route("/functions/{binary}/invoke", post(invoke))
+        .route("/functions/{function}/invoke", post(invoke))
         .route("/dynamodb/faults", put(set_faults).delete(clear_faults))
         .route("/dynamodb/calls", get(calls).delete(forget_calls))
         .route("/sts", get(sts).put(steer_sts))
@@ -74,13 +77,21 @@ async fn kill(State(control): State<Control>, Path(function): Path<String>) -> R
     Json(json!({ "killed": control.lambda.kill_instances(&function) })).into_response()
 }
 
-async fn invoke(State(control): State<Control>, Path(function): Path<String>, payload: Bytes) -> Response {
-    match control.lambda.invoker(&function)(payload).await {
-        Ok(result) => ([(header::CONTENT_TYPE, "application/json")], result).into_response(),
+async fn invoke(
+    State(control): State<Control>,
+    Path(function): Path<String>,
+    headers: HeaderMap,
+    payload: Bytes,
+) -> Response {
+    // As in Lambda's own `Invoke`. What is not text is no tenant's id.
+    let tenant = headers.get(TENANT_ID).map(|id| id.to_str().unwrap_or_default());
+    match control.lambda.invoke(&function, tenant, payload, WITHOUT_HURRY).await {
+        Ok(result) => ([(header::CONTENT_TYPE, "application/json")], result.payload).into_response(),
         Err(error) => {
             let status = match error {
                 InvokeError::UnknownFunction(_) => StatusCode::NOT_FOUND,
                 InvokeError::RequestTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
+                InvokeError::TenantId(_) => StatusCode::BAD_REQUEST,
                 _ => StatusCode::BAD_GATEWAY,
             };
             refused(status, &error)
@@ -163,6 +174,8 @@ mod tests {
         let (status, failure) = post("/functions/fake/invoke", r#"{"do":"fail"}"#).await;
         assert_eq!((status, &failure["error"]), (502, &json!("the function failed: Oops: bad")));
         assert_eq!(post("/functions/nobody/invoke", "{}").await.0, 404);
+        let named = client.post(format!("{url}/functions/fake/invoke")).header(TENANT_ID, "acme");
+        assert_eq!(named.body("{}").send().await.unwrap().status(), 400);
         assert_eq!(post("/functions/fake/kill", "").await, (200, json!({"killed": 1})));
         assert_eq!(post("/functions/fake/invoke", r#"{"do":"raw 2"}"#).await, (200, json!(2)));
 

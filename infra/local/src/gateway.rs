@@ -72,11 +72,14 @@ impl Gateway {
         let caller = self.caller(exchange, route).await?;
         let payload = Bytes::from(exchange.proxy_event(&self.api, route, &caller).to_string());
         let deadline = Instant::now() + route.timeout;
+        // Of what the authorizer said, not of what the client sent.
+        let tenant = route.tenant.as_ref().and_then(|name| caller.says(name));
+        let (function, wait) = (&route.function, route.timeout);
         if route.streaming {
-            let streaming = self.lambda.invoke_streaming(&route.function, payload, route.timeout).await;
+            let streaming = self.lambda.invoke_streaming(function, tenant, payload, wait).await;
             return respond::streamed(streaming.map_err(failed)?, deadline);
         }
-        let response = self.lambda.invoke(&route.function, payload, route.timeout).await.map_err(failed)?;
+        let response = self.lambda.invoke(function, tenant, payload, wait).await.map_err(failed)?;
         respond::buffered(&response)
     }
 
@@ -141,6 +144,7 @@ fn failed(error: InvokeError) -> Failure {
         // both are the same thing, and no route of ours waits that long.
         InvokeError::Waited | InvokeError::TimedOut(_) => Kind::IntegrationTimeout,
         InvokeError::Malformed(_) => Kind::MalformedStream,
+        InvokeError::TenantId(_) => Kind::ApiConfigurationError,
         InvokeError::Closing => Kind::Unavailable,
         InvokeError::UnknownFunction(_)
         | InvokeError::ResponseTooLarge

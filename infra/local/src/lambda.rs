@@ -5,11 +5,16 @@
 //! and is asked no more until it asks again. It ends at its time limit, and what it left unanswered
 //! fails at once when it ends by itself.
 //!
+//! A function whose processes are each a tenant's (`TenancyConfig`) is invoked with a tenant's id, any
+//! other without one. A process that waits for its tenant's next request is of no use to others, so the
+//! stack keeps so many of them and no more, and ends the one that has waited longest.
+//!
 //! A process does not outlive the stack: it is told to stop, then made to; and if the stack itself is
 //! killed, its request for the next event fails, upon which `lambda_runtime` returns from `run` with
 //! an error and the program ends.
 
 mod api;
+mod idle;
 mod instance;
 mod pool;
 mod prelude;
@@ -29,6 +34,7 @@ use tokio::sync::{Notify, mpsc, oneshot};
 pub(crate) use self::instance::uuid;
 pub use self::prelude::Prelude;
 
+use self::idle::Idle;
 use self::instance::{Instance, Invocation};
 use self::pool::Pool;
 use crate::sigv4::Credentials;
@@ -39,7 +45,7 @@ pub const MAX_PAYLOAD: usize = 6 * 1024 * 1024;
 /// How long a program may take until it asks for its first event.
 const INIT_TIMEOUT: Duration = Duration::from_secs(20);
 /// Longer than any function may take: for callers that wait as long as it takes.
-const WITHOUT_HURRY: Duration = Duration::from_secs(1_000);
+pub(crate) const WITHOUT_HURRY: Duration = Duration::from_secs(1_000);
 /// How long a process may take to end once it is told to.
 const STOP_GRACE: Duration = Duration::from_secs(2);
 /// How often idle processes are looked at.
@@ -63,10 +69,14 @@ pub struct Options {
     pub default_concurrency: usize,
     /// How long a process may wait for work before it is ended.
     pub idle_timeout: Duration,
+    /// How many processes that are tenants' own may wait for work at once, those of all functions together.
+    pub idle_tenant_processes: usize,
 }
 
 impl Options {
-    /// The usual options: 16 processes at most, ended after five idle minutes.
+    /// The usual options: 16 processes at most, ended after five idle minutes; of those that are tenants'
+    /// own, 32 may be idle. A process takes about 25 MB; so many tenants that they do not fit share a
+    /// machine with few cores anyway, and cold starts are what they meet on AWS too.
     #[must_use]
     pub fn new(binaries: PathBuf, logs: PathBuf, credentials: BTreeMap<String, Credentials>) -> Self {
         Self {
@@ -77,6 +87,7 @@ impl Options {
             region: crate::template::REGION.to_owned(),
             default_concurrency: 16,
             idle_timeout: Duration::from_secs(300),
+            idle_tenant_processes: 32,
         }
     }
 }
@@ -87,6 +98,9 @@ pub enum InvokeError {
     /// There is no such function.
     #[error("there is no function {0}")]
     UnknownFunction(String),
+    /// A tenant's id is missing, malformed, or not expected.
+    #[error("InvalidParameterValueException: {0}")]
+    TenantId(&'static str),
     /// The event is larger than [`MAX_PAYLOAD`].
     #[error("the event is larger than {MAX_PAYLOAD} bytes")]
     RequestTooLarge,
@@ -167,7 +181,16 @@ struct Shared {
     options: Options,
     address: SocketAddr,
     instances: Mutex<HashMap<String, Arc<Instance>>>,
+    idle: Idle,
     stopped: Notify,
+}
+
+impl Shared {
+    /// Ends processes that have waited too long.
+    fn reap(&self) {
+        let old = self.idle.take_older(self.options.idle_timeout);
+        old.iter().for_each(|instance| instance.terminate());
+    }
 }
 
 /// What a process posted.
@@ -189,6 +212,7 @@ impl Lambda {
             address: listener.local_addr()?,
             options,
             instances: Mutex::new(HashMap::new()),
+            idle: Idle::default(),
             stopped: Notify::new(),
         });
         let pools = functions
@@ -202,25 +226,26 @@ impl Lambda {
             loop {
                 tokio::time::sleep(REAP_EVERY).await;
                 let Some(lambda) = reaped.upgrade() else { break };
-                lambda.pools.iter().for_each(|pool| pool.reap());
+                lambda.shared.reap();
             }
         });
         Ok(lambda)
     }
 
-    /// Invokes a function and waits for the whole result, no longer than `wait`. The function is
-    /// named by its logical id, its name or its binary.
+    /// Invokes a function, for `tenant` if its processes are each a tenant's, and waits for the whole
+    /// result, no longer than `wait`. The function is named by its logical id, its name or its binary.
     ///
     /// # Errors
     /// [`InvokeError`].
     pub async fn invoke(
         &self,
         function: &str,
+        tenant: Option<&str>,
         payload: Bytes,
         wait: Duration,
     ) -> Result<Response, InvokeError> {
         let complete = async {
-            match self.begin(function, payload).await? {
+            match self.begin(function, tenant, payload).await? {
                 Reply::Buffered(payload) => Ok(Response { payload, streamed: false }),
                 Reply::Streaming { mut body, .. } => {
                     let mut payload = BytesMut::new();
@@ -237,30 +262,33 @@ impl Lambda {
         tokio::time::timeout(wait, complete).await.unwrap_or(Err(InvokeError::Waited))
     }
 
-    /// What invokes this function, however long it takes.
+    /// What invokes this function, for no tenant in particular, however long it takes.
     #[must_use]
     pub fn invoker(self: &Arc<Self>, function: &str) -> Invoke {
         let (lambda, function) = (Arc::clone(self), function.to_owned());
         Arc::new(move |payload| {
             let (lambda, function) = (Arc::clone(&lambda), function.clone());
             Box::pin(async move {
-                lambda.invoke(&function, payload, WITHOUT_HURRY).await.map(|response| response.payload)
+                let response = lambda.invoke(&function, None, payload, WITHOUT_HURRY).await?;
+                Ok(response.payload)
             })
         })
     }
 
-    /// Invokes a function and waits until its response has begun, no longer than `wait`.
+    /// Invokes a function, as [`Lambda::invoke`] does, and waits until its response has begun, no longer
+    /// than `wait`.
     ///
     /// # Errors
     /// [`InvokeError`]. A function that does not stream has no prelude: its response is malformed.
     pub async fn invoke_streaming(
         &self,
         function: &str,
+        tenant: Option<&str>,
         payload: Bytes,
         wait: Duration,
     ) -> Result<StreamingResponse, InvokeError> {
         let begun = async {
-            match self.begin(function, payload).await? {
+            match self.begin(function, tenant, payload).await? {
                 Reply::Buffered(_) => Err(InvokeError::Malformed("it is not streamed")),
                 Reply::Streaming { http: false, .. } => {
                     Err(InvokeError::Malformed("its content type is another"))
@@ -271,26 +299,39 @@ impl Lambda {
         tokio::time::timeout(wait, begun).await.unwrap_or(Err(InvokeError::Waited))
     }
 
-    async fn begin(&self, function: &str, payload: Bytes) -> Result<Reply, InvokeError> {
+    async fn begin(
+        &self,
+        function: &str,
+        tenant: Option<&str>,
+        payload: Bytes,
+    ) -> Result<Reply, InvokeError> {
         let pool = self.pool(function).ok_or_else(|| InvokeError::UnknownFunction(function.to_owned()))?;
+        match (pool.function().tenant_isolation, tenant) {
+            (true, None) => return Err(InvokeError::TenantId("the function is invoked with a tenant's id")),
+            (false, Some(_)) => return Err(InvokeError::TenantId("the function takes no tenant's id")),
+            (true, Some(id)) if !is_tenant_id(id) => {
+                return Err(InvokeError::TenantId("the tenant's id is malformed"));
+            }
+            (true, Some(_)) | (false, None) => {}
+        }
         if payload.len() > MAX_PAYLOAD {
             return Err(InvokeError::RequestTooLarge);
         }
         let (reply, result) = oneshot::channel();
         // On its own: what has begun goes on, whether or not the caller still waits for it.
-        tokio::spawn(Arc::clone(pool).run(Arc::new(Invocation::new(payload, reply))));
+        tokio::spawn(Arc::clone(pool).run(Arc::new(Invocation::new(tenant, payload, reply))));
         result.await.unwrap_or(Err(InvokeError::Closing))
     }
 
     /// Kills every process of a function, whatever it is doing, and says how many there were.
     #[must_use = "a function that is not there has no processes either"]
     pub fn kill_instances(&self, function: &str) -> usize {
-        self.pool(function).map_or(0, |pool| pool.kill_all())
+        self.pools(function).map(|pool| pool.kill_all()).sum()
     }
 
     /// Kills every process that a function has now, and returns once they are gone.
     pub async fn kill_and_wait(&self, function: &str) {
-        if let Some(pool) = self.pool(function) {
+        for pool in self.pools(function) {
             let processes = pool.processes();
             let _ = pool.kill_all();
             for process in processes {
@@ -302,13 +343,13 @@ impl Lambda {
     /// How many processes a function has.
     #[must_use]
     pub fn instances(&self, function: &str) -> usize {
-        self.pool(function).map_or(0, |pool| pool.size())
+        self.pools(function).map(|pool| pool.size()).sum()
     }
 
     /// What a function printed last.
     #[must_use]
     pub fn log_tail(&self, function: &str) -> Vec<String> {
-        self.pool(function).map(|pool| pool.tail()).unwrap_or_default()
+        self.pools(function).flat_map(|pool| pool.tail()).collect()
     }
 
     /// Ends all processes: asks, waits a little, kills. Invocations that are still running fail.
@@ -325,12 +366,24 @@ impl Lambda {
         self.shared.stopped.notify_one();
     }
 
-    fn pool(&self, function: &str) -> Option<&Arc<Pool>> {
-        self.pools.iter().find(|pool| {
+    /// The functions of that name. A binary may be that of several, which is then no name to invoke by.
+    fn pools(&self, function: &str) -> impl Iterator<Item = &Arc<Pool>> {
+        self.pools.iter().filter(move |pool| {
             let f = pool.function();
             f.logical_id == function || f.name == function || f.binary == function
         })
     }
+
+    fn pool(&self, function: &str) -> Option<&Arc<Pool>> {
+        let mut named = self.pools(function);
+        named.next().filter(|_| named.next().is_none())
+    }
+}
+
+/// What Lambda takes for a tenant's id.
+fn is_tenant_id(text: &str) -> bool {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"._:/=+-@ ".contains(&byte);
+    (1..=256).contains(&text.len()) && text.bytes().all(allowed)
 }
 
 /// Locks, even if another thread has panicked with the lock held: every use leaves whole values.

@@ -105,6 +105,8 @@ pub struct Function {
     pub memory_mb: u32,
     /// How many invocations may run at once, if the template limits it.
     pub reserved_concurrency: Option<usize>,
+    /// Whether a process of it serves one tenant alone.
+    pub tenant_isolation: bool,
     /// What invokes it besides requests.
     pub events: Events,
     /// What its role may do.
@@ -228,6 +230,8 @@ pub struct Route {
     pub timeout: Duration,
     /// Who may call it.
     pub auth: RouteAuth,
+    /// The value of the authorizer's context that tells Lambda whose request it is.
+    pub tenant: Option<String>,
 }
 
 /// Who may call a route.
@@ -422,7 +426,7 @@ fn function(
         properties: merge(globals.clone(), local.clone()),
         metadata: resource.metadata.clone(),
     };
-    merged.refuse(&["FunctionUrlConfig", "Layers", "PackageType", "TenancyConfig"])?;
+    merged.refuse(&["FunctionUrlConfig", "Layers", "PackageType"])?;
     let binary = merged.metadata.pointer("/BuildProperties/Binary").and_then(scalar).ok_or_else(|| {
         invalid(format!("Resources.{}.Metadata.BuildProperties.Binary", merged.id), "is missing")
     })?;
@@ -432,6 +436,7 @@ fn function(
             environment.insert(name.clone(), merged.text(&format!("/Environment/Variables/{name}"))?);
         }
     }
+    let events = events::events(&merged, tables, queues)?;
     Ok(Function {
         name: physical_name(&merged),
         binary,
@@ -440,10 +445,25 @@ fn function(
         timeout: Duration::from_secs(merged.number("/Timeout")?.unwrap_or(3)),
         memory_mb: merged.number("/MemorySize")?.unwrap_or(128),
         reserved_concurrency: merged.number("/ReservedConcurrentExecutions")?,
-        events: events::events(&merged, tables, queues)?,
+        tenant_isolation: tenant_isolation(&merged, &events)?,
+        events,
         policies: policies(&merged, Some)?,
         logical_id: merged.id,
     })
+}
+
+/// Whether the function keeps tenants apart. Such a function is invoked by requests alone: AWS takes no
+/// stream or schedule for it.
+fn tenant_isolation(function: &Resource, events: &Events) -> Result<bool, TemplateError> {
+    const MODE: &str = "/TenancyConfig/TenantIsolationMode";
+    if function.get("/TenancyConfig").is_none() {
+        return Ok(false);
+    }
+    match function.text(MODE)?.as_str() {
+        "PER_TENANT" if *events == Events::default() => Ok(true),
+        "PER_TENANT" => Err(invalid(function.at("/Events"), "do not go together with TenancyConfig")),
+        other => Err(invalid(function.at(MODE), format!("`{other}` does not exist"))),
+    }
 }
 
 /// The documents under `Policies`, each found in its entry by `document`. SAM's named policies and
@@ -783,7 +803,8 @@ impl Document<'_> {
         let method = Method::from_bytes(method.to_ascii_uppercase().as_bytes())
             .map_err(|_| invalid(&at, "is not an HTTP method"))?;
         let auth = self.auth(operation, schemes, &at)?;
-        Ok(Route { method, path: path.to_owned(), function, streaming, timeout, auth })
+        let tenant = tenant_source(integration, &at)?;
+        Ok(Route { method, path: path.to_owned(), function, streaming, timeout, auth, tenant })
     }
 
     fn auth(
@@ -838,6 +859,30 @@ impl Document<'_> {
         }
         Ok(responses)
     }
+}
+
+/// What an integration's parameters say: of which value of the authorizer's context Lambda learns the
+/// tenant. One that a client has a part in is refused, and so is any other parameter.
+fn tenant_source(integration: &Value, at: &str) -> Result<Option<String>, TemplateError> {
+    const TENANT_ID: &str = "integration.request.header.X-Amz-Tenant-Id";
+    const SOURCE: &str = "context.authorizer.";
+    let at = format!("{at}.requestParameters");
+    let parameters = match integration.get("requestParameters") {
+        None => return Ok(None),
+        Some(parameters) => parameters.as_object().ok_or_else(|| invalid(&at, "is not a map"))?,
+    };
+    let mut source = None;
+    for (name, value) in parameters {
+        if !name.eq_ignore_ascii_case(TENANT_ID) {
+            return Err(invalid(at, format!("`{name}` is not known to the local stack")));
+        }
+        let value = scalar(value).unwrap_or_default();
+        let named = value.strip_prefix(SOURCE).filter(|name| !name.is_empty());
+        let named =
+            named.ok_or_else(|| invalid(&at, format!("`{value}` is not what the authorizer said")))?;
+        source = Some(named.to_owned());
+    }
+    Ok(source)
 }
 
 fn authorizer(at: &str, text: &dyn Fn(&str) -> String, names: &Names) -> Result<Authorizer, TemplateError> {

@@ -72,6 +72,13 @@ impl Access {
         Ok(Self::new(config, Some(role)))
     }
 
+    /// A session for each tenant where `TENANT_ROLE_ARN` is set, the function's own role elsewhere: for a
+    /// program that serves tenants under one name and operators under another. The former's own role opens
+    /// nothing of any tenant, so a forgotten variable refuses.
+    pub fn from_env(config: &SdkConfig) -> Self {
+        Self::per_tenant(config).unwrap_or_else(|_| Self::own(config))
+    }
+
     fn new(config: &SdkConfig, role: Option<TenantRole>) -> Self {
         let own = Arc::new(Session::new(config.clone()));
         Self(Arc::new(Inner { own, role, known: Mutex::default() }))

@@ -63,7 +63,7 @@ impl Authorizers {
             None => {
                 let event = Bytes::from(exchange.authorizer_event(api, route).to_string());
                 let asked = Instant::now();
-                let answer = lambda.invoke(&authorizer.function, event, TIMEOUT).await;
+                let answer = lambda.invoke(&authorizer.function, None, event, TIMEOUT).await;
                 let decision = parse(answer.map(|response| response.payload), asked.elapsed())?;
                 self.keep(key, &decision, authorizer.ttl);
                 decision

@@ -55,6 +55,16 @@ pub(super) enum Caller<'a> {
     Operator(&'a Credentials),
 }
 
+impl Caller<'_> {
+    /// A value of the authorizer's context.
+    pub(super) fn says(&self, name: &str) -> Option<&str> {
+        match self {
+            Caller::Tenant(context) => context.get(name)?.as_str(),
+            Caller::Anyone | Caller::Operator(_) => None,
+        }
+    }
+}
+
 impl Exchange {
     pub(super) fn new(parts: Parts, source_ip: IpAddr) -> Self {
         Self {

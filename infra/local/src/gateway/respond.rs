@@ -40,6 +40,7 @@ pub(super) enum Kind {
     InvalidSignature,
     AuthorizerFailure,
     AuthorizerConfigurationError,
+    ApiConfigurationError,
     RequestTooLarge,
     Throttled,
     IntegrationTimeout,
@@ -67,6 +68,9 @@ impl Kind {
             Self::AuthorizerFailure => ("AUTHORIZER_FAILURE", StatusCode::INTERNAL_SERVER_ERROR, INTERNAL),
             Self::AuthorizerConfigurationError => {
                 ("AUTHORIZER_CONFIGURATION_ERROR", StatusCode::INTERNAL_SERVER_ERROR, INTERNAL)
+            }
+            Self::ApiConfigurationError => {
+                ("API_CONFIGURATION_ERROR", StatusCode::INTERNAL_SERVER_ERROR, INTERNAL)
             }
             Self::RequestTooLarge => ("REQUEST_TOO_LARGE", StatusCode::PAYLOAD_TOO_LARGE, "Request Too Long"),
             Self::Throttled => ("THROTTLED", StatusCode::TOO_MANY_REQUESTS, "Too Many Requests"),

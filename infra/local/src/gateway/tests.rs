@@ -31,10 +31,16 @@ fn operator() -> Credentials {
 
 impl Stack {
     async fn new(change: impl FnOnce(&mut Template)) -> Self {
+        Self::with("on", change).await
+    }
+
+    /// A stack in which tenants' processes are apart, or not.
+    async fn with(isolation: &str, change: impl FnOnce(&mut Template)) -> Self {
         let folder = tempfile::tempdir().unwrap();
         programs(folder.path(), &["authorizer", "chat", "ingestion", "provisioning"]);
         let path = FilePath::new(env!("CARGO_MANIFEST_DIR")).join("../template.yaml");
-        let overrides = BTreeMap::from([("QdrantCells".to_owned(), "default=http://127.0.0.1:1".to_owned())]);
+        let overrides = [("QdrantCells", "default=http://127.0.0.1:1"), ("TenantIsolation", isolation)];
+        let overrides = overrides.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
         let mut template = Template::load(&path, &overrides).unwrap();
         change(&mut template);
         let lambda = Lambda::start(template.functions, options(folder.path())).await.unwrap();
@@ -145,6 +151,38 @@ async fn a_request_becomes_the_event_of_a_rest_api() {
     let event: Value = reply.json().await.unwrap();
     assert_eq!((&event["body"], &event["isBase64Encoded"]), (&json!("e/99"), &json!(true)));
     stack.lambda.shutdown().await;
+}
+
+#[tokio::test]
+async fn lambda_learns_the_tenant_from_what_the_authorizer_said_alone() {
+    let on = Stack::new(|_| {}).await;
+    let tenant = async |request: RequestBuilder| {
+        let reply = request.send().await.unwrap();
+        assert!(reply.status().is_success(), "{}", reply.status());
+        reply.headers()["x-tenant"].to_str().unwrap().to_owned()
+    };
+    let forged = |request: RequestBuilder| {
+        request
+            .header("x-amz-tenant-id", "globex")
+            .header("X-Amz-Tenant-Id", "globex2")
+            .header("lambda-runtime-aws-tenant-id", "globex")
+            .header("tenantId", "globex")
+    };
+    assert_eq!(tenant(on.tenant("/v1/search", "proxy")).await, "acme");
+    assert_eq!(tenant(on.tenant("/v1/chat", "stream")).await, "acme");
+    assert_eq!(tenant(forged(on.tenant("/v1/search?tenantId=globex", "proxy"))).await, "acme");
+    assert_eq!(tenant(forged(on.tenant("/v1/chat", "stream"))).await, "acme");
+    let now = serving::system_clock();
+    assert_eq!(tenant(forged(on.signed(Method::GET, "/admin/tenants", now))).await, "");
+    // Whom nobody has named is served by nobody, whatever the client says.
+    let nameless = forged(on.request(Method::POST, "/v1/search").header("authorization", "Bearer nameless"));
+    assert_eq!(code(nameless.send().await.unwrap(), 500).await, "unavailable");
+    on.lambda.shutdown().await;
+
+    let off = Stack::with("off", |_| {}).await;
+    assert_eq!(tenant(forged(off.tenant("/v1/search", "proxy"))).await, "");
+    assert_eq!(tenant(forged(off.tenant("/v1/chat", "stream"))).await, "");
+    off.lambda.shutdown().await;
 }
 
 #[tokio::test]

@@ -15,7 +15,7 @@ use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 
-use super::instance::{Instance, Invocation, Stage};
+use super::instance::{Instance, Invocation};
 use super::{InvokeError, MAX_PAYLOAD, Reply, Shared, lock};
 use crate::serving;
 use crate::template::{ACCOUNT, REGION};
@@ -55,7 +55,11 @@ async fn next(State(shared): State<Arc<Shared>>, Path(id): Path<String>) -> Answ
     let deadline_ms = deadline.unix_timestamp_nanos() / 1_000_000;
     let trace = invocation.id.replace('-', "");
     let (time, unique) = trace.split_at_checked(8).unwrap_or_default();
-    Response::builder()
+    let mut response = Response::builder();
+    if let Some(tenant) = &invocation.tenant {
+        response = response.header("lambda-runtime-aws-tenant-id", tenant);
+    }
+    response
         .header("content-type", "application/json")
         .header("lambda-runtime-aws-request-id", &invocation.id)
         .header("lambda-runtime-deadline-ms", deadline_ms.to_string())
@@ -115,14 +119,12 @@ async fn response(
     let streaming = header(&parts.headers, "lambda-runtime-function-response-mode") == "streaming";
     // On its own: a connection that breaks drops this handler, but the invocation must still end.
     let task = tokio::spawn(async move {
-        let status = if streaming {
+        if streaming {
             let http = header(&parts.headers, "content-type") == HTTP_RESPONSE;
             stream(&invocation, http, body).await
         } else {
             buffer(&invocation, body).await
-        };
-        invocation.advance(Stage::Done);
-        status
+        }
     });
     Ok(task.await.unwrap_or(StatusCode::INTERNAL_SERVER_ERROR).into_response())
 }
@@ -132,20 +134,17 @@ fn header<'a>(headers: &'a HeaderMap, name: &str) -> &'a str {
 }
 
 async fn buffer(invocation: &Invocation, body: Body) -> StatusCode {
-    match collect(body).await {
-        Ok(Some(payload)) => {
-            invocation.reply(Ok(Reply::Buffered(payload)));
-            StatusCode::ACCEPTED
-        }
-        Ok(None) => {
-            invocation.reply(Err(InvokeError::ResponseTooLarge));
-            StatusCode::PAYLOAD_TOO_LARGE
-        }
+    let (status, result) = match collect(body).await {
+        Ok(Some(payload)) => (StatusCode::ACCEPTED, Ok(Reply::Buffered(payload))),
+        Ok(None) => (StatusCode::PAYLOAD_TOO_LARGE, Err(InvokeError::ResponseTooLarge)),
         Err(error) => {
-            invocation.reply(Err(InvokeError::Crashed(format!("its response broke off: {error}"))));
-            StatusCode::BAD_REQUEST
+            let error = InvokeError::Crashed(format!("its response broke off: {error}"));
+            (StatusCode::BAD_REQUEST, Err(error))
         }
-    }
+    };
+    invocation.end().await;
+    invocation.reply(result);
+    status
 }
 
 /// The whole body; `None` if it is too large, in which case it has still been read to its end.
@@ -184,6 +183,8 @@ async fn stream(invocation: &Invocation, http: bool, mut body: Body) -> StatusCo
             break;
         }
     }
+    // Before the sender is dropped, by which the reader learns of the end.
+    invocation.end().await;
     StatusCode::ACCEPTED
 }
 
@@ -220,8 +221,12 @@ async fn error(
 ) -> Answer {
     let (_, invocation) = answered(&shared, &instance, &id)?;
     let Diagnostic { error_type: kind, error_message: message } = Diagnostic::parse(&body);
-    invocation.reply(Err(InvokeError::Function { kind, message }));
-    invocation.advance(Stage::Done);
+    // On its own, as a response is.
+    let task = tokio::spawn(async move {
+        invocation.end().await;
+        invocation.reply(Err(InvokeError::Function { kind, message }));
+    });
+    drop(task.await);
     Ok(StatusCode::ACCEPTED.into_response())
 }
 

@@ -28,21 +28,30 @@ pub(super) enum Stage {
     Delivered,
     Responding,
     Done,
+    /// Done, and its process waits for work again.
+    Over,
 }
 
 /// One invocation.
 #[derive(Debug)]
 pub(super) struct Invocation {
     pub(super) id: String,
+    /// The tenant whose it is, for a function whose processes are each a tenant's.
+    pub(super) tenant: Option<String>,
     pub(super) payload: Bytes,
     reply: Mutex<Option<oneshot::Sender<Result<Reply, InvokeError>>>>,
     stage: watch::Sender<Stage>,
 }
 
 impl Invocation {
-    pub(super) fn new(payload: Bytes, reply: oneshot::Sender<Result<Reply, InvokeError>>) -> Self {
+    pub(super) fn new(
+        tenant: Option<&str>,
+        payload: Bytes,
+        reply: oneshot::Sender<Result<Reply, InvokeError>>,
+    ) -> Self {
         let (stage, _) = watch::channel(Stage::Waiting);
-        Self { id: invocation_id(), payload, reply: Mutex::new(Some(reply)), stage }
+        let tenant = tenant.map(str::to_owned);
+        Self { id: invocation_id(), tenant, payload, reply: Mutex::new(Some(reply)), stage }
     }
 
     /// Whether nobody waits for the result any more.
@@ -64,6 +73,13 @@ impl Invocation {
             *stage = to.max(*stage);
             forward
         });
+    }
+
+    /// The process has done its work. Returns once it can get more: whoever hears of the end and asks
+    /// again is not to find it busy.
+    pub(super) async fn end(&self) {
+        self.advance(Stage::Done);
+        self.reached(Stage::Over).await;
     }
 
     pub(super) fn stage(&self) -> Stage {
@@ -122,6 +138,8 @@ struct Slot {
 pub(super) struct Instance {
     pub(super) id: String,
     pub(super) pool: Arc<Pool>,
+    /// The one tenant that it works for, if its function keeps tenants apart.
+    pub(super) tenant: Option<String>,
     slot: Mutex<Slot>,
     offered: Notify,
     phase: watch::Sender<Phase>,
@@ -133,10 +151,15 @@ pub(super) struct Instance {
 
 impl Instance {
     /// Starts a process and registers it.
-    pub(super) fn start(pool: &Arc<Pool>, shared: &Arc<Shared>) -> io::Result<Arc<Self>> {
+    pub(super) fn start(
+        pool: &Arc<Pool>,
+        tenant: Option<&str>,
+        shared: &Arc<Shared>,
+    ) -> io::Result<Arc<Self>> {
         let instance = Arc::new(Self {
             id: unique_id(),
             pool: Arc::clone(pool),
+            tenant: tenant.map(str::to_owned),
             slot: Mutex::default(),
             offered: Notify::new(),
             phase: watch::channel(Phase::Starting).0,

@@ -35,7 +35,6 @@ pub(super) struct Pool {
 #[derive(Debug, Default)]
 struct State {
     all: Vec<Arc<Instance>>,
-    idle: Vec<Arc<Instance>>,
     closed: bool,
     /// How often starting has failed in a row, when it may be tried again, and how it failed.
     failures: u32,
@@ -76,7 +75,7 @@ impl Pool {
             if invocation.abandoned() {
                 return;
             }
-            let instance = match self.instance().await {
+            let instance = match self.instance(invocation.tenant.as_deref()).await {
                 Ok(instance) => instance,
                 Err(error) => return invocation.reply(Err(error)),
             };
@@ -87,12 +86,13 @@ impl Pool {
                 _ = instance.gone() => if instance.withdraw() { continue },
                 // It has answered its last invocation but does not ask for the next.
                 () = tokio::time::sleep(self.function.timeout) => if instance.withdraw() {
-                    self.forget(&instance);
+                    self.shared.idle.remove(&instance);
                     instance.kill();
                     continue;
                 },
             }
             self.watch(&instance, &invocation).await;
+            invocation.advance(Stage::Over);
             return;
         }
     }
@@ -110,11 +110,13 @@ impl Pool {
                     let _ = tokio::time::timeout(LAST_BYTES, last).await;
                 }
                 tracing::warn!(function.name = %self.function.name, "Function process ended: {reason}");
-                invocation.reply(Err(InvokeError::Crashed(reason)));
+                if invocation.stage() < Stage::Done {
+                    invocation.reply(Err(InvokeError::Crashed(reason)));
+                }
             }
             () = tokio::time::sleep(limit) => {
                 tracing::warn!(function.name = %self.function.name, "Function timed out");
-                self.forget(instance);
+                self.shared.idle.remove(instance);
                 instance.clear();
                 instance.kill();
                 invocation.reply(Err(InvokeError::TimedOut(limit)));
@@ -122,27 +124,29 @@ impl Pool {
             }
         }
         instance.clear();
-        let mut state = lock(&self.state);
+        let state = lock(&self.state);
         if instance.is_up() && !state.closed {
-            state.idle.push(Arc::clone(instance));
+            let most = self.shared.options.idle_tenant_processes;
+            if let Some(longest) = self.shared.idle.put(Arc::clone(instance), most) {
+                longest.terminate();
+            }
         }
     }
 
-    /// A process that waits for work, or a new one.
-    async fn instance(self: &Arc<Self>) -> Result<Arc<Instance>, InvokeError> {
+    /// A process that waits for work, or a new one; of this tenant, if there is one.
+    async fn instance(self: &Arc<Self>, tenant: Option<&str>) -> Result<Arc<Instance>, InvokeError> {
         let instance = {
             let mut state = lock(&self.state);
             if state.closed {
                 return Err(InvokeError::Closing);
             }
-            // The one that worked last, so that the others can be ended.
-            if let Some(instance) = state.idle.pop() {
+            if let Some(instance) = self.shared.idle.take(self, tenant) {
                 return Ok(instance);
             }
             if state.retry_at.is_some_and(|at| Instant::now() < at) {
                 return Err(InvokeError::Init(state.failure.clone()));
             }
-            match Instance::start(self, &self.shared) {
+            match Instance::start(self, tenant, &self.shared) {
                 Ok(instance) => {
                     state.all.push(Arc::clone(&instance));
                     instance
@@ -178,17 +182,12 @@ impl Pool {
     pub(super) fn gone(&self, instance: &Arc<Instance>) {
         let mut state = lock(&self.state);
         state.all.retain(|other| !Arc::ptr_eq(other, instance));
-        state.idle.retain(|other| !Arc::ptr_eq(other, instance));
-    }
-
-    /// A process gets no more work.
-    fn forget(&self, instance: &Arc<Instance>) {
-        lock(&self.state).idle.retain(|other| !Arc::ptr_eq(other, instance));
+        self.shared.idle.remove(instance);
     }
 
     pub(super) fn kill_all(&self) -> usize {
-        let mut state = lock(&self.state);
-        state.idle.clear();
+        let state = lock(&self.state);
+        self.shared.idle.remove_all_of(self);
         state.all.iter().for_each(|instance| instance.kill());
         state.all.len()
     }
@@ -201,18 +200,8 @@ impl Pool {
         self.permits.close();
         let mut state = lock(&self.state);
         state.closed = true;
-        state.idle.clear();
+        self.shared.idle.remove_all_of(self);
         state.all.iter().for_each(|instance| instance.terminate());
-    }
-
-    /// Ends processes that have waited too long.
-    pub(super) fn reap(&self) {
-        let limit = self.shared.options.idle_timeout;
-        let mut state = lock(&self.state);
-        let (old, rest): (Vec<_>, Vec<_>) =
-            state.idle.drain(..).partition(|instance| instance.idle_for() >= limit);
-        state.idle = rest;
-        old.iter().for_each(|instance| instance.terminate());
     }
 
     pub(super) fn size(&self) -> usize {

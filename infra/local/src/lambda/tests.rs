@@ -31,8 +31,14 @@ type Answer = Result<FunctionResponse<Value, Body>, Diagnostic>;
 
 async fn fake(event: LambdaEvent<Value>) -> Answer {
     static CALLS: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
+    static SERVED: Mutex<Vec<Option<String>>> = Mutex::new(Vec::new());
     let calls = CALLS.fetch_add(1, std::sync::atomic::Ordering::SeqCst) + 1;
     let (event, context) = (event.payload, event.context);
+    let served = {
+        let mut served = lock(&SERVED);
+        served.push(context.tenant_id.clone());
+        served.clone()
+    };
     if event["type"] == "REQUEST" {
         return authorize(&event, calls).await;
     }
@@ -42,13 +48,14 @@ async fn fake(event: LambdaEvent<Value>) -> Answer {
     match name {
         "proxy" => buffered(json!({
             "statusCode": 201,
-            "headers": {"x-function": "yes", "Content-Length": "1"},
+            "headers": {"x-function": "yes", "x-tenant": context.tenant_id.unwrap_or_default(), "Content-Length": "1"},
             "multiValueHeaders": {"set-cookie": ["a=1", "b=2"]},
             "body": event.to_string(),
         })),
         "echo" => buffered(json!({
             "event": event,
             "pid": std::process::id(),
+            "served": served,
             "left_ms": context.deadline().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis() as u64,
             "env": std::env::vars().collect::<BTreeMap<_, _>>(),
         })),
@@ -80,6 +87,7 @@ async fn fake(event: LambdaEvent<Value>) -> Answer {
             });
             let mut prelude = MetadataPrelude::default();
             prelude.headers.insert("content-type", "text/event-stream".parse().unwrap());
+            prelude.headers.insert("x-tenant", context.tenant_id.unwrap_or_default().parse().unwrap());
             prelude.cookies.push("c=3".into());
             Ok(FunctionResponse::StreamingResponse(StreamResponse {
                 metadata_prelude: prelude,
@@ -106,7 +114,8 @@ async fn authorize(event: &Value, calls: usize) -> Answer {
                 json!({"tenantId": "acme", "n": 1, "b": true, "calls": calls, "arn": event["methodArn"]});
             policy("Allow", "*/live/*/v1/*", context)
         }
-        "Bearer narrow" => policy("Allow", "*/live/POST/v1/search", json!({})),
+        "Bearer narrow" => policy("Allow", "*/live/POST/v1/search", json!({"tenantId": "acme"})),
+        "Bearer nameless" => policy("Allow", "*", json!({})),
         "Bearer denied" => policy("Deny", "*", json!({})),
         "Bearer object" => policy("Allow", "*", json!({"o": {}})),
         "Bearer crash" => std::process::exit(7),
@@ -148,6 +157,7 @@ pub(crate) fn function(timeout_ms: u64) -> Function {
         timeout: Duration::from_millis(timeout_ms),
         memory_mb: 128,
         reserved_concurrency: None,
+        tenant_isolation: false,
         events: Default::default(),
         policies: Vec::new(),
     }
@@ -168,16 +178,41 @@ impl Stack {
     }
 
     async fn call(&self, command: &str) -> Result<Value, InvokeError> {
-        let event = Bytes::from(json!({"do": command}).to_string());
-        let response = self.lambda.invoke("Fake", event, WAIT).await?;
-        assert!(!response.streamed);
-        Ok(serde_json::from_slice(&response.payload).unwrap())
+        call(&self.lambda, "Fake", None, command).await
+    }
+
+    /// The process that serves a tenant now. It must have served no other.
+    async fn process_of(&self, tenant: &str) -> Value {
+        process_of(&self.lambda, "Fake", tenant).await
     }
 
     async fn stream(&self, command: &str) -> Result<StreamingResponse, InvokeError> {
         let event = Bytes::from(json!({"do": command}).to_string());
-        self.lambda.invoke_streaming("Fake", event, WAIT).await
+        self.lambda.invoke_streaming("Fake", None, event, WAIT).await
     }
+}
+
+async fn call(
+    lambda: &Lambda,
+    function: &str,
+    tenant: Option<&str>,
+    command: &str,
+) -> Result<Value, InvokeError> {
+    let event = Bytes::from(json!({"do": command}).to_string());
+    let response = lambda.invoke(function, tenant, event, WAIT).await?;
+    assert!(!response.streamed);
+    Ok(serde_json::from_slice(&response.payload).unwrap())
+}
+
+async fn process_of(lambda: &Lambda, function: &str, tenant: &str) -> Value {
+    let echo = call(lambda, function, Some(tenant), "echo").await.unwrap();
+    let served = echo["served"].as_array().unwrap();
+    assert!(served.iter().all(|of| of == tenant), "{tenant}'s process has served {served:?}");
+    echo["pid"].clone()
+}
+
+fn isolated() -> Function {
+    Function { tenant_isolation: true, ..function(10_000) }
 }
 
 fn alive(pid: &Value) -> bool {
@@ -231,6 +266,83 @@ async fn invocations_at_once_have_a_process_each_up_to_the_limit() {
 }
 
 #[tokio::test]
+async fn a_process_serves_one_tenant_alone() {
+    let stack = Stack::new(isolated()).await;
+    let (acme, globex) = (stack.process_of("acme").await, stack.process_of("globex").await);
+    assert_ne!(acme, globex);
+    // Each keeps its own, idle as the other's may be; and so does what comes in its place.
+    assert_eq!((stack.process_of("globex").await, stack.process_of("acme").await), (globex.clone(), acme));
+    let crashed = call(&stack.lambda, "Fake", Some("acme"), "crash").await;
+    assert!(matches!(crashed, Err(InvokeError::Crashed(_))), "{crashed:?}");
+    let next = stack.process_of("acme").await;
+    assert_eq!(stack.process_of("globex").await, globex);
+    assert_eq!(stack.process_of("acme").await, next);
+
+    // Many at once, more than there may be processes.
+    let all = (0..60).map(|n| ["acme", "globex", "acme1", "acme-1"][n % 4]);
+    let all = all.map(async |tenant| (stack.process_of(tenant).await.to_string(), tenant));
+    let mut owners = BTreeMap::new();
+    for (pid, tenant) in futures_util::future::join_all(all).await {
+        assert_eq!(*owners.entry(pid).or_insert(tenant), tenant);
+    }
+    assert!(owners.len() >= 4, "{owners:?}");
+    stack.lambda.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_tenants_id_is_given_where_it_is_wanted_and_nowhere_else() {
+    let stack = Stack::new(isolated()).await;
+    let refused = async |tenant: Option<&str>| {
+        matches!(call(&stack.lambda, "Fake", tenant, "echo").await, Err(InvokeError::TenantId(_)))
+    };
+    assert!(refused(None).await);
+    for malformed in ["", "a#b", "a\nb", "é", "*", &"x".repeat(257)] {
+        assert!(refused(Some(malformed)).await, "{malformed}");
+    }
+    assert_eq!(stack.lambda.instances("Fake"), 0, "none of them has reached a process");
+    stack.process_of("A._:/=+-@ 9").await;
+    stack.process_of(&"x".repeat(256)).await;
+    stack.lambda.shutdown().await;
+
+    let shared = Stack::new(function(5_000)).await;
+    let named = call(&shared.lambda, "Fake", Some("acme"), "echo").await;
+    assert!(matches!(named, Err(InvokeError::TenantId(_))), "{named:?}");
+    assert_eq!(shared.call("echo").await.unwrap()["served"], json!([null]));
+    shared.lambda.shutdown().await;
+}
+
+#[tokio::test]
+async fn of_tenants_processes_so_many_are_idle_and_no_more() {
+    let folder = tempfile::tempdir().unwrap();
+    programs(folder.path(), &["fake"]);
+    let options = Options { idle_tenant_processes: 2, ..options(folder.path()) };
+    let second = Function { logical_id: "Second".into(), name: "bulkhead-second".into(), ..isolated() };
+    let everybodys =
+        Function { logical_id: "Third".into(), name: "bulkhead-third".into(), ..function(5_000) };
+    let lambda = Lambda::start(vec![isolated(), second, everybodys], options).await.unwrap();
+    let everybody = call(&lambda, "Third", None, "echo").await.unwrap()["pid"].clone();
+    let first = process_of(&lambda, "Fake", "acme").await;
+    let second = process_of(&lambda, "Second", "globex").await;
+    eventually(|| lambda.shared.idle.len() == 3).await;
+    assert!(alive(&first) && alive(&second));
+    assert_eq!(process_of(&lambda, "Fake", "acme").await, first);
+    eventually(|| lambda.shared.idle.len() == 3).await;
+
+    // Who has waited longest goes, of whichever function; what works for everybody is not counted.
+    let third = process_of(&lambda, "Fake", "globex").await;
+    eventually(|| !alive(&second)).await;
+    assert!(alive(&first) && alive(&third) && alive(&everybody));
+    assert_eq!((lambda.instances("Second"), lambda.instances("fake")), (0, 3));
+
+    for n in 0..12 {
+        process_of(&lambda, "Second", &format!("tenant-{n}")).await;
+    }
+    eventually(|| lambda.instances("fake") == 3).await;
+    assert!(alive(&everybody));
+    lambda.shutdown().await;
+}
+
+#[tokio::test]
 async fn a_crash_fails_its_invocation_at_once_and_only_that() {
     let stack = Stack::new(function(10_000)).await;
     let Err(InvokeError::Crashed(reason)) = stack.call("crash").await else { panic!("it did not crash") };
@@ -263,7 +375,7 @@ async fn a_function_is_ended_at_its_time_limit_but_not_at_the_callers() {
 
     let pid = stack.call("echo").await.unwrap()["pid"].clone();
     let event = Bytes::from_static(br#"{"do":"sleep 300"}"#);
-    let impatient = stack.lambda.invoke("Fake", event, Duration::from_millis(50)).await;
+    let impatient = stack.lambda.invoke("Fake", None, event, Duration::from_millis(50)).await;
     assert_eq!(impatient, Err(InvokeError::Waited));
     tokio::time::sleep(Duration::from_millis(500)).await;
     assert_eq!(stack.call("echo").await.unwrap()["pid"], pid);
@@ -294,7 +406,7 @@ async fn errors_and_sizes_are_told() {
     assert_eq!(stack.call("fail").await, Err(failed));
     assert_eq!(stack.call("large").await, Err(InvokeError::ResponseTooLarge));
     assert_eq!(stack.call(&"x".repeat(MAX_PAYLOAD)).await, Err(InvokeError::RequestTooLarge));
-    let unknown = stack.lambda.invoke("Nope", Bytes::new(), WAIT).await;
+    let unknown = stack.lambda.invoke("Nope", None, Bytes::new(), WAIT).await;
     assert_eq!(unknown, Err(InvokeError::UnknownFunction("Nope".into())));
     assert!(stack.call("echo").await.is_ok());
     stack.lambda.shutdown().await;
@@ -322,7 +434,7 @@ async fn a_stream_arrives_as_it_is_written() {
 
     // A buffered caller gets all of it in one piece.
     let event = Bytes::from_static(br#"{"do":"stream"}"#);
-    let whole = stack.lambda.invoke("Fake", event, WAIT).await.unwrap();
+    let whole = stack.lambda.invoke("Fake", None, event, WAIT).await.unwrap();
     assert!(whole.streamed && whole.payload.ends_with(b"\0\0onetwothree"));
     assert_eq!(whole.prelude().unwrap().status_code, 200);
     stack.lambda.shutdown().await;
@@ -363,9 +475,9 @@ async fn idle_processes_are_ended() {
     programs(folder.path(), &["fake"]);
     let options = Options { idle_timeout: Duration::ZERO, ..options(folder.path()) };
     let lambda = Lambda::start(vec![function(5_000)], options).await.unwrap();
-    lambda.invoke("Fake", Bytes::from_static(br#"{"do":"echo"}"#), WAIT).await.unwrap();
+    lambda.invoke("Fake", None, Bytes::from_static(br#"{"do":"echo"}"#), WAIT).await.unwrap();
     eventually(|| {
-        lambda.pools.iter().for_each(|pool| pool.reap());
+        lambda.shared.reap();
         lambda.instances("Fake") == 0
     })
     .await;

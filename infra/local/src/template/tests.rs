@@ -72,6 +72,72 @@ fn every_route_leads_to_a_function_with_a_binary() {
 }
 
 #[test]
+fn tenants_routes_lead_to_processes_of_their_own_and_no_other_does() {
+    const CELLS: (&str, &str) = ("QdrantCells", "default=http://x:1");
+    let on = real(&[CELLS]).unwrap();
+    let off = real(&[CELLS, ("TenantIsolation", "off")]).unwrap();
+    for (template, mode) in [(&on, "on"), (&off, "off")] {
+        let apart = mode == "on";
+        for route in &template.api.routes {
+            let at = format!("{mode}: {} {}", route.method, route.path);
+            let function = template.function(&route.function).unwrap();
+            let says = function.environment.get("TENANT_ISOLATION").map(String::as_str);
+            let of_a_tenant = route.auth == RouteAuth::Authorizer("tenant".to_owned());
+            assert_eq!(of_a_tenant, route.path.starts_with("/v1/"), "{at}");
+            let tenant = route.tenant.as_deref();
+            if of_a_tenant {
+                assert_eq!(tenant, apart.then_some("tenantId"), "{at}");
+                assert_eq!((function.tenant_isolation, says), (apart, Some(mode)), "{at}");
+            } else {
+                assert_eq!((tenant, function.tenant_isolation), (None, false), "{at}");
+                assert_ne!(says, Some("on"), "{at}");
+            }
+        }
+        let isolated = template.functions.iter().filter(|function| function.tenant_isolation);
+        let mut isolated: Vec<&str> = isolated.map(|function| function.logical_id.as_str()).collect();
+        isolated.sort_unstable();
+        let expected: &[&str] = if apart { &["AuditLog", "Chat", "Ingestion", "Usage"] } else { &[] };
+        assert_eq!(isolated, expected);
+    }
+    assert!(real(&[CELLS, ("TenantIsolation", "On")]).unwrap_err().to_string().contains("allowed values"));
+}
+
+#[test]
+fn what_lambda_would_not_take_of_tenant_isolation_is_refused() {
+    let problem = |rest: &str| {
+        let properties = format!("{{{rest}}}");
+        let function = format!(
+            "Resources:\n  F:\n    Type: AWS::Serverless::Function\n    \
+             Metadata: {{BuildProperties: {{Binary: b}}}}\n    Properties: {properties}\n"
+        );
+        small(&function).map(|template| template.functions[0].tenant_isolation).map_err(|e| e.to_string())
+    };
+    const MODE: &str = "TenancyConfig: {TenantIsolationMode: PER_TENANT}";
+    assert_eq!(problem(MODE), Ok(true));
+    assert_eq!(problem("Timeout: 3"), Ok(false));
+    let at = "Resources.F.Properties.";
+    let other = problem("TenancyConfig: {TenantIsolationMode: PER_USER}");
+    assert_eq!(other, Err(format!("{at}TenancyConfig.TenantIsolationMode: `PER_USER` does not exist")));
+    let scheduled = "{S: {Type: ScheduleV2, Properties: {ScheduleExpression: rate(1 day)}}}";
+    let driven = problem(&format!("{MODE}, Events: {scheduled}"));
+    assert_eq!(driven, Err(format!("{at}Events: do not go together with TenancyConfig")));
+
+    let source = |parameters: &str| {
+        let integration = serde_json::from_str(&format!("{{\"requestParameters\": {parameters}}}")).unwrap();
+        tenant_source(&integration, "at").map_err(|e| e.to_string())
+    };
+    const HEADER: &str = "integration.request.header.X-Amz-Tenant-Id";
+    let of = |value: &str| source(&format!(r#"{{"{HEADER}": "{value}"}}"#));
+    assert_eq!(of("context.authorizer.tenantId"), Ok(Some("tenantId".to_owned())));
+    assert_eq!(source("{}"), Ok(None));
+    for a_clients in ["method.request.header.X-Amz-Tenant-Id", "'acme'", "context.identity.user", ""] {
+        assert!(of(a_clients).unwrap_err().contains("is not what the authorizer said"), "{a_clients}");
+    }
+    let other = source(r#"{"integration.request.header.X-Other": "context.authorizer.x"}"#);
+    assert!(other.unwrap_err().contains("is not known to the local stack"));
+}
+
+#[test]
 fn functions_get_their_environment_and_secrets_by_name_alone() {
     let template = stack();
     let keys = |id: &str| template.function(id).unwrap().environment.keys().cloned().collect::<Vec<_>>();
@@ -352,5 +418,6 @@ fn the_functions_binaries_are_known_without_parameters() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../template.yaml");
     let mut declared: Vec<String> = stack().functions.into_iter().map(|function| function.binary).collect();
     declared.sort();
+    declared.dedup();
     assert_eq!(binaries(&path).unwrap(), declared);
 }
