@@ -308,6 +308,12 @@ fn shapes(route: &str, attacker: &Target, victim: &Target) -> Vec<(String, Value
             vec![(path.to_owned(), json!({"tenant_id": victim.tenant.id})), (format!("/{path}"), Value::Null)]
         }
         "GET /admin/tenants/{id}" => at("/admin/tenants", &[&victim.tenant.id]),
+        "PATCH /admin/tenants/{id}" => {
+            let path = format!("/admin/tenants/{}", victim.tenant.id);
+            let mut all = at("/admin/tenants", &[&victim.tenant.id]);
+            all.extend(with(&path, vec![json!({"status": "suspended"}), json!({"tier": "free"})]));
+            all
+        }
         other => panic!("the suite does not attack {other}"),
     }
 }

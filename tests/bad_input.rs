@@ -327,7 +327,22 @@ async fn bad_tenants() {
         (with("injection_policy", json!("ask")), "injection_policy"),
         (with("webhook_url", json!("ftp://x")), "webhook_url"),
         (with("colour", json!("red")), "colour"),
+        (with("tenant_id", json!("acme\u{200b}")), "tenant_id"),
+        (with("tenant_id", json!("ａｃｍｅ")), "tenant_id"),
+        (with("tenant_id", json!("a".repeat(33))), "tenant_id"),
+        (with("tier", json!(null)), "tier"),
+        (with("limits", json!({"requests_per_minute": 4_294_967_296_u64})), "limits.requests_per_minute"),
+        (with("limits", json!({"max_concurrent": 1.5})), "limits.max_concurrent"),
+        (with("limits", json!({"allowed_models": []})), "limits.allowed_models"),
+        (with("limits", json!([1])), "limits"),
+        (with("model_account", json!("own")), "model_account"),
+        (with("cell", json!("nowhere")), "cell"),
+        (with("cell", json!(7)), "cell"),
+        (with("status", json!("suspended")), "status"),
+        (with("epoch", json!(9)), "epoch"),
         (json!({"tier": "free", "company_name": "Acme"}), "tenant_id"),
+        (json!({"tenant_id": "acme", "company_name": "Acme"}), "tier"),
+        (json!({"tenant_id": "acme", "tier": "free"}), "company_name"),
     ] {
         let answer = stack.admin(Method::POST, "/admin/tenants", Some(&body)).await;
         let error = answer.expect_error(400, "invalid_request");
@@ -337,6 +352,14 @@ async fn bad_tenants() {
     stack.admin(Method::POST, "/admin/tenants", Some(&long)).await.expect_error(413, "too_large");
     let all = stack.admin(Method::GET, "/admin/tenants", None).await.json();
     assert_eq!(all["tenants"], json!([]));
+    assert_eq!(stack.items("tenants", "acme", "").await, Vec::<Value>::new(), "something is half made");
+    assert!(stack.meter_item("acme").await.is_null());
+    let store = qdrant_client::Qdrant::from_url(stack.ready()["qdrant_url"].as_str().unwrap())
+        .api_key(stack.qdrant_root_key())
+        .skip_compatibility_check()
+        .build()
+        .unwrap();
+    assert!(store.list_collections().await.unwrap().collections.is_empty(), "a collection is left");
 
     // Unsigned, there is no such door; with a tenant's key it stays shut.
     let tenant = stack.provision(good()).await;

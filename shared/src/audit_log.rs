@@ -165,6 +165,9 @@ pub struct WireRecord {
     // Records from before there was such a thing lack it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub keys: Vec<KeyId>,
+    // Left out where it is empty: an object that was intended before there was such a field stays the same.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub changed: Vec<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub latency_ms: Option<u64>,
 }
@@ -205,6 +208,7 @@ impl WireRecord {
             chunks: record.chunks,
             injection: record.injection,
             keys: record.keys,
+            changed: record.changed,
             latency_ms: record.latency_ms,
         }
     }
@@ -246,6 +250,7 @@ impl From<WireRecord> for Record {
             chunks: wire.chunks,
             injection: wire.injection,
             keys: wire.keys,
+            changed: wire.changed,
             latency_ms: wire.latency_ms,
         }
     }

@@ -12,7 +12,7 @@ use std::time::Duration;
 use rand::RngExt;
 use tokio::time::Instant;
 
-use crate::api_key::{Permission, verify};
+use crate::api_key::{ApiKey, Permission, VerifiedKey, verify};
 use crate::aws::idempotency::IdempotencyStore;
 use crate::aws::ledger::{Along, Entered, Ledger};
 use crate::aws::meters::{MeterStore, Written};
@@ -30,7 +30,7 @@ use crate::meter::{Asker, Charged, Ended, Lease, Limit, Meter, Refusal, Ticket, 
 use crate::random::entropy;
 use crate::retry::Backoff;
 use crate::scope::{Caller, Isolation, ScopeError, Subject, TenantScope};
-use crate::tenant::{TenantId, TenantStatus, Tier};
+use crate::tenant::{Tenant, TenantId, TenantStatus, Tier};
 use crate::units::{NanoUsd, Tokens};
 use crate::valve::Shed;
 
@@ -532,12 +532,16 @@ impl Gate {
     ) -> Result<T, ApiError> {
         let (ward, limits, note) = (caller.ward(), caller.limits().clone(), caller.note().clone());
         let asked = caller.asked();
-        let opened = TenantScope::open(caller, permission, self.isolation, self.books.clock.now());
-        if let Err(error @ ScopeError::Misdelivered) = opened {
-            return Err(error.into());
-        }
+        // Before anything of the tenant's is touched.
+        caller.delivered(self.isolation)?;
         let work = async {
-            match opened {
+            let mut caller = caller;
+            if caller.is_suspended() {
+                // Switched on again it is let in at once, whatever API Gateway has kept.
+                let (key, tenant) = self.present(caller.presented()).await?;
+                caller.renew(&key, tenant)?;
+            }
+            match TenantScope::open(caller, permission, self.isolation, self.books.clock.now()) {
                 // Boxed: what is nested in it is deep, and the compiler has its limits.
                 Ok(scope) => Box::pin(run(scope)).await,
                 Err(error) => Err(error.into()),
@@ -589,18 +593,23 @@ impl Gate {
     /// # Errors
     /// The refusal that the caller is to see.
     pub async fn renew(&self, scope: &mut TenantScope) -> Result<(), ApiError> {
-        let invalid = || ApiError::new(Code::InvalidKey, "not a valid API key");
-        let (presented, epoch) = (scope.presented().ok_or_else(invalid)?, scope.epoch());
-        let claimed = self.tenants.claimed_by(presented).await?;
-        let status = claimed.tenant.as_ref().map(|tenant| tenant.status);
-        let now = self.books.clock.now();
-        let key = verify(presented, claimed.key, status, now).map_err(|_| invalid())?;
-        let tenant = claimed.tenant.ok_or_else(invalid)?;
-        scope.renew(&key, tenant, now)?;
+        let epoch = scope.epoch();
+        let (key, tenant) = self.present(scope.presented()).await?;
+        scope.renew(&key, tenant, self.books.clock.now())?;
         if epoch < scope.epoch() {
             tracing::info!(epoch = scope.epoch(), "A stale decision was made anew");
         }
         Ok(())
+    }
+
+    /// The present records of a key that a request presents, and of its tenant.
+    async fn present(&self, presented: Option<&ApiKey>) -> Result<(VerifiedKey, Tenant), ApiError> {
+        let invalid = || ApiError::new(Code::InvalidKey, "not a valid API key");
+        let presented = presented.ok_or_else(invalid)?;
+        let claimed = self.tenants.claimed_by(presented).await?;
+        let status = claimed.tenant.as_ref().map(|tenant| tenant.status);
+        let key = verify(presented, claimed.key, status, self.books.clock.now()).map_err(|_| invalid())?;
+        Ok((key, claimed.tenant.ok_or_else(invalid)?))
     }
 
     /// The refusal by a limit, as the caller sees it; counted, and written down when it is due.

@@ -20,6 +20,9 @@ pub const TENANT: &str = "CONFIG";
 /// Table `tenants`: what every key's record starts with.
 pub const API_KEYS: &str = "KEY#";
 
+/// Table `tenants`: the claim of whoever is at work on the tenant's collections.
+pub const CLAIM: &str = "CLAIM";
+
 /// Table `tenants`: a key's record.
 pub fn api_key(id: &KeyId) -> String {
     format!("{API_KEYS}{id}")

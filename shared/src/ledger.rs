@@ -62,6 +62,12 @@ pub enum Action {
     TenantProvisioned,
     /// An operator read the tenant's record.
     TenantRead,
+    /// An operator changed the tenant's record.
+    TenantChanged,
+    /// An operator switched the tenant off, and perhaps changed more of its record.
+    TenantSuspended,
+    /// An operator switched the tenant on again, and perhaps changed more of its record.
+    TenantRestored,
 }
 
 /// Why requests were turned away before they got a ticket.
@@ -217,6 +223,9 @@ pub struct Record {
     /// Keys made, replaced or revoked; of a replacement, the old one first.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub keys: Vec<KeyId>,
+    /// What an operator changed, by the names of the fields.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub changed: Vec<String>,
     /// How long it took, in milliseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub latency_ms: Option<u64>,
@@ -302,6 +311,7 @@ impl Record {
             chunks: Vec::new(),
             injection: Vec::new(),
             keys: Vec::new(),
+            changed: Vec::new(),
             latency_ms: None,
         }
     }
@@ -496,6 +506,7 @@ mod tests {
         record.documents = vec![document.parse().unwrap(); 100];
         record.chunks = vec![format!("{document}:{}", "0".repeat(16)); 100];
         record.injection = vec!["p".repeat(64); 100];
+        record.changed = vec!["limits.monthly_token_budget".into(); 20];
         record.model = Some("m".repeat(256));
         record.embedding_model = record.model.clone();
         assert!("x".repeat(257).parse::<UserId>().is_err() && "x".repeat(129).parse::<DocumentId>().is_err());

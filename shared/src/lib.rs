@@ -30,6 +30,7 @@ pub mod meter;
 pub mod network;
 pub mod new_key;
 pub mod one_line;
+pub mod placement;
 pub mod pressure;
 pub mod pricing;
 pub mod random;

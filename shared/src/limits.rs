@@ -1,9 +1,9 @@
 //! What a tenant may use: the tiers' defaults, and how an operator changes them for one tenant.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::LazyLock;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::pricing;
 use crate::tenant::Tier;
@@ -33,20 +33,87 @@ pub struct Limits {
     pub max_documents: u64,
 }
 
-/// An operator's changes to a tier's defaults.
+/// An operator's changes to a tier's defaults. A tenant's record keeps them apart from the limits that
+/// come of them, so that they stay when its tier changes and everything else moves with it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 #[expect(missing_docs, reason = "each field is the one of the same name in `Limits`")]
 pub struct LimitChanges {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub requests_per_minute: Option<u32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tokens_per_day: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub monthly_token_budget: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_context_tokens: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_concurrent: Option<u32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allowed_models: Option<Vec<String>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub default_model: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub data_retention_days: Option<u32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_documents: Option<u64>,
+}
+
+/// What is to become of an operator's changes: a value takes the place of the one before, `null` goes
+/// back to the tier's own, and what is not named stays.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "each field is the one of the same name in `Limits`")]
+pub struct LimitEdits {
+    #[serde(default, deserialize_with = "named")]
+    pub requests_per_minute: Option<Option<u32>>,
+    #[serde(default, deserialize_with = "named")]
+    pub tokens_per_day: Option<Option<u64>>,
+    #[serde(default, deserialize_with = "named")]
+    pub monthly_token_budget: Option<Option<u64>>,
+    #[serde(default, deserialize_with = "named")]
+    pub max_context_tokens: Option<Option<u64>>,
+    #[serde(default, deserialize_with = "named")]
+    pub max_concurrent: Option<Option<u32>>,
+    #[serde(default, deserialize_with = "named")]
+    pub allowed_models: Option<Option<Vec<String>>>,
+    #[serde(default, deserialize_with = "named")]
+    pub default_model: Option<Option<String>>,
+    #[serde(default, deserialize_with = "named")]
+    pub data_retention_days: Option<Option<u32>>,
+    #[serde(default, deserialize_with = "named")]
+    pub max_documents: Option<Option<u64>>,
+}
+
+/// A field that is there, whatever it holds: for [`LimitEdits`] and its like, where `null` is not the
+/// same as nothing.
+///
+/// # Errors
+/// If the field's value is not of its type.
+pub fn named<'de, T: Deserialize<'de>, D: Deserializer<'de>>(field: D) -> Result<Option<T>, D::Error> {
+    T::deserialize(field).map(Some)
+}
+
+impl LimitChanges {
+    /// These changes with `edits` made.
+    #[must_use]
+    pub fn edited(mut self, edits: LimitEdits) -> Self {
+        fn edit<T>(held: &mut Option<T>, edit: Option<Option<T>>) {
+            if let Some(value) = edit {
+                *held = value;
+            }
+        }
+        edit(&mut self.requests_per_minute, edits.requests_per_minute);
+        edit(&mut self.tokens_per_day, edits.tokens_per_day);
+        edit(&mut self.monthly_token_budget, edits.monthly_token_budget);
+        edit(&mut self.max_context_tokens, edits.max_context_tokens);
+        edit(&mut self.max_concurrent, edits.max_concurrent);
+        edit(&mut self.allowed_models, edits.allowed_models);
+        edit(&mut self.default_model, edits.default_model);
+        edit(&mut self.data_retention_days, edits.data_retention_days);
+        edit(&mut self.max_documents, edits.max_documents);
+        self
+    }
 }
 
 /// A limit that cannot be set.
@@ -102,7 +169,15 @@ impl Limits {
         if let Some(model) = changes.default_model {
             self.default_model = model;
         }
+        let mut named = HashSet::new();
+        if self.allowed_models.is_empty() {
+            return Err(InvalidLimit { field: "allowed_models", reason: "it names no model".to_owned() });
+        }
         for model in &self.allowed_models {
+            if !named.insert(model) {
+                let reason = format!("`{model}` is named twice");
+                return Err(InvalidLimit { field: "allowed_models", reason });
+            }
             if pricing::chat_model(model).is_none() {
                 let reason = format!("`{model}` is not a model that has a price");
                 return Err(InvalidLimit { field: "allowed_models", reason });
@@ -157,6 +232,21 @@ mod tests {
         assert_eq!(free().with(outside).unwrap_err().field, "default_model");
         let none = LimitChanges { requests_per_minute: Some(0), ..Default::default() };
         assert_eq!(free().with(none).unwrap().requests_per_minute, 0);
+    }
+
+    #[test]
+    fn an_edit_sets_takes_back_or_leaves_alone() {
+        let held = LimitChanges { tokens_per_day: Some(5), max_concurrent: Some(2), ..Default::default() };
+        let edits = serde_json::from_str(r#"{"tokens_per_day":null,"max_documents":7}"#).unwrap();
+        let edited = held.edited(edits);
+        let wanted = LimitChanges { max_concurrent: Some(2), max_documents: Some(7), ..Default::default() };
+        assert_eq!(edited, wanted);
+        assert_eq!(serde_json::to_string(&edited).unwrap(), r#"{"max_concurrent":2,"max_documents":7}"#);
+        assert!(serde_json::from_str::<LimitEdits>(r#"{"colour":null}"#).is_err());
+        // With another tier, what was set stays, and everything else is that tier's.
+        let limits = Limits::of_tier(Tier::Enterprise).with(edited).unwrap();
+        assert_eq!((limits.max_concurrent, limits.max_documents), (2, 7));
+        assert_eq!(limits.tokens_per_day, Limits::of_tier(Tier::Enterprise).tokens_per_day);
     }
 
     #[test]

@@ -48,9 +48,19 @@ impl FromStr for Network {
     type Err = InvalidNetwork;
 
     fn from_str(text: &str) -> Result<Self, InvalidNetwork> {
-        let network = match text.parse::<IpAddr>() {
-            Ok(address) => IpNet::from(address),
-            Err(_) => text.parse::<IpNet>().map_err(|_| InvalidNetwork::Malformed)?,
+        // The address by std's parser, which takes no leading zeros: `010.0.0.0` is 8.0.0.0 to some.
+        let (address, prefix) = match text.split_once('/') {
+            Some((address, prefix)) => (address, Some(prefix)),
+            None => (text, None),
+        };
+        let address: IpAddr = address.parse().map_err(|_| InvalidNetwork::Malformed)?;
+        let network = match prefix {
+            None => IpNet::from(address),
+            Some(digits) if digits.bytes().all(|b| b.is_ascii_digit()) => {
+                let prefix = digits.parse().map_err(|_| InvalidNetwork::Malformed)?;
+                IpNet::new(address, prefix).map_err(|_| InvalidNetwork::Malformed)?
+            }
+            Some(_) => return Err(InvalidNetwork::Malformed),
         };
         let network = canonical(network);
         if network.addr() != network.network() {

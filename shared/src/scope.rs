@@ -200,6 +200,15 @@ impl Decision {
         })
     }
 
+    /// The decision about the same key, made anew. The vector tokens stay.
+    fn anew(&self, key: &VerifiedKey, tenant: Tenant) -> Result<Self, ScopeError> {
+        if tenant.tenant_id != self.tenant_id || key.record().key_id != self.key_id {
+            return Err(ScopeError::Unauthorized);
+        }
+        let (read, write) = (self.vector_read.clone(), self.vector_write.clone());
+        Self::new(key, tenant, read, write).map_err(|ForeignRecord| ScopeError::Unauthorized)
+    }
+
     /// The authorizer's context: flat, as API Gateway demands. `tenantId` and `keyId` stand apart for
     /// access logs and parameter mappings; functions read the decision alone.
     ///
@@ -313,6 +322,27 @@ impl Caller {
         })
     }
 
+    /// Makes sure that the request has come to a process that is its tenant's own, where processes are.
+    ///
+    /// # Errors
+    /// [`ScopeError::Misdelivered`], with an alarm.
+    pub fn delivered(&self, isolation: Isolation) -> Result<(), ScopeError> {
+        let own = match isolation {
+            Isolation::On => Some(self.decision.tenant_id.as_str()),
+            Isolation::Off => None,
+        };
+        if self.process.as_deref() != own {
+            tracing::error!(
+                alert = "isolation_alert",
+                tenant.id = %self.decision.tenant_id,
+                process.tenant = self.process,
+                "A request has come to a process that is not its tenant's own; it is refused"
+            );
+            return Err(ScopeError::Misdelivered);
+        }
+        Ok(())
+    }
+
     /// The tenant.
     pub fn tenant_id(&self) -> &TenantId {
         &self.decision.tenant_id
@@ -337,6 +367,26 @@ impl Caller {
     pub fn asked(&self) -> Asked {
         let user = self.user.as_ref().and_then(|value| value.to_str().ok()?.parse().ok());
         Asked { request_id: self.request_id.clone(), key_id: Some(self.key_id().clone()), user_id: user }
+    }
+
+    /// Whether the decision was made while the tenant was switched off. It may be on again.
+    pub fn is_suspended(&self) -> bool {
+        self.decision.status == TenantStatus::Suspended
+    }
+
+    /// The key that the request presents.
+    pub fn presented(&self) -> Option<&ApiKey> {
+        self.presented.as_ref()
+    }
+
+    /// Takes a new decision in the place of the one that API Gateway had kept, as [`TenantScope::renew`]
+    /// does. What it allows is still to be seen.
+    ///
+    /// # Errors
+    /// [`ScopeError::Unauthorized`] if it is about another key.
+    pub fn renew(&mut self, key: &VerifiedKey, tenant: Tenant) -> Result<(), ScopeError> {
+        self.decision = self.decision.anew(key, tenant)?;
+        Ok(())
     }
 
     /// The tenant's books, whether or not the caller is let in to anything else.
@@ -494,20 +544,8 @@ impl TenantScope {
         isolation: Isolation,
         now: Timestamp,
     ) -> Result<Self, ScopeError> {
-        let Caller { decision, user, presented, source, process, request_id, note } = caller;
-        let own = match isolation {
-            Isolation::On => Some(decision.tenant_id.as_str()),
-            Isolation::Off => None,
-        };
-        if process.as_deref() != own {
-            tracing::error!(
-                alert = "isolation_alert",
-                tenant.id = %decision.tenant_id,
-                process.tenant = process,
-                "A request has come to a process that is not its tenant's own; it is refused"
-            );
-            return Err(ScopeError::Misdelivered);
-        }
+        caller.delivered(isolation)?;
+        let Caller { decision, user, presented, source, process: _, request_id, note } = caller;
         decision.lets_in(permission, source, now)?;
         let user_id = user
             .map(|value| {
@@ -533,12 +571,7 @@ impl TenantScope {
     /// # Errors
     /// [`ScopeError`], as [`TenantScope::open`].
     pub fn renew(&mut self, key: &VerifiedKey, tenant: Tenant, now: Timestamp) -> Result<(), ScopeError> {
-        if tenant.tenant_id != self.decision.tenant_id || key.record().key_id != self.decision.key_id {
-            return Err(ScopeError::Unauthorized);
-        }
-        let (read, write) = (self.decision.vector_read.clone(), self.decision.vector_write.clone());
-        let decision =
-            Decision::new(key, tenant, read, write).map_err(|ForeignRecord| ScopeError::Unauthorized)?;
+        let decision = self.decision.anew(key, tenant)?;
         decision.lets_in(self.permission, self.source, now)?;
         self.decision = decision;
         Ok(())
@@ -700,6 +733,7 @@ mod tests {
 
     use super::*;
     use crate::api_key::{ApiKey, KeyRecord, verify};
+    use crate::limits::LimitChanges;
     use crate::random::entropy;
 
     const NOW: Timestamp = Timestamp::from_millis(1_790_000_000_000);
@@ -715,6 +749,7 @@ mod tests {
             instructions: String::new(),
             injection_policy: InjectionPolicy::Flag,
             limits: Limits::of_tier(Tier::Free),
+            overrides: LimitChanges::default(),
             cell: "default".into(),
             embedding: EmbeddingModel { name: "m".into(), dimensions: 4 },
             model_account: ModelAccount::Shared,
@@ -808,6 +843,16 @@ mod tests {
             refused(context(TenantStatus::Active, &[Permission::UsageRead], None), NOW),
             ScopeError::Lacks(Permission::Chat)
         );
+        // One made while the tenant was switched off is made anew, and then lets in.
+        let suspended = context(TenantStatus::Suspended, chat, None);
+        let mut caller = Caller::of(&suspended, &http::HeaderMap::new(), RequestNote::default()).unwrap();
+        assert!(caller.is_suspended());
+        let key = ApiKey::issue(Tier::Free, "acme".parse().unwrap(), &mut entropy());
+        let record = KeyRecord::new(&key, BTreeSet::from([Permission::Chat]), NOW, None);
+        let other = verify(&key, Some(record), Some(TenantStatus::Active), NOW).unwrap();
+        let active = tenant("acme", TenantStatus::Active);
+        assert_eq!(caller.renew(&other, active).unwrap_err(), ScopeError::Unauthorized);
+        assert!(caller.is_suspended());
         let expiring = context(TenantStatus::Active, chat, Some(10));
         assert!(open(&expiring, NOW.plus_millis(9)).is_ok());
         assert_eq!(refused(expiring, NOW.plus_millis(10)), ScopeError::KeyExpired);

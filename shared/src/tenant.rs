@@ -6,7 +6,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::clock::Timestamp;
-use crate::limits::Limits;
+use crate::limits::{LimitChanges, Limits};
 
 /// A tenant's identifier: `^[a-z][a-z0-9-]{1,30}[a-z0-9]$` without `--`.
 ///
@@ -166,6 +166,9 @@ pub struct Tenant {
     pub injection_policy: InjectionPolicy,
     /// Every limit, resolved: nothing here means "unlimited".
     pub limits: Limits,
+    /// Those of them that its operator set. The others are its tier's.
+    #[serde(default)]
+    pub overrides: LimitChanges,
     /// The vector cluster that holds its collection.
     pub cell: String,
     /// The embedding model of its collection.

@@ -4,19 +4,19 @@
 //! itself refuses every other collection. Connections are shared by all tenants of a cell; the token
 //! goes with each call.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::str::FromStr;
 use std::time::Duration;
 
 use qdrant_client::qdrant::collections_client::CollectionsClient;
 use qdrant_client::qdrant::points_client::PointsClient;
 use qdrant_client::qdrant::{
-    Condition, CreateCollectionBuilder, CreateFieldIndexCollectionBuilder, DeletePointsBuilder, Distance,
-    Document as InferredText, FieldType, Filter, Modifier, NamedVectors, OptimizersConfigDiffBuilder,
-    PointId, PointStruct, PointsIdsList, PrefetchQueryBuilder, Query, QueryPointsBuilder, RrfBuilder,
-    ScoredPoint, ScrollPointsBuilder, SparseVectorParamsBuilder, SparseVectorsConfigBuilder,
-    UpsertPointsBuilder, Value, Vector, VectorInput, VectorParamsBuilder, VectorsConfigBuilder,
-    WalConfigDiffBuilder,
+    Condition, CountPointsBuilder, CreateCollectionBuilder, CreateFieldIndexCollectionBuilder,
+    DeleteCollection, DeletePointsBuilder, Distance, Document as InferredText, FieldType, Filter,
+    ListCollectionsRequest, Modifier, NamedVectors, OptimizersConfigDiffBuilder, PointId, PointStruct,
+    PointsIdsList, PrefetchQueryBuilder, Query, QueryPointsBuilder, RrfBuilder, ScoredPoint,
+    ScrollPointsBuilder, SparseVectorParamsBuilder, SparseVectorsConfigBuilder, UpsertPointsBuilder, Value,
+    Vector, VectorInput, VectorParamsBuilder, VectorsConfigBuilder, WalConfigDiffBuilder,
 };
 use tonic::metadata::AsciiMetadataValue;
 use tonic::service::Interceptor;
@@ -24,8 +24,9 @@ use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, ClientTlsConfig, Endpoint};
 use tonic::{Code, Request, Status};
 
-use crate::error::ApiError;
+use crate::error::{ApiError, Code as ErrorCode};
 use crate::ids::DocumentId;
+use crate::placement::{Offer, Terms};
 use crate::random;
 use crate::retry::Backoff;
 use crate::scope::{Operator, TenantScope, VectorToken};
@@ -46,6 +47,8 @@ const CANDIDATES: u64 = 40;
 const WRITE_BATCH: usize = 256;
 
 const TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a cell that is asked for room may take to answer. One that takes longer is not placed in.
+const SURVEY_TIMEOUT: Duration = Duration::from_secs(3);
 const BACKOFF: Backoff =
     Backoff { attempts: 3, base: Duration::from_millis(50), cap: Duration::from_secs(1) };
 
@@ -55,6 +58,14 @@ pub enum VectorError {
     /// The tenant's cell is not among those configured.
     #[error("cell {0} is not configured")]
     UnknownCell(String),
+    /// A collection that was to be removed as empty is not.
+    #[error("the collection in cell {cell} holds {passages} passages")]
+    NotEmpty {
+        /// The cell.
+        cell: String,
+        /// The passages.
+        passages: u64,
+    },
     /// The key that was presented may not write documents.
     #[error("the scope holds no token to write with")]
     ReadOnly,
@@ -83,18 +94,33 @@ impl From<Status> for VectorError {
 impl From<VectorError> for ApiError {
     /// What the caller sees. The failure itself is logged here, once.
     fn from(error: VectorError) -> Self {
+        if let VectorError::NotEmpty { cell, passages } = &error {
+            let message = format!(
+                "cell `{cell}` holds a collection of this tenant with {passages} passages; it is not touched"
+            );
+            return Self::new(ErrorCode::Conflict, message).with_param("cell");
+        }
         tracing::error!("Vector store: {error}");
         Self::unavailable("the index")
     }
 }
 
-/// The vector clusters, by name: `name=url`, separated by commas.
+/// The vector clusters, by name: `name=url`, separated by commas. After a cell's address may come its
+/// [`Terms`], as in `name=url;capacity=900;state=closed`.
 #[derive(Clone, Debug)]
-pub struct Cells(HashMap<String, Channel>);
+pub struct Cells(BTreeMap<String, Cell>);
+
+#[derive(Clone, Debug)]
+struct Cell {
+    channel: Channel,
+    terms: Terms,
+}
 
 /// A text that names no clusters.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("wanted name=url, separated by commas; `{0}` is not that")]
+#[error(
+    "wanted name=url or name=url;capacity=900;state=closed;tenant=id, separated by commas; `{0}` is not that"
+)]
 pub struct InvalidCells(String);
 
 impl FromStr for Cells {
@@ -102,12 +128,16 @@ impl FromStr for Cells {
 
     /// Parses the list. Connects to none of them yet.
     fn from_str(text: &str) -> Result<Self, InvalidCells> {
-        let mut cells = HashMap::new();
+        let mut cells = BTreeMap::new();
         for entry in text.split(',') {
             let invalid = || InvalidCells(entry.to_owned());
-            let (name, url) = entry.trim().split_once('=').ok_or_else(invalid)?;
+            let (place, terms) = match entry.trim().split_once(';') {
+                Some((place, terms)) => (place, terms.parse().map_err(|_| invalid())?),
+                None => (entry.trim(), Terms::default()),
+            };
+            let (name, url) = place.split_once('=').ok_or_else(invalid)?;
             let mut endpoint = Endpoint::from_shared(url.to_owned()).map_err(|_| invalid())?;
-            if endpoint.uri().host().is_none() || name.is_empty() {
+            if endpoint.uri().host().is_none() || !is_name(name) {
                 return Err(invalid());
             }
             if endpoint.uri().scheme_str() == Some("https") {
@@ -120,12 +150,17 @@ impl FromStr for Cells {
                 .timeout(TIMEOUT)
                 .tcp_nodelay(true)
                 .connect_lazy();
-            if cells.insert(name.to_owned(), channel).is_some() {
+            if cells.insert(name.to_owned(), Cell { channel, terms }).is_some() {
                 return Err(invalid());
             }
         }
         Ok(Self(cells))
     }
+}
+
+fn is_name(text: &str) -> bool {
+    text.starts_with(|c: char| c.is_ascii_lowercase())
+        && text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
 }
 
 /// A passage to store.
@@ -235,12 +270,149 @@ impl Cells {
     }
 
     fn channel(&self, cell: &str) -> Result<Channel, VectorError> {
-        self.0.get(cell).cloned().ok_or_else(|| VectorError::UnknownCell(cell.to_owned()))
+        Ok(self.cell(cell)?.channel.clone())
     }
 
-    /// The cell that a new tenant is placed in: the first by name.
-    pub fn place(&self) -> Option<&str> {
-        self.0.keys().min().map(String::as_str)
+    fn cell(&self, cell: &str) -> Result<&Cell, VectorError> {
+        self.0.get(cell).ok_or_else(|| VectorError::UnknownCell(cell.to_owned()))
+    }
+
+    /// The names of all cells.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.0.keys().map(String::as_str)
+    }
+
+    /// What the cells have to say to one more tenant: the one that is `named`, or else the tenant's own
+    /// where some are kept for it, or else all of them. Those that do not answer soon are silent.
+    ///
+    /// # Errors
+    /// If the cell that is named is not configured.
+    pub async fn survey(
+        &self,
+        operator: &Operator,
+        root_key: &Secret,
+        tenant: &TenantId,
+        named: Option<&str>,
+    ) -> Result<BTreeMap<String, Offer>, VectorError> {
+        if let Some(name) = named {
+            self.cell(name)?;
+        }
+        let own = named.is_none() && self.0.values().any(|cell| cell.terms.kept_for.as_ref() == Some(tenant));
+        let mut offers = BTreeMap::new();
+        let mut asked = tokio::task::JoinSet::new();
+        for (name, cell) in &self.0 {
+            if named.is_some_and(|named| named != name) || (own && cell.terms.kept_for.is_none()) {
+                continue;
+            }
+            match Offer::unasked(&cell.terms, tenant) {
+                Some(_) if own && cell.terms.kept_for.as_ref() != Some(tenant) => {}
+                Some(offer) => {
+                    offers.insert(name.clone(), offer);
+                }
+                None => {
+                    let held = Self::held(operator, cell.channel.clone(), root_key)?;
+                    let (name, terms) = (name.clone(), cell.terms.clone());
+                    asked.spawn(async move {
+                        let held = tokio::time::timeout(SURVEY_TIMEOUT, held).await;
+                        if let Ok(Err(status)) = &held {
+                            tracing::warn!(cell = name, code = %status.code(), "A cell does not say how full it is");
+                        }
+                        (name, Offer::of(&terms, held.ok().and_then(Result::ok)))
+                    });
+                }
+            }
+        }
+        offers.extend(asked.join_all().await);
+        Ok(offers)
+    }
+
+    /// Whether a cell holds more collections than it takes.
+    ///
+    /// # Errors
+    /// If the store does not answer.
+    pub async fn overfull(
+        &self,
+        operator: &Operator,
+        root_key: &Secret,
+        cell: &str,
+    ) -> Result<bool, VectorError> {
+        let Cell { channel, terms } = self.cell(cell)?;
+        let held = retried(|| async { Self::held(operator, channel.clone(), root_key)?.await }).await?;
+        Ok(held > u64::from(terms.capacity))
+    }
+
+    /// The number of a cell's collections, once awaited.
+    fn held(
+        _operator: &Operator,
+        channel: Channel,
+        root_key: &Secret,
+    ) -> Result<impl Future<Output = Result<u64, Status>> + Send + use<>, Status> {
+        let bearer = Bearer::new(root_key.expose()).map_err(|e| Status::internal(e.to_string()))?;
+        let mut collections =
+            CollectionsClient::with_interceptor(channel, bearer).max_decoding_message_size(16 << 20);
+        Ok(async move {
+            let answer = collections.list(ListCollectionsRequest {}).await?;
+            Ok(answer.into_inner().collections.len() as u64)
+        })
+    }
+
+    /// The number of passages in a tenant's collection; none if there is no collection.
+    ///
+    /// # Errors
+    /// If the store does not answer.
+    pub async fn passages(
+        &self,
+        _operator: &Operator,
+        root_key: &Secret,
+        cell: &str,
+        tenant: &TenantId,
+    ) -> Result<Option<u64>, VectorError> {
+        let bearer = Bearer::new(root_key.expose())?;
+        let points = PointsClient::with_interceptor(self.channel(cell)?, bearer);
+        let request = qdrant_client::qdrant::CountPoints::from(
+            CountPointsBuilder::new(tenant.collection()).exact(true),
+        );
+        let counted = retried(|| {
+            let (mut client, request) = (points.clone(), request.clone());
+            async move { client.count(request).await }
+        })
+        .await;
+        match counted {
+            Ok(answer) => {
+                let count = answer.into_inner().result.map(|result| result.count);
+                count.map(Some).ok_or(VectorError::Malformed("a count"))
+            }
+            Err(status) if status.code() == Code::NotFound => Ok(None),
+            Err(status) => Err(status.into()),
+        }
+    }
+
+    /// Removes a tenant's collection that holds nothing. If there is none, nothing is done.
+    ///
+    /// # Errors
+    /// [`VectorError::NotEmpty`] if it holds passages, of whomever: then it stays. Otherwise if the store
+    /// does not answer.
+    pub async fn remove_empty(
+        &self,
+        operator: &Operator,
+        root_key: &Secret,
+        cell: &str,
+        tenant: &TenantId,
+    ) -> Result<(), VectorError> {
+        match self.passages(operator, root_key, cell, tenant).await? {
+            None => return Ok(()),
+            Some(0) => {}
+            Some(passages) => return Err(VectorError::NotEmpty { cell: cell.to_owned(), passages }),
+        }
+        let bearer = Bearer::new(root_key.expose())?;
+        let collections = CollectionsClient::with_interceptor(self.channel(cell)?, bearer);
+        let request = DeleteCollection { collection_name: tenant.collection(), ..Default::default() };
+        retried(|| {
+            let (mut client, request) = (collections.clone(), request.clone());
+            async move { client.delete(request).await }
+        })
+        .await?;
+        Ok(())
     }
 
     /// Makes a tenant's collection. Making it again changes nothing.
@@ -515,9 +687,23 @@ mod tests {
 
     #[tokio::test]
     async fn cells_are_named_urls() {
-        let cells: Cells = "b=http://127.0.0.1:1, a=https://host:6334".parse().unwrap();
-        assert_eq!(cells.place(), Some("a"));
-        for bad in ["", "a", "=http://h", "a=", "a=not a url", "a=http://h,a=http://i"] {
+        let cells: Cells =
+            "b=http://127.0.0.1:1;state=closed;capacity=7, a=https://host:6334".parse().unwrap();
+        assert_eq!(cells.names().collect::<Vec<_>>(), ["a", "b"]);
+        assert_eq!(cells.0["a"].terms, Terms::default());
+        assert_eq!(cells.0["b"].terms, Terms { capacity: 7, open: false, kept_for: None });
+        for bad in [
+            "",
+            "a",
+            "=http://h",
+            "a=",
+            "a=not a url",
+            "a=http://h,a=http://i",
+            "A=http://h",
+            "a=http://h;",
+            "a=http://h;capacity=x",
+            "a=http://h,",
+        ] {
             assert!(bad.parse::<Cells>().is_err(), "{bad:?}");
         }
     }

@@ -304,8 +304,27 @@ impl Stack {
         Answer::read(request.send().await.expect("the gateway answers")).await
     }
 
+    /// An operator's request as it was signed with some key, so long ago, ready to be sent, and sent again.
+    pub fn signed_before(
+        &self,
+        key: &Key,
+        ago: Duration,
+        method: Method,
+        path: &str,
+        body: &Value,
+    ) -> RequestBuilder {
+        let (url, headers) = (format!("{}{path}", self.url()), [("content-type", "application/json")]);
+        let body = if body.is_null() { String::new() } else { body.to_string() };
+        let at = system_clock() - ago;
+        let signed =
+            sigv4::sign(sigv4::GATEWAY, &key.credentials, &method, &url, &headers, body.as_bytes(), at);
+        let request = self.http.request(method, url).header(headers[0].0, headers[0].1).body(body);
+        let signed = signed.expect("a signature").into_iter();
+        signed.fold(request, |request, (name, value)| request.header(name, value))
+    }
+
     /// The operator's key.
-    fn operator(&self) -> Key {
+    pub fn operator(&self) -> Key {
         let admin = &self.ready["admin"];
         let credentials = Credentials {
             access_key_id: text(admin, "access_key_id").to_owned(),

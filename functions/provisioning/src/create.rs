@@ -1,4 +1,9 @@
 //! `POST /admin/tenants`: a tenant with its collection, its record and its first key.
+//!
+//! The claim first, then the collection, and then in one transaction the record, the key, the meter, the
+//! ledger's record and the end of the claim. So there is a tenant with all that it needs or there is none,
+//! whatever stops; who asks again finds out which. The key is shown to nobody twice: an answer that was
+//! lost is mended with another key, not with a repeat, so this route knows no `Idempotency-Key`.
 
 use http::{Response, StatusCode};
 use lambda_http::{Body, Request};
@@ -7,18 +12,15 @@ use shared::api_key::{ApiKey, KeyId, KeyRecord, Permission};
 use shared::aws::StoreError;
 use shared::error::{ApiError, Code};
 use shared::ledger::{Action, Record};
-use shared::limits::{LimitChanges, Limits};
+use shared::limits::LimitChanges;
 use shared::meter::Meter;
 use shared::scope::Operator;
 use shared::tenant::{InjectionPolicy, InvalidTenantId, ModelAccount, Tenant, TenantId, TenantStatus, Tier};
 use shared::web;
+use tokio::time::timeout_at;
 
-use crate::{Context, View};
-
-/// The longest instructions: they travel in the authorizer's context, which API Gateway bounds.
-const MOST_INSTRUCTIONS_BYTES: usize = 2_000;
-/// The longest name of a company or assistant.
-const MOST_NAME_BYTES: usize = 100;
+use crate::attempt::{Attempt, check_cell};
+use crate::{Context, View, profile};
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -36,6 +38,7 @@ struct NewTenant {
     #[serde(default)]
     model_account: ModelAccount,
     webhook_url: Option<String>,
+    cell: Option<String>,
 }
 
 #[derive(Serialize)]
@@ -50,39 +53,20 @@ struct Created {
 
 pub(crate) async fn handle(context: &Context, request: Request) -> Result<Response<Body>, ApiError> {
     let operator = web::operator(&request)?;
-    let tenant = validate(context, web::json(&request)?)?;
+    let (mut tenant, named) = validate(context, web::json(&request)?)?;
+    check_cell(context, named.as_deref())?;
+    if context.tenants.get(&operator, &tenant.tenant_id).await?.is_some() {
+        return Err(exists(&tenant.tenant_id));
+    }
+    profile::check_model_account(context, tenant.model_account, &tenant.tenant_id).await?;
+
     let mut rng = context.entropy;
     let key = ApiKey::issue(tenant.tier, tenant.tenant_id.clone(), &mut rng);
-    let record = KeyRecord::new(&key, Permission::ALL.into(), tenant.created_at, None);
-
-    let exists = || ApiError::new(Code::Conflict, format!("tenant `{}` exists already", tenant.tenant_id));
-    if context.tenants.get(&operator, &tenant.tenant_id).await?.is_some() {
-        return Err(exists());
-    }
-    if tenant.model_account == ModelAccount::Own {
-        let there = context.model_keys.there_is_one_of(&tenant.tenant_id).await.map_err(|error| {
-            tracing::error!("{error}");
-            ApiError::unavailable("the secret of the tenant's model account")
-        })?;
-        if !there {
-            let name = context.model_keys.name(&tenant.tenant_id);
-            let message = format!("there is no secret `{name}` with the key of the tenant's own account");
-            return Err(ApiError::invalid("model_account", message));
-        }
-    }
-    // The collection first, and the record with the key last: until the record stands, the tenant does
-    // not exist, and whatever stopped the work is mended by asking again.
-    make_collection(context, &operator, &tenant).await?;
-    let meter = Meter::new(tenant.status, tenant.epoch, tenant.created_at);
-    let (id, key_id) = (tenant.tenant_id.clone(), key.key_id().clone());
-    let done = Record::operation(&operator, id, Action::TenantProvisioned, Some(key_id), context.clock.now());
-    let (meter, done) = ((&context.meters, &meter), (&context.ledger, &done));
-    match context.tenants.create(&operator, &tenant, &record, meter, done).await {
-        Ok(()) => {}
-        // Somebody else was faster; the collection is theirs now.
-        Err(StoreError::Conflict) => return Err(exists()),
-        Err(error) => return Err(error.into()),
-    }
+    let mut attempt = Attempt::begin(context, &operator, &tenant.tenant_id).await?;
+    let until = attempt.works_until();
+    let work = make(context, &operator, &mut attempt, &mut tenant, named.as_deref(), &key);
+    let made = timeout_at(until, work).await;
+    attempt.conclude(made).await?;
     tracing::info!(tenant.id = %tenant.tenant_id, operator.arn = operator.arn(), "Tenant provisioned");
     let created = Created {
         tenant: tenant.into(),
@@ -93,45 +77,67 @@ pub(crate) async fn handle(context: &Context, request: Request) -> Result<Respon
     Ok(web::reply(StatusCode::CREATED, &created))
 }
 
-async fn make_collection(context: &Context, operator: &Operator, tenant: &Tenant) -> Result<(), ApiError> {
-    let made = context.cells.create_collection(
-        operator,
-        &context.vector_root_key,
-        &tenant.cell,
-        &tenant.tenant_id,
-        &tenant.embedding,
-    );
-    Ok(made.await?)
+async fn make(
+    context: &Context,
+    operator: &Operator,
+    attempt: &mut Attempt<'_>,
+    tenant: &mut Tenant,
+    named: Option<&str>,
+    key: &ApiKey,
+) -> Result<(), ApiError> {
+    // Again, now that nobody else can make it.
+    if context.tenants.get(operator, &tenant.tenant_id).await?.is_some() {
+        return Err(exists(&tenant.tenant_id));
+    }
+    tenant.cell = attempt.house(named, &tenant.embedding).await?;
+    enter(context, operator, attempt, tenant, key).await
 }
 
-fn validate(context: &Context, body: NewTenant) -> Result<Tenant, ApiError> {
+/// Enters the tenant: from here on it exists, or it does not and never will by this attempt.
+async fn enter(
+    context: &Context,
+    operator: &Operator,
+    attempt: &mut Attempt<'_>,
+    tenant: &Tenant,
+    key: &ApiKey,
+) -> Result<(), ApiError> {
+    let record = KeyRecord::new(key, Permission::ALL.into(), tenant.created_at, None);
+    let meter = Meter::new(tenant.status, tenant.epoch, tenant.created_at);
+    let (id, key_id, now) = (tenant.tenant_id.clone(), key.key_id().clone(), context.clock.now());
+    let done = Record::operation(operator, id, Action::TenantProvisioned, Some(key_id), now);
+    let (meter, done) = ((&context.meters, &meter), (&context.ledger, &done));
+    let entered = context.tenants.create(operator, &attempt.claim, tenant, &record, meter, done).await;
+    let Err(error) = entered else { return Ok(()) };
+    let mut rng = context.entropy;
+    match context.tenants.withdraw(&mut attempt.claim, &mut rng).await {
+        Ok(()) if matches!(error, StoreError::Conflict) => Err(exists(&tenant.tenant_id)),
+        Ok(()) => Err(error.into()),
+        // It was done, and only the answer was lost; or somebody else has the claim.
+        Err(StoreError::Conflict) => match context.tenants.claimed_by(key).await?.key {
+            Some(_) => Ok(()),
+            None => Err(error.into()),
+        },
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn exists(id: &TenantId) -> ApiError {
+    ApiError::new(
+        Code::Conflict,
+        format!("tenant `{id}` exists already; if the answer with its key was lost, make it another key"),
+    )
+}
+
+/// The tenant that is wanted, but for its cell, and the cell that is named.
+fn validate(context: &Context, body: NewTenant) -> Result<(Tenant, Option<String>), ApiError> {
     let tenant_id: TenantId =
         body.tenant_id.parse().map_err(|e: InvalidTenantId| ApiError::invalid("tenant_id", e.to_string()))?;
     let assistant_name = body.assistant_name.unwrap_or_else(|| "Assistant".to_owned());
-    for (param, name) in [("company_name", &body.company_name), ("assistant_name", &assistant_name)] {
-        // They stand in the system prompt: one line, and no longer than a name.
-        if name.trim().is_empty() || name.len() > MOST_NAME_BYTES || name.chars().any(char::is_control) {
-            let message = format!("{param} must be one line of 1 to {MOST_NAME_BYTES} bytes");
-            return Err(ApiError::invalid(param, message));
-        }
-    }
-    if body.instructions.len() > MOST_INSTRUCTIONS_BYTES {
-        let message = format!("instructions are longer than {MOST_INSTRUCTIONS_BYTES} bytes");
-        return Err(ApiError::new(Code::TooLarge, message).with_param("instructions"));
-    }
-    if let Some(url) = &body.webhook_url
-        && !(url.starts_with("https://") && url.len() <= 2_000 && url.parse::<http::Uri>().is_ok())
-    {
-        return Err(ApiError::invalid(
-            "webhook_url",
-            "webhook_url must be an https URL of at most 2000 bytes",
-        ));
-    }
-    let limits = Limits::of_tier(body.tier)
-        .with(body.limits)
-        .map_err(|e| ApiError::invalid(format!("limits.{}", e.field), e.to_string()))?;
-    let cell = context.cells.place().ok_or_else(|| ApiError::unavailable("a vector cell"))?;
-    Ok(Tenant {
+    profile::check_name("company_name", &body.company_name)?;
+    profile::check_name("assistant_name", &assistant_name)?;
+    profile::check_instructions(&body.instructions)?;
+    profile::check_webhook_url(body.webhook_url.as_deref())?;
+    let tenant = Tenant {
         tenant_id,
         status: TenantStatus::Active,
         epoch: 1,
@@ -140,11 +146,13 @@ fn validate(context: &Context, body: NewTenant) -> Result<Tenant, ApiError> {
         assistant_name,
         instructions: body.instructions,
         injection_policy: body.injection_policy,
-        limits,
-        cell: cell.to_owned(),
+        limits: profile::limits(body.tier, body.limits.clone())?,
+        overrides: body.limits,
+        cell: String::new(),
         embedding: context.embedding.clone(),
         model_account: body.model_account,
         webhook_url: body.webhook_url,
         created_at: context.clock.now(),
-    })
+    };
+    Ok((tenant, body.cell))
 }

@@ -1,7 +1,10 @@
-//! The operators' control plane: tenants are made and looked up here.
+//! The operators' control plane: tenants are made, changed and looked up here.
 
+mod attempt;
+mod change;
 mod create;
 mod keys;
+mod profile;
 mod read;
 
 use http::{Method, Response};
@@ -15,7 +18,7 @@ use shared::aws::tenants::TenantStore;
 use shared::aws::{self, secrets};
 use shared::clock::Clock;
 use shared::error::ApiError;
-use shared::limits::Limits;
+use shared::limits::{LimitChanges, Limits};
 use shared::random::{Entropy, entropy};
 use shared::secret::Secret;
 use shared::tenant::{EmbeddingModel, InjectionPolicy, ModelAccount, Tenant, TenantId, TenantStatus, Tier};
@@ -69,6 +72,7 @@ pub async fn handle(context: &Context, request: Request) -> Response<Body> {
         (&Method::GET, "/admin/tenants") => read::list(context, request).await,
         (&Method::GET, "/admin/tenants/{id}") => read::one(context, request).await,
         (&Method::POST, "/admin/tenants/{id}/keys") => keys::handle(context, request).await,
+        (&Method::PATCH, "/admin/tenants/{id}") => change::handle(context, request).await,
         _ => Err(ApiError::not_found()),
     })
     .await
@@ -85,6 +89,7 @@ struct View {
     instructions: String,
     injection_policy: InjectionPolicy,
     limits: Limits,
+    overrides: LimitChanges,
     cell: String,
     embedding: EmbeddingModel,
     model_account: ModelAccount,
@@ -104,6 +109,7 @@ impl From<Tenant> for View {
             instructions: tenant.instructions,
             injection_policy: tenant.injection_policy,
             limits: tenant.limits,
+            overrides: tenant.overrides,
             cell: tenant.cell,
             embedding: tenant.embedding,
             model_account: tenant.model_account,

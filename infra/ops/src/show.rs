@@ -189,6 +189,9 @@ fn for_a_person(record: &WireRecord) -> String {
     if !record.keys.is_empty() {
         add(format!("keys {}", quoted(record.keys.iter().map(|id| id.as_str()))));
     }
+    if !record.changed.is_empty() {
+        add(format!("changed {}", quoted(record.changed.iter().map(String::as_str))));
+    }
     text
 }
 
@@ -196,7 +199,7 @@ fn quoted<'a>(texts: impl Iterator<Item = &'a str>) -> String {
     texts.map(|text| format!("\"{}\"", OneLine(text))).collect::<Vec<_>>().join(",")
 }
 
-const COLUMNS: [&str; 38] = [
+const COLUMNS: [&str; 39] = [
     "time",
     "tenant_id",
     "position",
@@ -231,13 +234,14 @@ const COLUMNS: [&str; 38] = [
     "chunks",
     "injection",
     "keys",
+    "changed",
     "latency_ms",
     "object",
     "previous",
     "retain_until",
 ];
 
-fn cells(line: &Line) -> [String; 38] {
+fn cells(line: &Line) -> [String; 39] {
     let record = &line.record;
     let text = |text: Option<&str>| text.map_or_else(String::new, |text| safe(text).into_owned());
     let number = |number: Option<u64>| number.map_or_else(String::new, |number| number.to_string());
@@ -277,6 +281,7 @@ fn cells(line: &Line) -> [String; 38] {
         list(record.chunks.iter().map(String::as_str).collect()),
         list(record.injection.iter().map(String::as_str).collect()),
         list(record.keys.iter().map(|id| id.as_str()).collect()),
+        list(record.changed.iter().map(String::as_str).collect()),
         number(record.latency_ms),
         line.object.to_string(),
         String::from(line.previous.clone()),

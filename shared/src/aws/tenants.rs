@@ -1,15 +1,18 @@
 //! Table `tenants`: who a tenant is, and its keys.
 
-use aws_sdk_dynamodb::types::{AttributeValue, Put, TransactWriteItem};
+use aws_sdk_dynamodb::types::{AttributeValue, Delete, Put, TransactWriteItem};
+use rand::CryptoRng;
 
 use super::ledger::Ledger;
 use super::meters::MeterStore;
 use super::session::Access;
 use super::table::{Cancelled, Item, StoreError, Table};
 use crate::api_key::{ApiKey, KeyRecord};
-use crate::item_key;
+use crate::clock::Timestamp;
+use crate::item_key::{self, PARTITION};
 use crate::ledger::Record;
 use crate::meter::Meter;
+use crate::placement::Claim;
 use crate::scope::{Operator, Ward};
 use crate::tenant::{Tenant, TenantId};
 
@@ -55,29 +58,131 @@ impl TenantStore {
         Ok(Claimed { tenant, key })
     }
 
-    /// Adds a tenant, its first key, its meter and the record that an operator did: all or none.
+    /// Adds a tenant, its first key, its meter and the record that an operator did, and ends the claim
+    /// under which its collection was made: all or none.
     ///
     /// # Errors
-    /// [`StoreError::Conflict`] if the tenant exists.
+    /// [`StoreError::Conflict`] if the tenant exists, or the claim is not held any more. Otherwise if the
+    /// table does not answer; then it may be done, until [`TenantStore::withdraw`] has ruled that out.
     pub async fn create(
         &self,
         _operator: &Operator,
+        claim: &Claim,
         tenant: &Tenant,
         key: &KeyRecord,
         (meters, meter): (&MeterStore, &Meter),
         (ledger, record): (&Ledger, &Record),
     ) -> Result<(), StoreError> {
+        let end = Delete::builder()
+            .table_name(&self.0.name)
+            .set_key(Some(Table::key(&claim.tenant_id, item_key::CLAIM)))
+            .condition_expression("#a = :a")
+            .expression_attribute_names("#a", "attempt")
+            .expression_attribute_values(":a", AttributeValue::S(claim.attempt.clone()))
+            .build()
+            .map_err(|e| self.0.corrupt(e))?;
         let parts = vec![
             self.0.put_new(self.0.item(tenant, item_key::TENANT)?)?,
             self.0.put_new(self.0.item(key, &item_key::api_key(&key.key_id))?)?,
             meters.new_part(&tenant.tenant_id, meter)?,
             ledger.event_part(record)?,
+            TransactWriteItem::builder().delete(end).build(),
         ];
-        match self.0.transact(&tenant.tenant_id, parts).await {
+        self.all(&tenant.tenant_id, parts).await
+    }
+
+    async fn all(&self, tenant: &TenantId, parts: Vec<TransactWriteItem>) -> Result<(), StoreError> {
+        match self.0.transact(tenant, parts).await {
             Ok(()) => Ok(()),
             Err(Cancelled::Conditions(_)) => Err(StoreError::Conflict),
             Err(Cancelled::Failed(error)) => Err(error),
         }
+    }
+
+    /// Takes the claim to a tenant's collections.
+    ///
+    /// # Errors
+    /// [`StoreError::Conflict`] if somebody else holds it.
+    pub async fn claim(
+        &self,
+        _operator: &Operator,
+        tenant: &TenantId,
+        now: Timestamp,
+        rng: &mut impl CryptoRng,
+    ) -> Result<Claim, StoreError> {
+        let earlier: Option<Claim> = self.0.get(tenant, item_key::CLAIM).await?;
+        let claim = Claim::after(earlier.as_ref(), tenant.clone(), now, rng).ok_or(StoreError::Conflict)?;
+        self.put_claim(&claim, earlier.as_ref().map(|earlier| earlier.attempt.as_str())).await?;
+        Ok(claim)
+    }
+
+    /// Writes down that there may be a collection in `cell` too, which is said before it is made.
+    ///
+    /// # Errors
+    /// [`StoreError::Conflict`] if the claim is not held any more.
+    pub async fn claim_cell(&self, claim: &mut Claim, cell: &str) -> Result<(), StoreError> {
+        if !claim.cells.insert(cell.to_owned()) {
+            return Ok(());
+        }
+        self.put_claim(claim, Some(&claim.attempt)).await
+    }
+
+    /// Makes sure that nothing which was to be written under this claim is written from now on, however
+    /// late it arrives. The claim is still held, under another name.
+    ///
+    /// # Errors
+    /// [`StoreError::Conflict`] if it is not held any more: then what was to be written is written, or
+    /// somebody else holds it.
+    pub async fn withdraw(&self, claim: &mut Claim, rng: &mut impl CryptoRng) -> Result<(), StoreError> {
+        let renamed = claim.renamed(rng);
+        self.put_claim(&renamed, Some(&claim.attempt)).await?;
+        *claim = renamed;
+        Ok(())
+    }
+
+    /// Ends a claim, if it is still held.
+    ///
+    /// # Errors
+    /// If the table does not answer. The claim ends by itself in a while.
+    pub async fn release(&self, claim: &Claim) -> Result<(), StoreError> {
+        let ended = self
+            .0
+            .client
+            .delete_item()
+            .table_name(&self.0.name)
+            .set_key(Some(Table::key(&claim.tenant_id, item_key::CLAIM)))
+            .condition_expression("#a = :a")
+            .expression_attribute_names("#a", "attempt")
+            .expression_attribute_values(":a", AttributeValue::S(claim.attempt.clone()))
+            .send()
+            .await;
+        match ended.map_err(|e| self.0.failed(e)) {
+            Ok(_) | Err(StoreError::Conflict) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Puts a claim where there is none, or that of the attempt `before`. Written again because the answer
+    /// was lost, it finds itself.
+    async fn put_claim(&self, claim: &Claim, before: Option<&str>) -> Result<(), StoreError> {
+        let mut put = self
+            .0
+            .client
+            .put_item()
+            .table_name(&self.0.name)
+            .set_item(Some(self.0.item(claim, item_key::CLAIM)?))
+            .expression_attribute_names("#a", "attempt")
+            .expression_attribute_values(":a", AttributeValue::S(claim.attempt.clone()));
+        put = match before {
+            Some(before) => put
+                .condition_expression("#a = :b OR #a = :a")
+                .expression_attribute_values(":b", AttributeValue::S(before.to_owned())),
+            None => put
+                .condition_expression("attribute_not_exists(#p) OR #a = :a")
+                .expression_attribute_names("#p", PARTITION),
+        };
+        put.send().await.map_err(|e| self.0.failed(e))?;
+        Ok(())
     }
 
     /// Puts a tenant's record in the place of the one that was read as `was`, with the record of who did
@@ -93,6 +198,39 @@ impl TenantStore {
         now: &Tenant,
         (ledger, record): (&Ledger, &Record),
     ) -> Result<(), StoreError> {
+        let parts = vec![self.changed_part(was, now)?, ledger.event_part(record)?];
+        self.all(&now.tenant_id, parts).await
+    }
+
+    /// As [`TenantStore::change`], where the collection moves to another cell. The claim under which it
+    /// was made there must still be held, and is `left` from then on: under another name, with the cells
+    /// that are to be cleared now.
+    ///
+    /// # Errors
+    /// [`StoreError::Conflict`] also if the claim is not held any more. Otherwise if the table does not
+    /// answer; then it may be done, until [`TenantStore::withdraw`] has ruled that out.
+    pub async fn relocate(
+        &self,
+        _operator: &Operator,
+        claim: &Claim,
+        left: &Claim,
+        was: &Tenant,
+        now: &Tenant,
+        (ledger, record): (&Ledger, &Record),
+    ) -> Result<(), StoreError> {
+        let held = Put::builder()
+            .table_name(&self.0.name)
+            .set_item(Some(self.0.item(left, item_key::CLAIM)?))
+            .condition_expression("#a = :a")
+            .expression_attribute_names("#a", "attempt")
+            .expression_attribute_values(":a", AttributeValue::S(claim.attempt.clone()))
+            .build()
+            .map_err(|e| self.0.corrupt(e))?;
+        let held = TransactWriteItem::builder().put(held).build();
+        self.all(&now.tenant_id, vec![self.changed_part(was, now)?, ledger.event_part(record)?, held]).await
+    }
+
+    fn changed_part(&self, was: &Tenant, now: &Tenant) -> Result<TransactWriteItem, StoreError> {
         if now.tenant_id != was.tenant_id || now.epoch != was.epoch + 1 {
             return Err(StoreError::Conflict);
         }
@@ -104,12 +242,7 @@ impl TenantStore {
             .expression_attribute_values(":e", AttributeValue::N(was.epoch.to_string()))
             .build()
             .map_err(|e| self.0.corrupt(e))?;
-        let parts = vec![TransactWriteItem::builder().put(put).build(), ledger.event_part(record)?];
-        match self.0.transact(&now.tenant_id, parts).await {
-            Ok(()) => Ok(()),
-            Err(Cancelled::Conditions(_)) => Err(StoreError::Conflict),
-            Err(Cancelled::Failed(error)) => Err(error),
-        }
+        Ok(TransactWriteItem::builder().put(put).build())
     }
 
     /// A tenant's record.

@@ -96,7 +96,7 @@ fn tenants_routes_lead_to_processes_of_their_own_and_no_other_does() {
         let isolated = template.functions.iter().filter(|function| function.tenant_isolation);
         let mut isolated: Vec<&str> = isolated.map(|function| function.logical_id.as_str()).collect();
         isolated.sort_unstable();
-        let expected: &[&str] = if apart { &["AuditLog", "Chat", "Ingestion", "Usage"] } else { &[] };
+        let expected: &[&str] = if apart { &["AuditLog", "Chat", "Ingestion", "Keys", "Usage"] } else { &[] };
         assert_eq!(isolated, expected);
     }
     assert!(real(&[CELLS, ("TenantIsolation", "On")]).unwrap_err().to_string().contains("allowed values"));
