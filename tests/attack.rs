@@ -23,6 +23,7 @@ use rand::{RngExt, SeedableRng};
 use serde_json::{Value, json};
 use shared::env;
 use shared::random::entropy;
+use tests::tokens::{Signer, claims, signed_with_public, unsigned};
 use tests::{Options, Stack, Tenant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -49,6 +50,9 @@ struct Target {
     export: String,
     cursors: Vec<String>,
     chunk: String,
+    /// Its issuer of tokens, and the key that this one signs with.
+    issuer: String,
+    signer: Signer,
 }
 
 /// A request, raw: what a client library would straighten goes out as it is.
@@ -179,8 +183,45 @@ fn forged_headers(victim: &Target) -> Vec<Vec<(String, String)>> {
     ]
 }
 
+/// An issuer that all of them use, for audiences of their own.
+const LOGIN: &str = "https://login.example";
+
+fn audience(tenant: &str) -> String {
+    format!("{tenant}-assistant")
+}
+
+/// A token of a user of that name that is good for as long as any run.
+fn token_of(signer: &Signer, tenant: &str) -> String {
+    signer.token(&lasting(tenant))
+}
+
+fn lasting(tenant: &str) -> Value {
+    let mut claims = claims(LOGIN, &audience(tenant), "canary-user");
+    claims["exp"] = json!(claims["exp"].as_i64().unwrap() + 86_400);
+    claims
+}
+
+/// Tokens for the victim's audience that the victim's issuer has not signed, and one of its own that was cut.
+fn forged_tokens(attacker: &Target, victim: &Target) -> Vec<String> {
+    let theirs = lasting(&victim.tenant.id);
+    let both = json!([audience(&attacker.tenant.id), audience(&victim.tenant.id)]);
+    let mut for_both = theirs.clone();
+    for_both["aud"] = both;
+    let genuine = token_of(&victim.signer, &victim.tenant.id);
+    let head = |alg: &str| json!({"alg": alg, "typ": "JWT", "kid": victim.signer.public()["kid"]});
+    vec![
+        attacker.signer.token(&theirs),
+        attacker.signer.token_with(&head("RS256"), &theirs),
+        attacker.signer.token(&for_both),
+        format!("{}.", unsigned(&head("none"), &theirs)),
+        signed_with_public(&victim.signer.public(), &theirs),
+        victim.signer.token_with(&head("ES256"), &theirs),
+        genuine.get(..genuine.len() - 8).unwrap().to_owned(),
+    ]
+}
+
 /// Keys that are not quite one's own. All but the first must open nothing.
-fn forged_keys(attacker: &Target, victim: &Target) -> Vec<Option<String>> {
+fn forged_keys(attacker: &Target, victim: &Target, tokens: &[String]) -> Vec<Option<String>> {
     let (own, other) = (&attacker.tenant.key, &victim.tenant.key);
     let renamed = own.replacen(&format!("_{}_", attacker.tenant.id), &format!("_{}_", victim.tenant.id), 1);
     let secret = |key: &str| key.rsplit('_').next().unwrap().to_owned();
@@ -195,6 +236,9 @@ fn forged_keys(attacker: &Target, victim: &Target) -> Vec<Option<String>> {
         Some("Bearer ".to_owned()),
         None,
     ]
+    .into_iter()
+    .chain(tokens.iter().map(|token| Some(format!("Bearer {token}"))))
+    .collect()
 }
 
 /// The requests to a route that name something of the victim's, in every place where the route takes a
@@ -298,6 +342,15 @@ fn shapes(route: &str, attacker: &Target, victim: &Target) -> Vec<(String, Value
             at.map(|(path, _)| (format!("{path}/rotate"), json!({"grace_seconds": 0}))).collect()
         }
         "DELETE /v1/keys/{id}" => at("/v1/keys", &[&victim.tenant.key_id().to_owned()]),
+        "GET /v1/issuers" => query("/v1/issuers", "cursor", &[&victim.issuer]),
+        "POST /v1/issuers" => {
+            let base = json!({"issuer": LOGIN, "audience": own_word, "keys": [attacker.signer.public()]});
+            let mut all = in_field("/v1/issuers", base.clone(), "audience", &audience(&victim.tenant.id));
+            all.extend(in_field("/v1/issuers", base.clone(), "issuer_id", &victim.issuer));
+            all.extend(in_field("/v1/issuers", base, "tenant_id", &victim.tenant.id));
+            all
+        }
+        "GET /v1/issuers/{id}" | "DELETE /v1/issuers/{id}" => at("/v1/issuers", &[&victim.issuer]),
         "POST /admin/tenants/{id}/keys" => {
             let at = at("/admin/tenants", &[&victim.tenant.id]).into_iter();
             at.map(|(path, _)| (format!("{path}/keys"), json!({}))).collect()
@@ -337,6 +390,9 @@ async fn target(stack: &Stack, id: &str) -> Target {
     let chunk = answer["citations"][0]["chunk_id"].as_str().unwrap().to_owned();
     let export =
         tenant.post("/v1/audit/exports", &json!({})).await.json()["export_id"].as_str().unwrap().to_owned();
+    let signer = Signer::rsa(id);
+    let trusted = json!({"issuer": LOGIN, "audience": audience(id), "keys": [signer.public()]});
+    let issuer = tenant.post("/v1/issuers", &trusted).await.json()["issuer_id"].as_str().unwrap().to_owned();
     let mut cursors = Vec::new();
     for path in ["/v1/documents?limit=1", "/v1/audit?limit=1"] {
         cursors.extend(tenant.get(path).await.json()["cursor"].as_str().map(str::to_owned));
@@ -349,6 +405,8 @@ async fn target(stack: &Stack, id: &str) -> Target {
         export,
         cursors,
         chunk,
+        issuer,
+        signer,
         tenant,
     }
 }
@@ -375,6 +433,12 @@ async fn nobody_is_shown_a_byte_of_anothers() {
     for id in TENANTS {
         targets.push(target(&stack, id).await);
     }
+    let mut tokens = BTreeMap::new();
+    for (n, attacker) in targets.iter().enumerate() {
+        for (m, victim) in targets.iter().enumerate().filter(|(m, _)| *m != n) {
+            tokens.insert((n, m), forged_tokens(attacker, victim));
+        }
+    }
     let targets = Arc::new(targets);
     let routes = routes();
     let address = stack.url().strip_prefix("http://").unwrap().to_owned();
@@ -389,7 +453,7 @@ async fn nobody_is_shown_a_byte_of_anothers() {
         let (route, auth) = &routes[n % routes.len()];
         attacked.insert(route.clone());
         let (path, body) = shapes(route, attacker, victim).choose(&mut rng).unwrap().clone();
-        let keys = forged_keys(attacker, victim);
+        let keys = forged_keys(attacker, victim, &tokens[&(pair[0], pair[1])]);
         // Mostly the attacker's own key: behind a refused one nothing is tried.
         let key =
             if rng.random_bool(0.85) { keys[0].clone() } else { keys.choose(&mut rng).unwrap().clone() };
@@ -428,6 +492,9 @@ async fn nobody_is_shown_a_byte_of_anothers() {
     // Everybody still has what was theirs, and the words are theirs alone, logs included.
     for target in targets.iter() {
         let hits = target.tenant.search(&target.bait, 50).await;
+        assert!(hits.iter().any(|hit| hit["document_id"] == target.document.as_str()), "{hits:?}");
+        let user = stack.tenant_with_key(&target.tenant.id, &token_of(&target.signer, &target.tenant.id));
+        let hits = user.search(&target.bait, 50).await;
         assert!(hits.iter().any(|hit| hit["document_id"] == target.document.as_str()), "{hits:?}");
         let goes_on = json!({"message": "And?", "conversation_id": target.conversation});
         let theirs = target.tenant.as_user("canary-user").chat(goes_on).await;
@@ -483,6 +550,8 @@ async fn what_is_anothers_is_as_if_it_were_not() {
         ("GET", "/v1/documents/", &globex.document),
         ("DELETE", "/v1/documents/", &globex.document),
         ("GET", "/v1/audit/exports/", &globex.export),
+        ("GET", "/v1/issuers/", &globex.issuer),
+        ("DELETE", "/v1/issuers/", &globex.issuer),
     ] {
         let foreign = probe(method, format!("{prefix}{id}"), Value::Null).await;
         let absent = probe(method, format!("{prefix}{}", nobody(id)), Value::Null).await;
@@ -490,7 +559,10 @@ async fn what_is_anothers_is_as_if_it_were_not() {
         assert_eq!(foreign.0, 404, "{method} {prefix}");
     }
     let ask = |conversation: &str| json!({"message": "And?", "conversation_id": conversation});
+    // What another function did to the meter, or a second that has passed, must not show as a difference.
+    acme.tenant.ask("Hello?").await;
     let foreign = probe("POST", "/v1/chat".into(), ask(&globex.conversation)).await;
+    acme.tenant.ask("Hello?").await;
     let absent = probe("POST", "/v1/chat".into(), ask(&nobody(&globex.conversation))).await;
     assert_eq!((foreign.0, &foreign.1, &foreign.2), (absent.0, &absent.1, &absent.2));
     assert_eq!((foreign.0, foreign.3), (404, absent.3));

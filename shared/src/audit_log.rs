@@ -17,8 +17,8 @@ use flate2::write::GzEncoder;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::api_key::KeyId;
 use crate::clock::Timestamp;
+use crate::credential::CredentialId;
 use crate::error::Code;
 use crate::ids::{DocumentId, UserId};
 use crate::ledger::{Action, Outcome, Record};
@@ -133,7 +133,7 @@ pub struct WireRecord {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user_id: Option<UserId>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub key_id: Option<KeyId>,
+    pub key_id: Option<CredentialId>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub operator: Option<String>,
     pub request_id: RequestId,
@@ -164,7 +164,7 @@ pub struct WireRecord {
     pub injection: Vec<String>,
     // Records from before there was such a thing lack it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub keys: Vec<KeyId>,
+    pub keys: Vec<CredentialId>,
     // Left out where it is empty: an object that was intended before there was such a field stays the same.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub changed: Vec<String>,

@@ -12,7 +12,7 @@ use std::time::Duration;
 use rand::RngExt;
 use tokio::time::Instant;
 
-use crate::api_key::{ApiKey, Permission, VerifiedKey, verify};
+use crate::api_key::{ApiKey, Permission, verify};
 use crate::aws::idempotency::IdempotencyStore;
 use crate::aws::ledger::{Along, Entered, Ledger};
 use crate::aws::meters::{MeterStore, Written};
@@ -24,12 +24,12 @@ use crate::denials::Denials;
 use crate::env::{self, EnvError};
 use crate::error::{ApiError, Code};
 use crate::idempotency::{IdempotencyKey, Stored};
-use crate::ids::DocumentId;
+use crate::ids::{DocumentId, IssuerId};
 use crate::ledger::{Action, Denial, Entry, Record};
 use crate::meter::{Asker, Charged, Ended, Lease, Limit, Meter, Refusal, Ticket, Want, Work, Write};
 use crate::random::entropy;
 use crate::retry::Backoff;
-use crate::scope::{Caller, Isolation, ScopeError, Subject, TenantScope};
+use crate::scope::{Caller, Evidence, Isolation, ScopeError, Subject, TenantScope};
 use crate::tenant::{Tenant, TenantId, TenantStatus, Tier};
 use crate::units::{NanoUsd, Tokens};
 use crate::valve::Shed;
@@ -538,8 +538,8 @@ impl Gate {
             let mut caller = caller;
             if caller.is_suspended() {
                 // Switched on again it is let in at once, whatever API Gateway has kept.
-                let (key, tenant) = self.present(caller.presented()).await?;
-                caller.renew(&key, tenant)?;
+                let (evidence, tenant) = self.present(&ward, caller.issuer_id(), caller.presented()).await?;
+                caller.renew(&evidence, tenant)?;
             }
             match TenantScope::open(caller, permission, self.isolation, self.books.clock.now()) {
                 // Boxed: what is nested in it is deep, and the compiler has its limits.
@@ -587,29 +587,38 @@ impl Gate {
         if scope.epoch() < state.epoch { self.renew(scope).await } else { Ok(()) }
     }
 
-    /// Reads the tenant's and the key's present records, and decides anew: for what must not rest on a
-    /// decision that API Gateway has kept.
+    /// Reads the present records of the tenant and of the key, or the token's issuer, and decides anew: for
+    /// what must not rest on a decision that API Gateway has kept.
     ///
     /// # Errors
     /// The refusal that the caller is to see.
     pub async fn renew(&self, scope: &mut TenantScope) -> Result<(), ApiError> {
         let epoch = scope.epoch();
-        let (key, tenant) = self.present(scope.presented()).await?;
-        scope.renew(&key, tenant, self.books.clock.now())?;
+        let (evidence, tenant) = self.present(scope, scope.issuer_id(), scope.presented()).await?;
+        scope.renew(&evidence, tenant, self.books.clock.now())?;
         if epoch < scope.epoch() {
             tracing::info!(epoch = scope.epoch(), "A stale decision was made anew");
         }
         Ok(())
     }
 
-    /// The present records of a key that a request presents, and of its tenant.
-    async fn present(&self, presented: Option<&ApiKey>) -> Result<(VerifiedKey, Tenant), ApiError> {
-        let invalid = || ApiError::new(Code::InvalidKey, "not a valid API key");
+    /// The present records of the key that a request presents, or of its token's issuer, and of the tenant.
+    async fn present(
+        &self,
+        subject: &impl Subject,
+        issuer: Option<&IssuerId>,
+        presented: Option<&ApiKey>,
+    ) -> Result<(Evidence, Tenant), ApiError> {
+        let invalid = || ApiError::new(Code::InvalidKey, "not a valid API key or token");
+        if let Some(issuer) = issuer {
+            let (tenant, issuer) = self.tenants.issued_by(subject, issuer).await?;
+            return Ok((Evidence::Issuer(issuer.ok_or_else(invalid)?), tenant.ok_or_else(invalid)?));
+        }
         let presented = presented.ok_or_else(invalid)?;
         let claimed = self.tenants.claimed_by(presented).await?;
         let status = claimed.tenant.as_ref().map(|tenant| tenant.status);
         let key = verify(presented, claimed.key, status, self.books.clock.now()).map_err(|_| invalid())?;
-        Ok((key, claimed.tenant.ok_or_else(invalid)?))
+        Ok((Evidence::Key(key), claimed.tenant.ok_or_else(invalid)?))
     }
 
     /// The refusal by a limit, as the caller sees it; counted, and written down when it is due.

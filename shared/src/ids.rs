@@ -87,6 +87,20 @@ impl MessageId {
 }
 
 identifier!(
+    /// A registered issuer of tokens: `iss_` and 12 base-62 characters. No key id looks like it.
+    IssuerId,
+    "an issuer id is one that an answer gave",
+    |text| text.strip_prefix("iss_").is_some_and(|tail| random::is_base62(tail, 12))
+);
+
+impl IssuerId {
+    /// A new issuer's id.
+    pub fn new(rng: &mut impl CryptoRng) -> Self {
+        Self(format!("iss_{}", random::base62(12, rng)))
+    }
+}
+
+identifier!(
     /// A document's id, the tenant's own choice: 1 to 128 of `A-Z a-z 0-9 . _ -`.
     DocumentId,
     "a document id has 1 to 128 characters of A-Z, a-z, 0-9, '.', '_' and '-'",

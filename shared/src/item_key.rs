@@ -1,12 +1,13 @@
 //! The keys of every item in every table, built here and nowhere else.
 //!
-//! A partition key is a bare [`TenantId`](crate::tenant::TenantId); sort keys are a prefix that names
+//! A partition key is a bare [`TenantId`](crate::tenant::TenantId), but for [`claim`]; sort keys are a prefix that names
 //! the kind, `#`, and identifiers none of which can hold `#`. So no two things share a key, and a
 //! prefix query finds one kind alone.
 
 use crate::api_key::KeyId;
 use crate::clock::Timestamp;
-use crate::ids::{ConversationId, DocumentId, MessageId};
+use crate::ids::{ConversationId, DocumentId, IssuerId, MessageId};
+use crate::issuer::Provenance;
 use crate::meter::{BillingMonth, Ticket};
 
 /// The partition key attribute of every table.
@@ -26,6 +27,32 @@ pub const CLAIM: &str = "CLAIM";
 /// Table `tenants`: a key's record.
 pub fn api_key(id: &KeyId) -> String {
     format!("{API_KEYS}{id}")
+}
+
+/// Table `tenants`: what every issuer's record starts with.
+pub const ISSUERS: &str = "ISSUER#";
+
+/// Table `tenants`: an issuer's record.
+pub fn issuer(id: &IssuerId) -> String {
+    format!("{ISSUERS}{id}")
+}
+
+/// Table `tenants`: the partition of the item that says whose tokens of that provenance are. No tenant's id
+/// has a `#`, so no tenant's partition is meant.
+pub fn claim(provenance: Provenance<'_>) -> String {
+    format!("issuer#{}", provenance.digest())
+}
+
+/// Table `tenants`: that item's sort key.
+pub const ISSUER_CLAIM: &str = "CLAIM";
+
+/// Table `tenants`: what the notes of a tenant's claims start with.
+pub const CLAIMS: &str = "CLAIM#";
+
+/// Table `tenants`: in the tenant's own partition, the note that it has that claim, for whoever has to find all
+/// of them.
+pub fn claim_note(provenance: Provenance<'_>) -> String {
+    format!("{CLAIMS}{}", provenance.digest())
 }
 
 /// Table `tenants`: how many keys were ever made.

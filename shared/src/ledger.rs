@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::api_key::KeyId;
 use crate::clock::Timestamp;
+use crate::credential::CredentialId;
 use crate::error::Code;
 use crate::ids::{DocumentId, UserId};
 use crate::meter::{BillingMonth, Charged, Day, Lease, Limit, Ticket, Work};
@@ -58,6 +59,12 @@ pub enum Action {
     KeyRotated,
     /// A key was revoked.
     KeyRevoked,
+    /// Issuers of tokens were listed, or one was read.
+    IssuersRead,
+    /// An issuer of tokens was registered.
+    IssuerRegistered,
+    /// An issuer was removed: its tokens let nobody in any more.
+    IssuerRemoved,
     /// An operator made the tenant, and its first key with it.
     TenantProvisioned,
     /// An operator read the tenant's record.
@@ -111,9 +118,9 @@ impl From<Denial> for Action {
 pub struct Asked {
     /// The request.
     pub request_id: RequestId,
-    /// The key that was presented.
-    pub key_id: Option<KeyId>,
-    /// The tenant's user, as the tenant named it.
+    /// The key that was presented, or the issuer of the token that was.
+    pub key_id: Option<CredentialId>,
+    /// The tenant's user, as the tenant named it, or the token.
     pub user_id: Option<UserId>,
 }
 
@@ -164,12 +171,13 @@ pub struct Record {
     pub day: Day,
     /// Its month.
     pub month: BillingMonth,
-    /// The tenant's user, as the tenant named it.
+    /// The tenant's user: as the tenant named it, or as the issuer vouched for it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user_id: Option<UserId>,
-    /// The key that was presented.
+    /// The key that was presented, or the issuer of the token that was: which of the two it is tells whether
+    /// the user is asserted or verified.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub key_id: Option<KeyId>,
+    pub key_id: Option<CredentialId>,
     /// The operator, by ARN, where it was one and not the tenant.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub operator: Option<String>,
@@ -220,9 +228,9 @@ pub struct Record {
     /// Injection patterns found, by name.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub injection: Vec<String>,
-    /// Keys made, replaced or revoked; of a replacement, the old one first.
+    /// Keys made, replaced or revoked, of a replacement the old one first; issuers registered or removed.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub keys: Vec<KeyId>,
+    pub keys: Vec<CredentialId>,
     /// What an operator changed, by the names of the fields.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub changed: Vec<String>,
@@ -325,7 +333,7 @@ impl Record {
             day: lease.day(),
             month: lease.month(),
             user_id: scope.user_id().cloned(),
-            key_id: Some(scope.key_id().clone()),
+            key_id: Some(scope.credential().clone()),
             outcome: if entry.error.is_some() { Outcome::Failed } else { Outcome::Ok },
             error: entry.error,
             estimated: entry.estimated,
@@ -403,7 +411,7 @@ impl Record {
     pub fn event(scope: &TenantScope, action: Action, documents: Vec<DocumentId>, now: Timestamp) -> Self {
         Self {
             user_id: scope.user_id().cloned(),
-            key_id: Some(scope.key_id().clone()),
+            key_id: Some(scope.credential().clone()),
             documents,
             ..Self::blank(scope.tenant_id().clone(), action, now, scope.request_id().clone())
         }
@@ -419,15 +427,15 @@ impl Record {
     ) -> Self {
         Self {
             operator: Some(operator.arn().to_owned()),
-            key_id,
+            key_id: key_id.map(CredentialId::from),
             ..Self::blank(tenant_id, action, now, operator.request_id().clone())
         }
     }
 
     /// The same record, of something that was done to `keys`.
     #[must_use]
-    pub fn about(self, keys: Vec<KeyId>) -> Self {
-        Self { keys, ..self }
+    pub fn about<Id: Into<CredentialId>>(self, keys: Vec<Id>) -> Self {
+        Self { keys: keys.into_iter().map(Into::into).collect(), ..self }
     }
 
     /// What the meter charges for it.

@@ -16,11 +16,13 @@ pub mod breaker;
 pub mod chunk;
 pub mod clock;
 pub mod conversation;
+pub mod credential;
 pub mod document;
 pub mod env;
 pub mod error;
 pub mod idempotency;
 pub mod ids;
+pub mod issuer;
 pub mod item_key;
 pub mod ledger;
 pub mod limits;
@@ -52,6 +54,10 @@ pub mod embeddings;
 pub mod gate;
 #[cfg(feature = "prompt")]
 pub mod injection;
+#[cfg(feature = "tokens")]
+pub mod jwt;
+#[cfg(feature = "key-sets")]
+pub mod key_sets;
 #[cfg(feature = "model")]
 pub mod model;
 #[cfg(feature = "outbound")]

@@ -1,6 +1,6 @@
 //! Whose request this is: a [`TenantScope`] or an [`Operator`], neither of which can be made up.
 //!
-//! The authorizer turns a [`VerifiedKey`] into a [`Decision`]; API Gateway carries it, outside the
+//! The authorizer turns a [`VerifiedKey`] or a [`Vouched`] user into a [`Decision`]; API Gateway carries it, outside the
 //! caller's reach, into the function's event; there [`Caller::of`] reads it back and
 //! [`TenantScope::open`] checks what a cached decision cannot know. Every store call of a tenant takes the
 //! scope, so code that has not come this way cannot name a tenant's data.
@@ -77,10 +77,12 @@ use aws_lambda_events::apigw::ApiGatewayProxyRequestContext;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::api_key::{ApiKey, Grants, KeyId, Permission, VerifiedKey};
+use crate::api_key::{ApiKey, Grants, Permission, VerifiedKey};
 use crate::clock::Timestamp;
+use crate::credential::CredentialId;
 use crate::error::{ApiError, Code};
-use crate::ids::UserId;
+use crate::ids::{IssuerId, UserId};
+use crate::issuer::{Issuer, Vouched};
 use crate::ledger::Asked;
 use crate::limits::Limits;
 use crate::meter::Standing;
@@ -144,15 +146,25 @@ pub struct Profile {
     pub injection_policy: InjectionPolicy,
 }
 
-/// What the authorizer found out about a key, as API Gateway caches it. It holds only what depends on
-/// the key, since it is cached by the key alone and for every route.
+/// What was proven of whoever asks, by key or by token.
+struct Proof {
+    credential: CredentialId,
+    user_id: Option<UserId>,
+    grants: Grants,
+}
+
+/// What the authorizer found out about a key or a token, as API Gateway caches it. It holds only what depends
+/// on that, since it is cached by that alone and for every route.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Decision {
     tenant_id: TenantId,
     status: TenantStatus,
     epoch: u64,
     tier: Tier,
-    key_id: KeyId,
+    credential: CredentialId,
+    /// The user for whom the token's issuer vouches. Keys have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    user_id: Option<UserId>,
     grants: Grants,
     profile: Profile,
     limits: Limits,
@@ -178,13 +190,42 @@ impl Decision {
         if record.tenant_id != tenant.tenant_id {
             return Err(ForeignRecord);
         }
-        Ok(Self {
+        let proof =
+            Proof { credential: record.key_id.clone().into(), user_id: None, grants: record.grants() };
+        Ok(Self::of(proof, tenant, vector_read, vector_write))
+    }
+
+    /// The decision for a user of `tenant` for whom one of its issuers vouches, with the vector tokens minted
+    /// for it.
+    ///
+    /// # Errors
+    /// [`ForeignRecord`] if the tenant's record is not that of the issuer's tenant.
+    pub fn vouched(
+        user: &Vouched,
+        tenant: Tenant,
+        vector_read: VectorToken,
+        vector_write: Option<VectorToken>,
+    ) -> Result<Self, ForeignRecord> {
+        if user.tenant_id != tenant.tenant_id {
+            return Err(ForeignRecord);
+        }
+        let proof = Proof {
+            credential: user.issuer_id.clone().into(),
+            user_id: Some(user.user_id.clone()),
+            grants: user.grants.clone(),
+        };
+        Ok(Self::of(proof, tenant, vector_read, vector_write))
+    }
+
+    fn of(proof: Proof, tenant: Tenant, vector_read: VectorToken, vector_write: Option<VectorToken>) -> Self {
+        Self {
             tenant_id: tenant.tenant_id,
             status: tenant.status,
             epoch: tenant.epoch,
             tier: tenant.tier,
-            key_id: record.key_id.clone(),
-            grants: record.grants(),
+            credential: proof.credential,
+            user_id: proof.user_id,
+            grants: proof.grants,
             profile: Profile {
                 company_name: tenant.company_name,
                 assistant_name: tenant.assistant_name,
@@ -197,16 +238,44 @@ impl Decision {
             model_account: tenant.model_account,
             vector_read,
             vector_write,
-        })
+        }
     }
 
-    /// The decision about the same key, made anew. The vector tokens stay.
-    fn anew(&self, key: &VerifiedKey, tenant: Tenant) -> Result<Self, ScopeError> {
-        if tenant.tenant_id != self.tenant_id || key.record().key_id != self.key_id {
+    /// The tenant.
+    pub const fn tenant_id(&self) -> &TenantId {
+        &self.tenant_id
+    }
+
+    /// The key, or the issuer of the token.
+    pub const fn credential(&self) -> &CredentialId {
+        &self.credential
+    }
+
+    /// The decision about the same key or issuer, made anew. The vector tokens stay; and of a token its user
+    /// and its end, since its signature needs no second look.
+    fn anew(&self, evidence: &Evidence, tenant: Tenant) -> Result<Self, ScopeError> {
+        let (read, write) = (self.vector_read.clone(), self.vector_write.clone());
+        if tenant.tenant_id != self.tenant_id || evidence.credential() != self.credential {
             return Err(ScopeError::Unauthorized);
         }
-        let (read, write) = (self.vector_read.clone(), self.vector_write.clone());
-        Self::new(key, tenant, read, write).map_err(|ForeignRecord| ScopeError::Unauthorized)
+        let decision = match evidence {
+            Evidence::Key(key) => Self::new(key, tenant, read, write),
+            Evidence::Issuer(issuer) => {
+                let (Some(user_id), Some(ends)) = (self.user_id.clone(), self.grants.expires_at) else {
+                    return Err(ScopeError::Unauthorized);
+                };
+                Self::vouched(&Vouched::by(issuer, user_id, ends), tenant, read, write)
+            }
+        };
+        decision.map_err(|ForeignRecord| ScopeError::Unauthorized)
+    }
+
+    /// The issuer, if a token was presented.
+    fn issuer_id(&self) -> Option<&IssuerId> {
+        match &self.credential {
+            CredentialId::Issuer(issuer_id) => Some(issuer_id),
+            CredentialId::Key(_) => None,
+        }
     }
 
     /// The authorizer's context: flat, as API Gateway demands. `tenantId` and `keyId` stand apart for
@@ -217,7 +286,7 @@ impl Decision {
     pub fn to_context(&self) -> Result<HashMap<String, Value>, serde_json::Error> {
         Ok(HashMap::from([
             ("tenantId".to_owned(), self.tenant_id.to_string().into()),
-            ("keyId".to_owned(), self.key_id.to_string().into()),
+            ("keyId".to_owned(), self.credential.to_string().into()),
             (DECISION.to_owned(), serde_json::to_string(self)?.into()),
         ]))
     }
@@ -277,6 +346,24 @@ impl FromStr for Isolation {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("it is neither `on` nor `off`")]
 pub struct UnknownIsolation;
+
+/// What a decision that is made anew rests on: the present record of the key, or of the token's issuer.
+#[derive(Debug)]
+pub enum Evidence {
+    /// The key, verified again.
+    Key(VerifiedKey),
+    /// The issuer, which is still trusted.
+    Issuer(Issuer),
+}
+
+impl Evidence {
+    fn credential(&self) -> CredentialId {
+        match self {
+            Self::Key(key) => CredentialId::Key(key.record().key_id.clone()),
+            Self::Issuer(issuer) => CredentialId::Issuer(issuer.issuer_id.clone()),
+        }
+    }
+}
 
 /// A record of one tenant where another's was expected. It must never happen; whoever meets it drops
 /// the record and raises the alarm.
@@ -348,9 +435,9 @@ impl Caller {
         &self.decision.tenant_id
     }
 
-    /// The key that was presented.
-    pub fn key_id(&self) -> &KeyId {
-        &self.decision.key_id
+    /// The key that was presented, or the issuer of the token that was.
+    pub fn credential(&self) -> &CredentialId {
+        &self.decision.credential
     }
 
     /// The tenant's limits.
@@ -365,8 +452,12 @@ impl Caller {
 
     /// Who asks.
     pub fn asked(&self) -> Asked {
-        let user = self.user.as_ref().and_then(|value| value.to_str().ok()?.parse().ok());
-        Asked { request_id: self.request_id.clone(), key_id: Some(self.key_id().clone()), user_id: user }
+        let asserted = || self.user.as_ref().and_then(|value| value.to_str().ok()?.parse().ok());
+        Asked {
+            request_id: self.request_id.clone(),
+            key_id: Some(self.credential().clone()),
+            user_id: self.decision.user_id.clone().or_else(asserted),
+        }
     }
 
     /// Whether the decision was made while the tenant was switched off. It may be on again.
@@ -379,13 +470,18 @@ impl Caller {
         self.presented.as_ref()
     }
 
+    /// The issuer of the token that the request presents.
+    pub fn issuer_id(&self) -> Option<&IssuerId> {
+        self.decision.issuer_id()
+    }
+
     /// Takes a new decision in the place of the one that API Gateway had kept, as [`TenantScope::renew`]
     /// does. What it allows is still to be seen.
     ///
     /// # Errors
     /// [`ScopeError::Unauthorized`] if it is about another key.
-    pub fn renew(&mut self, key: &VerifiedKey, tenant: Tenant) -> Result<(), ScopeError> {
-        self.decision = self.decision.anew(key, tenant)?;
+    pub fn renew(&mut self, evidence: &Evidence, tenant: Tenant) -> Result<(), ScopeError> {
+        self.decision = self.decision.anew(evidence, tenant)?;
         Ok(())
     }
 
@@ -502,8 +598,8 @@ pub enum ScopeError {
     /// The event did not come through the authorizer.
     #[error("the request carries no authorizer decision")]
     Unauthorized,
-    /// The key has expired since the decision was cached.
-    #[error("not a valid API key")]
+    /// The key or token has expired since the decision was cached.
+    #[error("not a valid API key or token")]
     KeyExpired,
     /// The key may not be used from where the request comes from.
     #[error("this key may not be used from this address")]
@@ -517,6 +613,9 @@ pub enum ScopeError {
     /// The user's name cannot be used.
     #[error("the header X-User-Id must be UTF-8 text of 1 to 256 bytes")]
     InvalidUser,
+    /// The token is another user's.
+    #[error("the header X-User-Id names another user than the token; leave it out")]
+    OtherUser,
 }
 
 impl From<ScopeError> for ApiError {
@@ -527,7 +626,9 @@ impl From<ScopeError> for ApiError {
             ScopeError::Suspended => Code::TenantSuspended,
             ScopeError::Misdelivered => Code::Unavailable,
             ScopeError::Lacks(_) => Code::InsufficientScope,
-            ScopeError::InvalidUser => return Self::invalid("X-User-Id", error.to_string()),
+            ScopeError::InvalidUser | ScopeError::OtherUser => {
+                return Self::invalid("X-User-Id", error.to_string());
+            }
         };
         Self::new(code, error.to_string())
     }
@@ -555,6 +656,11 @@ impl TenantScope {
                     .ok_or(ScopeError::InvalidUser)
             })
             .transpose()?;
+        // What is verified is never overridden by what is asserted.
+        let user_id = match (decision.user_id.clone(), user_id) {
+            (Some(verified), Some(asserted)) if verified != asserted => return Err(ScopeError::OtherUser),
+            (verified, asserted) => verified.or(asserted),
+        };
         Ok(Self { decision, permission, presented, source, user_id, request_id, note })
     }
 
@@ -570,14 +676,19 @@ impl TenantScope {
     ///
     /// # Errors
     /// [`ScopeError`], as [`TenantScope::open`].
-    pub fn renew(&mut self, key: &VerifiedKey, tenant: Tenant, now: Timestamp) -> Result<(), ScopeError> {
-        let decision = self.decision.anew(key, tenant)?;
+    pub fn renew(&mut self, evidence: &Evidence, tenant: Tenant, now: Timestamp) -> Result<(), ScopeError> {
+        let decision = self.decision.anew(evidence, tenant)?;
         decision.lets_in(self.permission, self.source, now)?;
         self.decision = decision;
         Ok(())
     }
 
-    /// What the key may do: no more may be handed on in this request.
+    /// The issuer of the token that was presented, if it was one.
+    pub fn issuer_id(&self) -> Option<&IssuerId> {
+        self.decision.issuer_id()
+    }
+
+    /// What the key or token may do: no more may be handed on in this request.
     pub fn grants(&self) -> &Grants {
         &self.decision.grants
     }
@@ -596,7 +707,7 @@ impl TenantScope {
     pub fn asked(&self) -> Asked {
         Asked {
             request_id: self.request_id.clone(),
-            key_id: Some(self.key_id().clone()),
+            key_id: Some(self.credential().clone()),
             user_id: self.user_id.clone(),
         }
     }
@@ -611,14 +722,14 @@ impl TenantScope {
         &self.decision.tenant_id
     }
 
-    /// The tenant's own user, if the tenant named one.
+    /// The tenant's own user, if the tenant named one or a token did.
     pub fn user_id(&self) -> Option<&UserId> {
         self.user_id.as_ref()
     }
 
-    /// The key that was presented.
-    pub fn key_id(&self) -> &KeyId {
-        &self.decision.key_id
+    /// The key that was presented, or the issuer of the token that was.
+    pub fn credential(&self) -> &CredentialId {
+        &self.decision.credential
     }
 
     /// The request.
@@ -733,6 +844,7 @@ mod tests {
 
     use super::*;
     use crate::api_key::{ApiKey, KeyRecord, verify};
+    use crate::issuer::KeySource;
     use crate::limits::LimitChanges;
     use crate::random::entropy;
 
@@ -845,13 +957,14 @@ mod tests {
         );
         // One made while the tenant was switched off is made anew, and then lets in.
         let suspended = context(TenantStatus::Suspended, chat, None);
-        let mut caller = Caller::of(&suspended, &http::HeaderMap::new(), RequestNote::default()).unwrap();
+        let mut caller =
+            Caller::of(&suspended, &http::HeaderMap::new(), None, RequestNote::default()).unwrap();
         assert!(caller.is_suspended());
         let key = ApiKey::issue(Tier::Free, "acme".parse().unwrap(), &mut entropy());
         let record = KeyRecord::new(&key, BTreeSet::from([Permission::Chat]), NOW, None);
         let other = verify(&key, Some(record), Some(TenantStatus::Active), NOW).unwrap();
         let active = tenant("acme", TenantStatus::Active);
-        assert_eq!(caller.renew(&other, active).unwrap_err(), ScopeError::Unauthorized);
+        assert_eq!(caller.renew(&Evidence::Key(other), active).unwrap_err(), ScopeError::Unauthorized);
         assert!(caller.is_suspended());
         let expiring = context(TenantStatus::Active, chat, Some(10));
         assert!(open(&expiring, NOW.plus_millis(9)).is_ok());
@@ -891,6 +1004,75 @@ mod tests {
         for bad in [&b""[..], &b"\xff"[..], &[b'x'; 257][..]] {
             assert_eq!(with(bad).unwrap_err(), ScopeError::InvalidUser);
         }
+    }
+
+    fn issuer(id: &str, permissions: &[Permission]) -> Issuer {
+        Issuer {
+            tenant_id: "acme".parse().unwrap(),
+            issuer_id: id.parse().unwrap(),
+            issuer: "https://login.acme.example".into(),
+            audience: "bulkhead".into(),
+            keys: KeySource::Keys(Vec::new()),
+            user_claim: "sub".into(),
+            grants: Grants { permissions: permissions.iter().copied().collect(), ..Grants::all() },
+            created_at: NOW,
+        }
+    }
+
+    fn vouched(issuer: &Issuer, asserted: Option<&str>) -> Result<TenantScope, ScopeError> {
+        let user = Vouched::by(issuer, "ann".parse().unwrap(), NOW.plus_millis(10));
+        let token = VectorToken::new("jwt-secret".into());
+        let decision = Decision::vouched(&user, tenant("acme", TenantStatus::Active), token, None).unwrap();
+        let mut context = ApiGatewayProxyRequestContext::default();
+        context.authorizer.fields = decision.to_context().unwrap();
+        let mut headers = http::HeaderMap::new();
+        asserted.map(|user| headers.insert(USER_HEADER, user.parse().unwrap()));
+        let caller = Caller::of(&context, &headers, None, RequestNote::default()).unwrap();
+        assert_eq!(caller.asked().user_id.unwrap().as_str(), "ann");
+        TenantScope::open(caller, Permission::Chat, Isolation::Off, NOW)
+    }
+
+    #[test]
+    fn a_verified_user_is_never_overridden() {
+        let issuer = issuer("iss_0123456789ab", &[Permission::Chat]);
+        for same in [None, Some("ann")] {
+            assert_eq!(vouched(&issuer, same).unwrap().user_id().unwrap().as_str(), "ann");
+        }
+        for other in ["bob", "Ann", "ann\u{fffd}"] {
+            let error = vouched(&issuer, Some(other)).unwrap_err();
+            assert!(matches!(error, ScopeError::OtherUser | ScopeError::InvalidUser), "{other}");
+        }
+        let none = Vouched::by(&issuer, "ann".parse().unwrap(), NOW);
+        let other = tenant("acme1", TenantStatus::Active);
+        let token = VectorToken::new(String::new());
+        assert_eq!(Decision::vouched(&none, other, token, None).unwrap_err(), ForeignRecord);
+    }
+
+    #[test]
+    fn a_stale_decision_about_a_token_needs_the_issuer_as_it_was() {
+        let chat = issuer("iss_0123456789ab", &[Permission::Chat, Permission::KeysWrite]);
+        let renew = |issuer: &Issuer, id, status, at| {
+            let mut scope = vouched(&chat, None).unwrap();
+            scope.renew(&Evidence::Issuer(issuer.clone()), tenant(id, status), at)?;
+            // Nobody keeps a token's user by renewing it, nor gets a permission that tokens cannot have.
+            assert_eq!(scope.user_id().unwrap().as_str(), "ann");
+            assert_eq!(scope.grants().permissions, [Permission::Chat].into());
+            assert_eq!(scope.grants().expires_at, Some(NOW.plus_millis(10)));
+            Ok(())
+        };
+        let active = TenantStatus::Active;
+        assert_eq!(renew(&chat, "acme", active, NOW), Ok(()));
+        assert_eq!(renew(&chat, "acme", active, NOW.plus_millis(10)), Err(ScopeError::KeyExpired));
+        assert_eq!(renew(&chat, "acme", TenantStatus::Suspended, NOW), Err(ScopeError::Suspended));
+        assert_eq!(renew(&chat, "acme1", active, NOW), Err(ScopeError::Unauthorized));
+        let other = issuer("iss_0123456789ac", &[Permission::Chat]);
+        assert_eq!(renew(&other, "acme", active, NOW), Err(ScopeError::Unauthorized));
+        let less = issuer("iss_0123456789ab", &[Permission::UsageRead]);
+        assert_eq!(renew(&less, "acme", active, NOW), Err(ScopeError::Lacks(Permission::Chat)));
+        // A key's decision is not renewed as a token's.
+        let mut scope = open(&context(active, &[Permission::Chat], None), NOW).unwrap();
+        let error = scope.renew(&Evidence::Issuer(chat), tenant("acme", active), NOW).unwrap_err();
+        assert_eq!(error, ScopeError::Unauthorized);
     }
 
     #[test]

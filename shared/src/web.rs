@@ -57,7 +57,7 @@ pub fn caller(request: &Request) -> Result<Caller, ApiError> {
     let caller = Caller::of(context, request.headers(), process(request), note)?;
     let span = tracing::Span::current();
     span.record("tenant.id", caller.tenant_id().as_str());
-    span.record("key.id", caller.key_id().as_str());
+    span.record("key.id", caller.credential().as_str());
     Ok(caller)
 }
 

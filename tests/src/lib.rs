@@ -11,6 +11,8 @@
     reason = "a rig fails by panicking"
 )]
 
+pub mod tokens;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;

@@ -1,6 +1,7 @@
 //! Who is asking: turns the `Authorization` header into a decision that API Gateway caches and hands
 //! to every other function.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use aws_lambda_events::apigw::{
@@ -16,11 +17,16 @@ use shared::aws::ledger::Ledger;
 use shared::aws::secrets;
 use shared::aws::tenants::TenantStore;
 use shared::clock::{Clock, Timestamp};
+use shared::credential::CredentialId;
 use shared::denials::Denials;
 use shared::error::Code;
+use shared::issuer::KeySource;
+use shared::jwt::{self, InvalidToken, PresentedToken};
+use shared::key_sets::KeySets;
 use shared::ledger::{Asked, Denial};
-use shared::scope::Decision;
+use shared::scope::{Decision, ForeignRecord, VectorToken, Ward};
 use shared::secret::Secret;
+use shared::tenant::Tenant;
 use shared::vector_token::{Access, mint};
 use shared::{aws, env};
 
@@ -34,6 +40,7 @@ pub struct Context {
     tenants: TenantStore,
     keys: KeyStore,
     denials: Denials,
+    key_sets: KeySets,
     vector_root_key: Secret,
     clock: Clock,
 }
@@ -51,6 +58,7 @@ impl Context {
             tenants: TenantStore::new(&access, env::text("TENANTS_TABLE")?),
             keys: KeyStore::new(&access, env::text("TENANTS_TABLE")?),
             denials: Denials::new(Ledger::new(&access, env::text("AUDIT_TABLE")?), clock.clone()),
+            key_sets: KeySets::new(env::parsed("ISSUER_REACH")?, clock.clone()),
             vector_root_key: secrets::read(&config, "QDRANT_ROOT_KEY_SECRET").await?,
             clock,
         })
@@ -67,16 +75,22 @@ impl Context {
 /// Why a request goes no further.
 #[derive(Debug, thiserror::Error)]
 pub enum Refusal {
-    /// The key is not valid. API Gateway answers 401 to this very text.
+    /// The key or token is not valid. API Gateway answers 401 to this very text.
     #[error("Unauthorized")]
     Unauthorized,
     /// It could not be found out. API Gateway answers with its authorizer failure.
-    #[error("the key could not be checked")]
+    #[error("the key or token could not be checked")]
     Unknown,
 }
 
 impl From<InvalidKey> for Refusal {
     fn from(_: InvalidKey) -> Self {
+        Self::Unauthorized
+    }
+}
+
+impl From<InvalidToken> for Refusal {
+    fn from(_: InvalidToken) -> Self {
         Self::Unauthorized
     }
 }
@@ -87,7 +101,7 @@ impl From<Refusal> for Diagnostic {
     }
 }
 
-/// Decides about one request. The answer holds nothing that depends on more than the key, because
+/// Decides about one request. The answer holds nothing that depends on more than the key or token, because
 /// API Gateway gives the same answer to every request with it, on every route, for minutes.
 ///
 /// # Errors
@@ -96,52 +110,132 @@ pub async fn authorize(
     context: &Context,
     event: ApiGatewayCustomAuthorizerRequestTypeRequest,
 ) -> Result<ApiGatewayCustomAuthorizerResponse<Value>, Refusal> {
-    let presented = bearer(&event)?;
-    let looked_up = context.tenants.claimed_by(&presented);
-    let (claimed, ()) = tokio::join!(looked_up, context.denials.catch_up());
-    let claimed = claimed.map_err(|error| {
+    let presented = presented(&event)?;
+    let decide = async {
+        match &presented {
+            Presented::Key(key) => by_key(context, key, &event).await,
+            Presented::Token(token) => Box::pin(by_token(context, token, &event)).await,
+        }
+    };
+    let (decision, ()) = tokio::join!(decide, context.denials.catch_up());
+    let decision = decision?;
+    let principal = format!("{}/{}", decision.tenant_id(), decision.credential());
+    tracing::info!(
+        tenant.id = %decision.tenant_id(),
+        key.id = %decision.credential(),
+        "Credential verified"
+    );
+    let fields = decision.to_context().map_err(|error| {
+        tracing::error!("Decision does not serialise: {error}");
+        Refusal::Unknown
+    })?;
+    Ok(allow(principal, &event, Value::Object(fields.into_iter().collect())))
+}
+
+async fn by_key(
+    context: &Context,
+    presented: &ApiKey,
+    event: &ApiGatewayCustomAuthorizerRequestTypeRequest,
+) -> Result<Decision, Refusal> {
+    let claimed = context.tenants.claimed_by(presented).await.map_err(|error| {
         tracing::error!("Key look-up failed: {error}");
         Refusal::Unknown
     })?;
     let now = context.clock.now();
     let (ward, known) = (claimed.ward(), claimed.key.is_some());
-    let key = match verify(&presented, claimed.key, claimed.tenant.as_ref().map(|t| t.status), now) {
+    let key = match verify(presented, claimed.key, claimed.tenant.as_ref().map(|t| t.status), now) {
         Ok(key) => key,
         Err(invalid) => {
-            let request_id = event.request_context.request_id.clone().unwrap_or_default().into();
-            let key_id = known.then(|| presented.key_id().clone());
-            // A tenant that is none has no ledger.
-            if let Some(ward) = ward {
-                let asked = Asked { request_id, key_id, user_id: None };
-                context.denials.deny(&ward, Denial::Auth(Code::InvalidKey), asked).await;
-            }
+            deny(context, event, ward, known.then(|| presented.key_id().clone().into())).await;
             return Err(invalid.into());
         }
     };
     let tenant = claimed.tenant.ok_or(Refusal::Unauthorized)?;
     note_used(context, &key, now).await;
+    let (read, write) = tokens(context, &tenant, &key.record().permissions)?;
+    Decision::new(&key, tenant, read, write).map_err(foreign)
+}
 
+async fn by_token(
+    context: &Context,
+    presented: &PresentedToken,
+    event: &ApiGatewayCustomAuthorizerRequestTypeRequest,
+) -> Result<Decision, Refusal> {
+    let addressed = context.tenants.addressed_by(&presented.provenances()).await.map_err(|error| {
+        tracing::error!("Issuer look-up failed: {error}");
+        Refusal::Unknown
+    })?;
+    let addressed = addressed.ok_or(Refusal::Unauthorized)?;
+    let ward = addressed.ward();
+    let (Some(tenant), Some(issuer)) = (addressed.tenant, addressed.issuer) else {
+        deny(context, event, ward, None).await;
+        return Err(Refusal::Unauthorized);
+    };
+    let checked = async {
+        // What no signature could make valid is not worth a look at the issuer's keys.
+        presented.plausible(&issuer, context.clock.now())?;
+        let fetched;
+        let keys = match &issuer.keys {
+            KeySource::Keys(keys) => keys,
+            KeySource::JwksUrl(url) => {
+                fetched = context.key_sets.at(url, presented.key_name()).await.map_err(|error| {
+                    tracing::warn!(tenant.id = %tenant.tenant_id, "Token could not be checked: {error}");
+                    Refusal::Unknown
+                })?;
+                &fetched[..]
+            }
+        };
+        let now = context.clock.now();
+        Ok::<_, Refusal>(jwt::verify(presented, &issuer, keys, Some(tenant.status), now)?)
+    };
+    let user = match checked.await {
+        Ok(user) => user,
+        Err(refusal) => {
+            if matches!(refusal, Refusal::Unauthorized) {
+                deny(context, event, ward, Some(issuer.issuer_id.into())).await;
+            }
+            return Err(refusal);
+        }
+    };
+    let (read, write) = tokens(context, &tenant, user.permissions())?;
+    Decision::vouched(&user, tenant, read, write).map_err(foreign)
+}
+
+/// Puts a refusal on record. A tenant that is none has no ledger.
+async fn deny(
+    context: &Context,
+    event: &ApiGatewayCustomAuthorizerRequestTypeRequest,
+    ward: Option<Ward>,
+    key_id: Option<CredentialId>,
+) {
+    let request_id = event.request_context.request_id.clone().unwrap_or_default().into();
+    if let Some(ward) = ward {
+        let asked = Asked { request_id, key_id, user_id: None };
+        context.denials.deny(&ward, Denial::Auth(Code::InvalidKey), asked).await;
+    }
+}
+
+/// The tokens for the tenant's vectors: to read, and to write for who may.
+fn tokens(
+    context: &Context,
+    tenant: &Tenant,
+    permissions: &BTreeSet<Permission>,
+) -> Result<(VectorToken, Option<VectorToken>), Refusal> {
     let token = |access| {
-        mint(&context.vector_root_key, &tenant.tenant_id, access, now).map_err(|error| {
+        mint(&context.vector_root_key, &tenant.tenant_id, access, context.clock.now()).map_err(|error| {
             tracing::error!("Vector token could not be minted: {error}");
             Refusal::Unknown
         })
     };
     // Also for a tenant that is switched off: it is refused with it, and once it is on again the decision is
     // made anew without the authorizer.
-    let writes = key.record().permissions.contains(&Permission::DocumentsWrite);
-    let (read, write) = (token(Access::Read)?, if writes { Some(token(Access::Write)?) } else { None });
-    let principal = format!("{}/{}", tenant.tenant_id, key.record().key_id);
-    tracing::info!(tenant.id = %tenant.tenant_id, key.id = %key.record().key_id, "Key verified");
-    let decision = Decision::new(&key, tenant, read, write).map_err(|error| {
-        tracing::error!(alert = "isolation_alert", "Key look-up answered with {error}");
-        Refusal::Unknown
-    })?;
-    let fields = decision.to_context().map_err(|error| {
-        tracing::error!("Decision does not serialise: {error}");
-        Refusal::Unknown
-    })?;
-    Ok(allow(principal, &event, Value::Object(fields.into_iter().collect())))
+    let writes = permissions.contains(&Permission::DocumentsWrite);
+    Ok((token(Access::Read)?, if writes { Some(token(Access::Write)?) } else { None }))
+}
+
+fn foreign(error: ForeignRecord) -> Refusal {
+    tracing::error!(alert = "isolation_alert", "Credential look-up answered with {error}");
+    Refusal::Unknown
 }
 
 /// Notes that the key is in use. API Gateway asks once for each time that it keeps a decision, so this is
@@ -155,9 +249,20 @@ async fn note_used(context: &Context, key: &VerifiedKey, now: Timestamp) {
     }
 }
 
-fn bearer(event: &ApiGatewayCustomAuthorizerRequestTypeRequest) -> Result<ApiKey, Refusal> {
+/// What a request presents.
+enum Presented {
+    Key(ApiKey),
+    Token(PresentedToken),
+}
+
+fn presented(event: &ApiGatewayCustomAuthorizerRequestTypeRequest) -> Result<Presented, Refusal> {
     let header = event.headers.get("authorization").and_then(|value| value.to_str().ok());
-    Ok(ApiKey::from_authorization(header.ok_or(Refusal::Unauthorized)?)?)
+    let header = header.ok_or(Refusal::Unauthorized)?;
+    if PresentedToken::is_in(header) {
+        Ok(Presented::Token(PresentedToken::from_authorization(header)?))
+    } else {
+        Ok(Presented::Key(ApiKey::from_authorization(header)?))
+    }
 }
 
 /// Allows every tenant route of the stage, since the answer is cached for all of them. Each function
@@ -199,17 +304,23 @@ mod tests {
 
     #[test]
     fn only_a_well_formed_bearer_key_is_looked_up() {
-        for bad in
-            [None, Some(""), Some("Bearer"), Some("Bearer x"), Some("Basic eDp5"), Some("ten_pro_acme_x_y")]
-        {
-            assert!(bearer(&event(bad)).is_err(), "{bad:?}");
+        for bad in [
+            None,
+            Some(""),
+            Some("Bearer"),
+            Some("Bearer x"),
+            Some("Basic eDp5"),
+            Some("ten_pro_acme_x_y"),
+            Some("Bearer a.b.c"),
+        ] {
+            assert!(presented(&event(bad)).is_err(), "{bad:?}");
         }
         let key = ApiKey::issue(
             shared::tenant::Tier::Free,
             "acme".parse().unwrap(),
             &mut shared::random::entropy(),
         );
-        assert!(bearer(&event(Some(&format!("bearer {}", key.expose())))).is_ok());
+        assert!(presented(&event(Some(&format!("bearer {}", key.expose())))).is_ok());
     }
 
     #[test]

@@ -1,6 +1,8 @@
-//! A tenant's keys, in the tenant's own hands: `/v1/keys`.
+//! Who is let in to a tenant, in the tenant's own hands: its keys (`/v1/keys`) and the issuers of its users'
+//! tokens (`/v1/issuers`).
 
 mod create;
+mod issuers;
 mod list;
 mod revoke;
 mod rotate;
@@ -10,6 +12,7 @@ use lambda_http::{Body, Error, Request};
 use shared::api_key::{ApiKey, KeyId, KeyRecord, MOST_KEYS, Permission};
 use shared::aws;
 use shared::aws::idempotency::IdempotencyStore;
+use shared::aws::issuers::IssuerStore;
 use shared::aws::keys::{Added, Addition, KeyStore};
 use shared::aws::ledger::Ledger;
 use shared::aws::meters::MeterStore;
@@ -17,6 +20,7 @@ use shared::clock::{Clock, Timestamp};
 use shared::error::{ApiError, Code};
 use shared::gate::Gate;
 use shared::idempotency::{IdempotencyKey, Stored};
+use shared::issuer::Reach;
 use shared::ledger::{Action, Record};
 use shared::new_key::{CreatedKey, NewKey};
 use shared::random::{Entropy, entropy};
@@ -32,6 +36,9 @@ const ROUNDS: u32 = 4;
 pub struct Context {
     gate: Gate,
     keys: KeyStore,
+    issuers: IssuerStore,
+    /// How far issuers' addresses may lie.
+    issuer_reach: Reach,
     meters: MeterStore,
     ledger: Ledger,
     idempotency: IdempotencyStore,
@@ -50,6 +57,8 @@ impl Context {
         Ok(Self {
             gate: Gate::from_env(&access, clock.clone())?,
             keys: KeyStore::new(&access, env::text("TENANTS_TABLE")?),
+            issuers: IssuerStore::new(&access, env::text("TENANTS_TABLE")?),
+            issuer_reach: env::parsed("ISSUER_REACH")?,
             meters: MeterStore::new(&access, env::text("METERS_TABLE")?),
             ledger: Ledger::new(&access, env::text("AUDIT_TABLE")?),
             idempotency: IdempotencyStore::new(&access, env::text("CONVERSATIONS_TABLE")?),
@@ -73,6 +82,10 @@ pub async fn handle(context: &Context, request: Request) -> Response<Body> {
         (&Method::POST, "/v1/keys") => context.run(request, create::handle).await,
         (&Method::POST, "/v1/keys/{id}/rotate") => context.run(request, rotate::handle).await,
         (&Method::DELETE, "/v1/keys/{id}") => context.run(request, revoke::handle).await,
+        (&Method::GET, "/v1/issuers") => context.run(request, issuers::list::handle).await,
+        (&Method::POST, "/v1/issuers") => context.run(request, issuers::register::handle).await,
+        (&Method::GET, "/v1/issuers/{id}") => context.run(request, issuers::read::handle).await,
+        (&Method::DELETE, "/v1/issuers/{id}") => context.run(request, issuers::remove::handle).await,
         _ => Err(ApiError::not_found()),
     })
     .await

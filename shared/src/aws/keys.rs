@@ -342,7 +342,11 @@ impl Parts {
 
 impl Table {
     /// Moves the tenant's epoch on; from `epoch`, if that is given.
-    fn epoch_part(&self, tenant: &TenantId, epoch: Option<u64>) -> Result<TransactWriteItem, StoreError> {
+    pub(super) fn epoch_part(
+        &self,
+        tenant: &TenantId,
+        epoch: Option<u64>,
+    ) -> Result<TransactWriteItem, StoreError> {
         let update = Update::builder()
             .table_name(&self.name)
             .set_key(Some(Self::key(tenant, item_key::TENANT)))
@@ -361,7 +365,11 @@ impl Table {
     }
 
     /// Makes sure that the tenant's record is still at that epoch.
-    fn at_epoch_part(&self, tenant: &TenantId, epoch: u64) -> Result<TransactWriteItem, StoreError> {
+    pub(super) fn at_epoch_part(
+        &self,
+        tenant: &TenantId,
+        epoch: u64,
+    ) -> Result<TransactWriteItem, StoreError> {
         let check = ConditionCheck::builder()
             .table_name(&self.name)
             .set_key(Some(Self::key(tenant, item_key::TENANT)))

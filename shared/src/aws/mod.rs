@@ -19,6 +19,8 @@ pub mod documents;
 #[cfg(feature = "dynamodb")]
 pub mod idempotency;
 #[cfg(feature = "dynamodb")]
+pub mod issuers;
+#[cfg(feature = "dynamodb")]
 pub mod keys;
 #[cfg(feature = "dynamodb")]
 pub mod ledger;

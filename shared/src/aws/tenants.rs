@@ -3,17 +3,20 @@
 use aws_sdk_dynamodb::types::{AttributeValue, Delete, Put, TransactWriteItem};
 use rand::CryptoRng;
 
+use super::issuers::{self, Claim as IssuerClaim};
 use super::ledger::Ledger;
 use super::meters::MeterStore;
 use super::session::Access;
 use super::table::{Cancelled, Item, StoreError, Table};
 use crate::api_key::{ApiKey, KeyRecord};
 use crate::clock::Timestamp;
+use crate::ids::IssuerId;
+use crate::issuer::{Issuer, Provenance};
 use crate::item_key::{self, PARTITION};
 use crate::ledger::Record;
 use crate::meter::Meter;
 use crate::placement::Claim;
-use crate::scope::{Operator, Ward};
+use crate::scope::{Operator, Subject, Ward};
 use crate::tenant::{Tenant, TenantId};
 
 /// The table. Tenants themselves have no access to it: only the authorizer, which looks up what a
@@ -38,6 +41,23 @@ impl Claimed {
     }
 }
 
+/// What a token's names lead to: nothing of the token is proven until it is verified.
+#[derive(Debug)]
+pub struct Addressed {
+    /// The tenant's record.
+    pub tenant: Option<Tenant>,
+    /// The issuer's record.
+    pub issuer: Option<Issuer>,
+}
+
+impl Addressed {
+    /// The books of the tenant whose issuer the token names, if there is one: a token that turns out not to
+    /// be valid is written down there.
+    pub fn ward(&self) -> Option<Ward> {
+        self.tenant.as_ref().map(Ward::of)
+    }
+}
+
 impl TenantStore {
     /// The table of that name.
     pub fn new(access: &Access, table: String) -> Self {
@@ -56,6 +76,51 @@ impl TenantStore {
         let tenant = self.0.get(tenant_id, item_key::TENANT).await?;
         let key = self.0.get(tenant_id, &item_key::api_key(presented.key_id())).await?;
         Ok(Claimed { tenant, key })
+    }
+
+    /// Reads whose tokens of these provenances are, and then what that tenant has on record of the issuer.
+    /// Where they are several tenants', the token is nobody's.
+    ///
+    /// # Errors
+    /// If the table does not answer or an item does not parse.
+    pub async fn addressed_by(
+        &self,
+        provenances: &[Provenance<'_>],
+    ) -> Result<Option<Addressed>, StoreError> {
+        let mut claimed: Option<IssuerClaim> = None;
+        for provenance in provenances {
+            let Some(found) = issuers::claim(&self.0, *provenance).await? else { continue };
+            if claimed.is_some() {
+                return Ok(None);
+            }
+            claimed = Some(found);
+        }
+        let Some(IssuerClaim { holder, issuer_id: Some(issuer_id) }) = claimed else { return Ok(None) };
+        let (tenant, issuer) = self.trusted(&holder, &issuer_id).await?;
+        Ok(Some(Addressed { tenant, issuer }))
+    }
+
+    /// The present records of a request's tenant and of the issuer of its token.
+    ///
+    /// # Errors
+    /// If the table does not answer or an item does not parse.
+    pub async fn issued_by(
+        &self,
+        subject: &impl Subject,
+        issuer_id: &IssuerId,
+    ) -> Result<(Option<Tenant>, Option<Issuer>), StoreError> {
+        self.trusted(subject.tenant_id(), issuer_id).await
+    }
+
+    /// The tenant first: if the issuer is removed in between, it is not there, or what was read of the tenant
+    /// is of an epoch that admits nothing any more.
+    async fn trusted(
+        &self,
+        tenant_id: &TenantId,
+        issuer_id: &IssuerId,
+    ) -> Result<(Option<Tenant>, Option<Issuer>), StoreError> {
+        let tenant = self.0.get(tenant_id, item_key::TENANT).await?;
+        Ok((tenant, self.0.get(tenant_id, &item_key::issuer(issuer_id)).await?))
     }
 
     /// Adds a tenant, its first key, its meter and the record that an operator did, and ends the claim
@@ -147,7 +212,7 @@ impl TenantStore {
     pub async fn release(&self, claim: &Claim) -> Result<(), StoreError> {
         let ended = self
             .0
-            .client
+            .client(&claim.tenant_id)
             .delete_item()
             .table_name(&self.0.name)
             .set_key(Some(Table::key(&claim.tenant_id, item_key::CLAIM)))
@@ -167,7 +232,7 @@ impl TenantStore {
     async fn put_claim(&self, claim: &Claim, before: Option<&str>) -> Result<(), StoreError> {
         let mut put = self
             .0
-            .client
+            .client(&claim.tenant_id)
             .put_item()
             .table_name(&self.0.name)
             .set_item(Some(self.0.item(claim, item_key::CLAIM)?))
