@@ -389,7 +389,8 @@ impl Caller {
     /// as Lambda says.
     ///
     /// # Errors
-    /// [`ScopeError::Unauthorized`].
+    /// [`ScopeError::Unauthorized`]; [`ScopeError::ForeignDecision`], with the alarm raised, if the
+    /// decision is about another key than the one presented.
     pub fn of(
         context: &ApiGatewayProxyRequestContext,
         headers: &http::HeaderMap,
@@ -397,10 +398,29 @@ impl Caller {
         note: RequestNote,
     ) -> Result<Self, ScopeError> {
         let authorization = headers.get(http::header::AUTHORIZATION).and_then(|value| value.to_str().ok());
+        let decision = Decision::from_context(&context.authorizer.fields).ok_or(ScopeError::Unauthorized)?;
+        let presented = authorization.and_then(|value| ApiKey::from_authorization(value).ok());
+        // A token is not read here: that the decision is about one is all that can be compared.
+        let other = match (&presented, &decision.credential) {
+            (Some(key), CredentialId::Key(id)) => {
+                *key.claimed_tenant() != decision.tenant_id || key.key_id() != id
+            }
+            (Some(_), CredentialId::Issuer(_)) => true,
+            (None, CredentialId::Key(_)) => authorization.is_some(),
+            (None, CredentialId::Issuer(_)) => false,
+        };
+        if other {
+            tracing::error!(
+                alert = "isolation_alert",
+                presented.tenant = presented.as_ref().map(|key| key.claimed_tenant().as_str()),
+                "the gateway answered a key with the decision about another; the request is refused"
+            );
+            return Err(ScopeError::ForeignDecision);
+        }
         Ok(Self {
-            decision: Decision::from_context(&context.authorizer.fields).ok_or(ScopeError::Unauthorized)?,
+            decision,
             user: headers.get(USER_HEADER).cloned(),
-            presented: authorization.and_then(|value| ApiKey::from_authorization(value).ok()),
+            presented,
             // The connection's own address: what a header says of it, the caller may have written.
             source: context.identity.source_ip.as_deref().and_then(|text| text.parse().ok()),
             process: process.map(str::to_owned),
@@ -541,6 +561,23 @@ impl RequestNote {
 pub trait Subject: sealed::Sealed + Sync {
     /// The tenant.
     fn tenant_id(&self) -> &TenantId;
+
+    /// Whether something read from a store belongs to this tenant: the second look.
+    ///
+    /// # Errors
+    /// [`ForeignRecord`] if it does not. Then the alarm is raised; of a request it is also noted for
+    /// the ledger.
+    fn owns(&self, tenant_id: &str, store: &str) -> Result<(), ForeignRecord> {
+        if tenant_id == self.tenant_id().as_str() {
+            return Ok(());
+        }
+        tracing::error!(
+            alert = "isolation_alert",
+            tenant.id = %self.tenant_id(),
+            "{store} answered with a record of another tenant; it is dropped"
+        );
+        Err(ForeignRecord)
+    }
 }
 
 mod sealed {
@@ -552,6 +589,10 @@ mod sealed {
 impl Subject for TenantScope {
     fn tenant_id(&self) -> &TenantId {
         &self.decision.tenant_id
+    }
+
+    fn owns(&self, tenant_id: &str, store: &str) -> Result<(), ForeignRecord> {
+        self.ward().owns(tenant_id, store).inspect_err(|ForeignRecord| self.note.noted().foreign += 1)
     }
 }
 
@@ -598,6 +639,9 @@ pub enum ScopeError {
     /// The event did not come through the authorizer.
     #[error("the request carries no authorizer decision")]
     Unauthorized,
+    /// The decision is about another key than the one that was presented. It must never happen.
+    #[error("not a valid API key or token")]
+    ForeignDecision,
     /// The key or token has expired since the decision was cached.
     #[error("not a valid API key or token")]
     KeyExpired,
@@ -621,7 +665,9 @@ pub enum ScopeError {
 impl From<ScopeError> for ApiError {
     fn from(error: ScopeError) -> Self {
         let code = match error {
-            ScopeError::Unauthorized | ScopeError::KeyExpired => Code::InvalidKey,
+            ScopeError::Unauthorized | ScopeError::ForeignDecision | ScopeError::KeyExpired => {
+                Code::InvalidKey
+            }
             ScopeError::AddressNotAllowed => Code::IpNotAllowed,
             ScopeError::Suspended => Code::TenantSuspended,
             ScopeError::Misdelivered => Code::Unavailable,
@@ -777,21 +823,12 @@ impl TenantScope {
         self.decision.vector_write.as_ref()
     }
 
-    /// Whether something read from a store belongs to this tenant: the second look.
+    /// The second look, [`Subject::owns`].
     ///
     /// # Errors
-    /// [`ForeignRecord`] if it does not. Then the alarm is raised, and it is noted for the ledger.
-    pub fn owns(&self, tenant_id: &str, store: &'static str) -> Result<(), ForeignRecord> {
-        if tenant_id == self.tenant_id().as_str() {
-            return Ok(());
-        }
-        tracing::error!(
-            alert = "isolation_alert",
-            tenant.id = %self.tenant_id(),
-            "{store} answered with a record of another tenant; it is dropped"
-        );
-        self.note.noted().foreign += 1;
-        Err(ForeignRecord)
+    /// [`ForeignRecord`].
+    pub fn owns(&self, tenant_id: &str, store: &str) -> Result<(), ForeignRecord> {
+        Subject::owns(self, tenant_id, store)
     }
 }
 
@@ -989,6 +1026,22 @@ mod tests {
         for unclear in ["", "On", "true", "0", "off "] {
             assert_eq!(unclear.parse::<Isolation>(), Err(UnknownIsolation), "{unclear}");
         }
+    }
+
+    #[test]
+    fn a_decision_about_another_key_opens_nothing() {
+        let context = context(TenantStatus::Active, &[Permission::Chat], None);
+        let presenting = |authorization: &str| {
+            let mut headers = http::HeaderMap::new();
+            headers.insert(http::header::AUTHORIZATION, authorization.parse().unwrap());
+            Caller::of(&context, &headers, None, RequestNote::default()).map(drop)
+        };
+        for tenant in ["acme", "acme-1", "globex"] {
+            let other = ApiKey::issue(Tier::Free, tenant.parse().unwrap(), &mut entropy());
+            let refused = presenting(&format!("Bearer {}", other.expose()));
+            assert_eq!(refused, Err(ScopeError::ForeignDecision), "{tenant}");
+        }
+        assert_eq!(presenting("Bearer header.claims.signature"), Err(ScopeError::ForeignDecision));
     }
 
     #[test]

@@ -520,7 +520,9 @@ impl Collection<'_> {
         let text = |name: &'static str| {
             point.payload.get(name).and_then(Value::as_str).cloned().ok_or(VectorError::Malformed(name))
         };
-        if self.scope.owns(&text("tenant_id")?, "the vector store").is_err() {
+        // One that names no tenant is nobody's.
+        let tenant = point.payload.get("tenant_id").and_then(Value::as_str);
+        if self.scope.owns(tenant.map_or("", String::as_str), "the vector store").is_err() {
             return Ok(None);
         }
         Ok(Some(Hit {

@@ -471,6 +471,28 @@ impl Stack {
         self.control(Method::POST, &format!("functions/{function}/kill"), String::new()).await;
     }
 
+    /// Makes the gateway answer one tenant's key with the decision that it keeps about another's.
+    ///
+    /// # Panics
+    /// If it keeps none.
+    pub async fn poison_decision(&self, of: &Tenant, with: &Tenant) {
+        let header = |tenant: &Tenant| format!("Bearer {}", tenant.key);
+        let body = json!({"for": header(of), "as": header(with)}).to_string();
+        self.control(Method::PUT, "decisions", body).await;
+    }
+
+    /// A client of the vector store with its own key.
+    ///
+    /// # Panics
+    /// If there is none.
+    pub fn qdrant(&self) -> qdrant_client::Qdrant {
+        qdrant_client::Qdrant::from_url(text(&self.ready, "qdrant_url"))
+            .api_key(self.qdrant_root_key())
+            .skip_compatibility_check()
+            .build()
+            .expect("a client")
+    }
+
     /// Invokes a function with this event, as a schedule does, and returns its result.
     ///
     /// # Panics
@@ -519,7 +541,8 @@ impl Stack {
 
     async fn control(&self, method: Method, path: &str, body: String) -> Answer {
         let url = format!("{}/{path}", text(&self.ready, "control_url"));
-        let sent = self.http.request(method, url).body(body).send().await;
+        let request = self.http.request(method, url).header("content-type", "application/json");
+        let sent = request.body(body).send().await;
         let answer = Answer::read(sent.expect("the control address answers")).await;
         assert!(answer.status.is_success(), "{path}: {} {}", answer.status, answer.text);
         answer

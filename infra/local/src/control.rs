@@ -6,6 +6,7 @@
 //! | `GET /health` | answers |
 //! | `POST /functions/{binary}/kill` | kills the function's processes in the middle of whatever they do |
 //! | `POST /functions/{function}/invoke` | invokes the function with the JSON in the body, for the tenant that the header `x-amz-tenant-id` names, if any; answers its result |
+//! | `PUT /decisions` | `{"for": …, "as": …}`, two `Authorization` headers: the gateway answers the first with the decision that it keeps about the second |
 //! | `PUT /dynamodb/faults` | puts `{"seed": n, "rules": […]}` in the place of all rules, answers its seed |
 //! | `DELETE /dynamodb/faults` | ends all faults |
 //! | `GET /dynamodb/calls?after=n` | the calls numbered higher than `n`, oldest first |
@@ -15,7 +16,7 @@
 //!
 //! A rule of the faults has a `mode` (`throttle`, `error`, `conflict`, `cancel_conflict`, `hang`,
 //! `lost_answer`, `lost_answer_error`, `delay` with `delay_ms`, `kill_before` and `kill_after` with
-//! `function`), and, as it likes, `operation`, `table` (with or without the stack's prefix), `contains`
+//! `function`, `swap` with `partition`), and, as it likes, `operation`, `table` (with or without the stack's prefix), `contains`
 //! (a part of the request's body), `skip`, `times` and `probability`. The first rule that applies counts.
 
 use std::future::Future;
@@ -33,6 +34,7 @@ use serde_json::json;
 use tokio::net::TcpListener;
 
 use crate::dynamodb::Front;
+use crate::gateway::Poison;
 use crate::lambda::{InvokeError, Lambda, MAX_PAYLOAD, WITHOUT_HURRY};
 use crate::serving;
 use crate::sts::{Steering, Sts};
@@ -49,6 +51,8 @@ pub struct Control {
     pub dynamodb: Arc<Front>,
     /// The sessions of tenants.
     pub sts: Arc<Sts>,
+    /// The decisions that the gateway keeps.
+    pub decisions: Poison,
 }
 
 /// Serves the control address until `shutdown` resolves.
@@ -64,6 +68,7 @@ pub async fn serve(
         .route("/health", get(async || Json(json!({ "status": "ok" }))))
         .route("/functions/{binary}/kill", post(kill))
         .route("/functions/{function}/invoke", post(invoke))
+        .route("/decisions", put(poison))
         .route("/dynamodb/faults", put(set_faults).delete(clear_faults))
         .route("/dynamodb/calls", get(calls).delete(forget_calls))
         .route("/sts", get(sts).put(steer_sts))
@@ -97,6 +102,18 @@ async fn invoke(
             refused(status, &error)
         }
     }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Poisoned {
+    r#for: String,
+    r#as: String,
+}
+
+async fn poison(State(control): State<Control>, Json(poisoned): Json<Poisoned>) -> StatusCode {
+    let there = control.decisions.put(&poisoned.r#for, &poisoned.r#as);
+    if there { StatusCode::NO_CONTENT } else { StatusCode::NOT_FOUND }
 }
 
 async fn set_faults(State(control): State<Control>, rules: Bytes) -> Response {
@@ -160,6 +177,7 @@ mod tests {
         let control = Control {
             lambda: Arc::clone(&lambda),
             dynamodb: front,
+            decisions: Poison::default(),
             sts: Sts::new(Vec::new(), Arc::default()),
         };
         tokio::spawn(serve(listener, control, std::future::pending()));

@@ -40,8 +40,21 @@ pub struct Gateway {
     api: Api,
     lambda: Arc<Lambda>,
     credentials: Vec<Credentials>,
-    authorizers: Authorizers,
+    authorizers: Arc<Authorizers>,
     bucket: Option<Mutex<TokenBucket>>,
+}
+
+/// Lets the control address put wrong decisions into the cache of a gateway's authorizers.
+#[derive(Clone, Debug, Default)]
+pub struct Poison(Arc<Authorizers>);
+
+impl Poison {
+    /// From now on whoever presents `for_identity` gets the decision that is kept for `as_identity`,
+    /// until it lapses. Says whether there was one.
+    #[must_use]
+    pub fn put(&self, for_identity: &str, as_identity: &str) -> bool {
+        self.0.poison(for_identity.as_bytes(), as_identity.as_bytes())
+    }
 }
 
 impl Gateway {
@@ -54,11 +67,11 @@ impl Gateway {
         api: Api,
         lambda: Arc<Lambda>,
         credentials: Vec<Credentials>,
+        poison: Poison,
         shutdown: impl Future<Output = ()> + Send + 'static,
     ) -> io::Result<()> {
         let bucket = api.throttle.map(|throttle| Mutex::new(TokenBucket::new(throttle)));
-        let gateway =
-            Arc::new(Self { api, lambda, credentials, authorizers: Authorizers::default(), bucket });
+        let gateway = Arc::new(Self { api, lambda, credentials, authorizers: poison.0, bucket });
         let router = Router::new().fallback(handle).with_state(gateway);
         serving::serve(listener, router, shutdown).await
     }

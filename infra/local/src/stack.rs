@@ -18,7 +18,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::control::{self, Control};
-use crate::gateway::Gateway;
+use crate::gateway::{Gateway, Poison};
 use crate::iam::{Caller, Callers};
 use crate::identity::{AdminKey, Identity, SeededTenant};
 use crate::lambda::{Lambda, Options as LambdaOptions};
@@ -370,11 +370,12 @@ impl Stack {
         }
         let stopped = front.stopped();
         let operators = vec![identity.admin.credentials()];
+        let (api, decisions) = (template.api.clone(), Poison::default());
         let gateway =
-            Gateway::serve(gateway_listener, template.api.clone(), Arc::clone(&lambda), operators, stopped);
+            Gateway::serve(gateway_listener, api, Arc::clone(&lambda), operators, decisions.clone(), stopped);
         front.run("the gateway", gateway);
         let stopped = front.stopped();
-        let steered = Control { lambda: Arc::clone(&lambda), dynamodb: dynamodb_front, sts };
+        let steered = Control { lambda: Arc::clone(&lambda), dynamodb: dynamodb_front, sts, decisions };
         front.run("the control address", control::serve(control_listener, steered, stopped));
 
         if config.seed && identity.tenants.is_empty() {

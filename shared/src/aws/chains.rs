@@ -14,7 +14,7 @@ use serde_dynamo::aws_sdk_dynamodb_1::to_attribute_value;
 
 use super::ledger::Ledger;
 use super::session::Access;
-use super::table::{Cancelled, StoreError, Table};
+use super::table::{Cancelled, Item, StoreError, Table};
 use super::usage::UsageStore;
 use crate::audit_log::Head;
 use crate::clock::Timestamp;
@@ -87,7 +87,8 @@ impl Chains {
     /// # Errors
     /// If the table does not answer or the item does not parse.
     pub async fn read(&self, subject: &impl Subject) -> Result<Chain, StoreError> {
-        Ok(self.table.get(subject.tenant_id(), item_key::CHAIN).await?.unwrap_or_default())
+        let item: Option<Item> = self.table.item_at(subject.tenant_id(), item_key::CHAIN).await?;
+        item.map_or_else(|| Ok(Chain::default()), |item| self.table.own(subject, item))
     }
 
     /// Intends the object that follows `head`.

@@ -157,7 +157,7 @@ impl IdempotencyStore {
             _ => return Err(self.0.failed(error)),
         };
         let item = item.ok_or_else(|| self.0.missing())?;
-        let there: Claim = self.0.record(item)?;
+        let there: Claim = self.0.own(scope, item)?;
         Ok(match there.result {
             _ if there.fingerprint != key.fingerprint() => Claimed::OtherRequest,
             Some(result) => Claimed::Repeat(result),

@@ -129,7 +129,7 @@ impl Ledger {
                     let mut found = found;
                     let mut take = |at: Option<usize>| found.get_mut(at?)?.take();
                     if let Some(there) = take(record_at) {
-                        let there: Record = self.0.record(there)?;
+                        let there: Record = self.0.own(scope, there)?;
                         let ours = there.request_id == record.request_id && there.outcome != Outcome::Aborted;
                         if ours {
                             return Ok(Entered::Ours);
@@ -172,7 +172,11 @@ impl Ledger {
                 Ok(()) => return Ok(Entered::Ours),
                 Err(Cancelled::Conditions(found)) => {
                     let there = found.into_iter().flatten().next().ok_or_else(|| self.0.missing())?;
-                    return Ok(Entered::Theirs(Box::new(self.0.record(there)?)));
+                    let there: Record = self.0.record(there)?;
+                    if there.tenant_id != record.tenant_id {
+                        return Err(self.0.missing());
+                    }
+                    return Ok(Entered::Theirs(Box::new(there)));
                 }
                 Err(Cancelled::Failed(error)) => failed = self.pause(failed, error).await?,
             }
@@ -225,11 +229,12 @@ impl Ledger {
     ) -> Result<(Vec<Kept>, Option<String>), StoreError> {
         let page = Page { prefix: item_key::TICKETS, newest_first: true, limit: 1_000, after };
         let (items, next) = self.0.items(subject.tenant_id(), page).await?;
+        let own = |item: &Item| self.0.look(subject, item).is_ok();
         let kept = |item: Item| {
             let pending = item.contains_key(item_key::PENDING);
             Ok(Kept { record: self.0.record(item)?, pending })
         };
-        Ok((items.into_iter().map(kept).collect::<Result<_, StoreError>>()?, next))
+        Ok((items.into_iter().filter(own).map(kept).collect::<Result<_, StoreError>>()?, next))
     }
 
     /// The records under these sort keys that wait to be exported, at most 100; of one that does not
@@ -254,7 +259,7 @@ impl Ledger {
             let answer = call.send().await.map_err(|e| self.0.failed(e))?;
             let items = answer.responses.and_then(|mut tables| tables.remove(&self.0.name));
             for item in items.unwrap_or_default() {
-                if !item.contains_key(item_key::PENDING) {
+                if !item.contains_key(item_key::PENDING) || self.0.look(ward, &item).is_err() {
                     continue;
                 }
                 let sort = item.get(SORT).and_then(|sort| sort.as_s().ok().cloned());
@@ -336,7 +341,8 @@ impl Ledger {
             .send()
             .await
             .map_err(|e| self.0.failed(e))?;
-        let records = answer.items.unwrap_or_default().into_iter().map(|item| {
+        let own = |item: &Item| self.0.look(subject, item).is_ok();
+        let records = answer.items.unwrap_or_default().into_iter().filter(own).map(|item| {
             let sort = item.get(SORT).and_then(|sort| sort.as_s().ok().cloned());
             Ok((sort.ok_or_else(|| self.0.missing())?, self.0.record(item)?))
         });

@@ -67,7 +67,7 @@ impl MeterStore {
     /// A tenant's meter as it is.
     ///
     /// # Errors
-    /// [`StoreError::Missing`] if there is none; otherwise if the table does not answer or the item
+    /// [`StoreError::Missing`] if there is none, or another's is answered; otherwise if the table does not answer or the item
     /// does not parse.
     pub async fn read(&self, subject: &impl Subject) -> Result<Meter, StoreError> {
         let answer = self
@@ -80,7 +80,7 @@ impl MeterStore {
             .send()
             .await
             .map_err(|e| self.0.failed(e))?;
-        self.0.record(answer.item.ok_or_else(|| self.0.missing())?)
+        self.0.own(subject, answer.item.ok_or_else(|| self.0.missing())?)
     }
 
     /// Makes a conditional write, in one round trip. Made again after its answer was lost, it does
@@ -108,14 +108,14 @@ impl MeterStore {
         let error = match answer {
             Ok(answer) => {
                 let item = answer.attributes.ok_or_else(|| self.0.missing())?;
-                return Ok(Written::Yes(self.0.record(item)?));
+                return Ok(Written::Yes(self.0.own(subject, item)?));
             }
             Err(error) => error,
         };
         match error.as_service_error() {
             Some(UpdateItemError::ConditionalCheckFailedException(failed)) => {
                 let item = failed.item.clone().ok_or_else(|| self.0.missing())?;
-                Ok(Written::No(self.0.record(item)?))
+                Ok(Written::No(self.0.own(subject, item)?))
             }
             _ => Err(self.0.failed(error)),
         }

@@ -16,6 +16,7 @@ use serde_dynamo::aws_sdk_dynamodb_1::{from_item, to_item};
 use super::session::Access;
 use crate::error::{ApiError, Code};
 use crate::item_key::{PARTITION, SORT};
+use crate::scope::{ForeignRecord, Subject};
 use crate::tenant::TenantId;
 
 /// Why a store gave no answer.
@@ -159,6 +160,23 @@ impl Table {
         from_item(item).map_err(|e| self.corrupt(e))
     }
 
+    /// An item as a record, if it is the subject's: the second look at what has to be there. Another's
+    /// is as if there were none.
+    pub(super) fn own<T: DeserializeOwned>(
+        &self,
+        subject: &impl Subject,
+        item: Item,
+    ) -> Result<T, StoreError> {
+        self.look(subject, &item).map_err(|ForeignRecord| self.missing())?;
+        self.record(item)
+    }
+
+    /// The second look at an item: whose partition it is of.
+    pub(super) fn look(&self, subject: &impl Subject, item: &Item) -> Result<(), ForeignRecord> {
+        let partition = item.get(PARTITION).and_then(|value| value.as_s().ok());
+        subject.owns(partition.map_or("", String::as_str), &self.name)
+    }
+
     /// A part of a transaction that adds `item`, which must not be there; if it is, the failure brings
     /// it along.
     pub(super) fn put_new(&self, item: Item) -> Result<TransactWriteItem, StoreError> {
@@ -204,6 +222,11 @@ impl Table {
         tenant: &TenantId,
         sort: &str,
     ) -> Result<Option<T>, StoreError> {
+        self.item_at(tenant, sort).await?.map(|item| self.record(item)).transpose()
+    }
+
+    /// As [`Table::get`], with everything that the item holds.
+    pub(super) async fn item_at(&self, tenant: &TenantId, sort: &str) -> Result<Option<Item>, StoreError> {
         let answer = self
             .client(tenant)
             .get_item()
@@ -213,7 +236,7 @@ impl Table {
             .send()
             .await
             .map_err(|e| self.failed(e))?;
-        answer.item.map(|item| self.record(item)).transpose()
+        Ok(answer.item)
     }
 
     /// A page of one tenant's records, and the sort key to go on after if there are more.

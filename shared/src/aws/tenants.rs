@@ -314,8 +314,9 @@ impl TenantStore {
     ///
     /// # Errors
     /// If the table does not answer or the item does not parse.
-    pub async fn get(&self, _operator: &Operator, tenant: &TenantId) -> Result<Option<Tenant>, StoreError> {
-        self.0.get(tenant, item_key::TENANT).await
+    pub async fn get(&self, operator: &Operator, tenant: &TenantId) -> Result<Option<Tenant>, StoreError> {
+        let item = self.0.item_at(tenant, item_key::TENANT).await?;
+        item.map(|item| self.0.own(&operator.ward(tenant.clone()), item)).transpose()
     }
 
     /// A page of all tenants, in no order, and where to go on. The one scan of the system: for

@@ -77,9 +77,9 @@ impl UsageStore {
         let (mut bill, mut after) = (Bill::default(), None);
         loop {
             let page = Page { prefix: &prefix, newest_first: false, limit: 200, after };
-            let (items, next): (Vec<BTreeMap<String, serde_json::Value>>, _) =
-                self.0.query(subject.tenant_id(), page).await?;
-            for item in items {
+            let (items, next) = self.0.items(subject.tenant_id(), page).await?;
+            for item in items.into_iter().filter(|item| self.0.look(subject, item).is_ok()) {
+                let item: BTreeMap<String, serde_json::Value> = self.0.record(item)?;
                 let (model, sums) = self.line(&prefix, &item)?;
                 bill.0.insert((month, model), sums);
             }

@@ -61,6 +61,9 @@ pub(super) enum Fault {
     KillBefore(String),
     /// The call is done, the function's processes are killed, nothing is answered.
     KillAfter(String),
+    /// Answered with what is another partition's: reads read there, a write's answer says that its item
+    /// were of it.
+    Swap(String),
 }
 
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq)]
@@ -76,6 +79,7 @@ enum Mode {
     Delay,
     KillBefore,
     KillAfter,
+    Swap,
 }
 
 #[derive(Deserialize)]
@@ -99,6 +103,7 @@ struct RuleText {
     probability: Option<f64>,
     delay_ms: Option<u64>,
     function: Option<String>,
+    partition: Option<String>,
 }
 
 #[derive(Debug)]
@@ -207,6 +212,12 @@ impl RuleText {
             (_, None) => Duration::ZERO,
             (_, Some(_)) => return Err("`delay_ms` goes with delay alone".to_owned()),
         };
+        let partition = match (self.mode, self.partition) {
+            (Mode::Swap, None) => return Err("`partition` is missing".to_owned()),
+            (Mode::Swap, Some(partition)) => partition,
+            (_, None) => String::new(),
+            (_, Some(_)) => return Err("`partition` goes with swap alone".to_owned()),
+        };
         let mut operation = self.operation;
         let fault = match self.mode {
             Mode::Throttle => Fault::Throttle,
@@ -224,6 +235,7 @@ impl RuleText {
             Mode::Delay => Fault::Delay(delay),
             Mode::KillBefore => Fault::KillBefore(function),
             Mode::KillAfter => Fault::KillAfter(function),
+            Mode::Swap => Fault::Swap(partition),
         };
         let contains = self.contains;
         Ok(Rule { fault, operation, table, contains, skip: self.skip, times: self.times, probability })
@@ -255,6 +267,7 @@ impl Fault {
             Self::Delay(_) => "delay",
             Self::KillBefore(_) => "kill_before",
             Self::KillAfter(_) => "kill_after",
+            Self::Swap(_) => "swap",
         }
     }
 }
@@ -348,6 +361,8 @@ mod tests {
             (json!({"mode": "delay"}), "rules[1]: `delay_ms` is missing"),
             (json!({"mode": "error", "delay_ms": 1}), "rules[1]: `delay_ms` goes with delay alone"),
             (json!({"mode": "kill_after"}), "rules[1]: `function` is missing"),
+            (json!({"mode": "swap"}), "rules[1]: `partition` is missing"),
+            (json!({"mode": "error", "partition": "x"}), "rules[1]: `partition` goes with swap alone"),
             (json!({"mode": "kill_after", "function": "chut"}), "rules[1]: there is no function `chut`"),
             (
                 json!({"mode": "cancel_conflict", "operation": "PutItem"}),

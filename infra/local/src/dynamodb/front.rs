@@ -234,6 +234,15 @@ impl Desk {
                 tokio::time::sleep(*delay).await;
                 Some(self.pass(&parts, &call).await)
             }
+            Some(Fault::Swap(partition)) if call.writes() => {
+                let (own, answer) = (call.keys.first(), self.pass(&parts, &call).await);
+                Some(own.map_or_else(|| answer.clone(), |own| relabelled(&answer, own, partition)))
+            }
+            Some(Fault::Swap(partition)) => {
+                let body = call.keys.first().map(|own| relabel(&call.body, own, partition));
+                let elsewhere = Call { body: body.unwrap_or_else(|| call.body.clone()), ..call.clone() };
+                Some(self.pass(&parts, &elsewhere).await)
+            }
             _ => Some(self.pass(&parts, &call).await),
         };
         if let Some(done) = &done {
@@ -341,8 +350,37 @@ fn refusal(fault: &Fault, call: &Call) -> Option<(&'static str, Answer)> {
         | Fault::LostAnswerError
         | Fault::Delay(_)
         | Fault::KillBefore(_)
-        | Fault::KillAfter(_) => None,
+        | Fault::KillAfter(_)
+        | Fault::Swap(_) => None,
     }
+}
+
+/// A body in which `other` stands wherever `own` is the text of an attribute.
+fn relabel(body: &[u8], own: &str, other: &str) -> Bytes {
+    fn walk(value: &mut Value, own: &str, other: &str) {
+        match value {
+            Value::Object(fields) => {
+                if fields.len() == 1 && fields.get("S").is_some_and(|text| text == own) {
+                    fields.insert("S".to_owned(), other.into());
+                }
+                fields.values_mut().for_each(|value| walk(value, own, other));
+            }
+            Value::Array(values) => values.iter_mut().for_each(|value| walk(value, own, other)),
+            _ => {}
+        }
+    }
+    let mut value: Value = serde_json::from_slice(body).unwrap_or_default();
+    walk(&mut value, own, other);
+    value.to_string().into()
+}
+
+fn relabelled(answer: &Answer, own: &str, other: &str) -> Answer {
+    let mut swapped = Response::new(relabel(answer.body(), own, other));
+    *swapped.status_mut() = answer.status();
+    *swapped.headers_mut() = answer.headers().clone();
+    // It is that of the body before.
+    swapped.headers_mut().remove("x-amz-crc32");
+    swapped
 }
 
 fn internal_error() -> Answer {

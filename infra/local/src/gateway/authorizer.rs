@@ -76,6 +76,19 @@ impl Authorizers {
         }
     }
 
+    /// Keeps, for whoever presents `for_identity`, the decision that is kept for `as_identity`: the cache
+    /// gone wrong. Says whether there was one.
+    pub(super) fn poison(&self, for_identity: &[u8], as_identity: &[u8]) -> bool {
+        let mut decisions = self.decisions.lock().unwrap_or_else(PoisonError::into_inner);
+        let hash: [u8; 32] = Sha256::digest(as_identity).into();
+        let kept = decisions.iter().find(|((_, identity), _)| *identity == hash);
+        let kept = kept.map(|((function, _), kept)| {
+            (function.clone(), Kept { decision: kept.decision.clone(), until: kept.until })
+        });
+        kept.map(|(function, kept)| decisions.insert((function, Sha256::digest(for_identity).into()), kept))
+            .is_some()
+    }
+
     fn kept(&self, key: &(String, [u8; 32])) -> Option<Decision> {
         let decisions = self.decisions.lock().unwrap_or_else(PoisonError::into_inner);
         let kept = decisions.get(key)?;

@@ -50,6 +50,7 @@ impl Stack {
             template.api,
             Arc::clone(&lambda),
             vec![operator()],
+            Poison::default(),
             std::future::pending(),
         );
         tokio::spawn(served);
