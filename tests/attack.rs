@@ -357,6 +357,9 @@ fn shapes(route: &str, attacker: &Target, victim: &Target) -> Vec<(String, Value
             let path = route.split(' ').next_back().unwrap();
             vec![(path.to_owned(), json!({"tenant_id": victim.tenant.id})), (format!("/{path}"), Value::Null)]
         }
+        "GET /admin/tenants/{id}/webhook-secret" => {
+            vec![(format!("/admin/tenants/{}/webhook-secret", victim.tenant.id), Value::Null)]
+        }
         "GET /admin/tenants/{id}" => at("/admin/tenants", &[&victim.tenant.id]),
         "PATCH /admin/tenants/{id}" => {
             let path = format!("/admin/tenants/{}", victim.tenant.id);

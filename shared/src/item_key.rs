@@ -9,6 +9,8 @@ use crate::clock::Timestamp;
 use crate::ids::{ConversationId, DocumentId, IssuerId, MessageId};
 use crate::issuer::Provenance;
 use crate::meter::{BillingMonth, Ticket};
+#[cfg(feature = "webhooks")]
+use crate::webhook::Period;
 
 /// The partition key attribute of every table.
 pub const PARTITION: &str = "tenant_id";
@@ -85,10 +87,13 @@ pub fn ticket(ticket: Ticket) -> String {
 /// Table `audit`: what the record of every ticket starts with.
 pub const TICKETS: &str = "TICKET#";
 
+/// Table `audit`: what every event starts with.
+pub const EVENTS: &str = "EVENT#";
+
 /// Table `audit`: an event without a ticket. Events sort by time; the tail, a hash of the record, tells
 /// apart those of one millisecond.
 pub fn event(time: Timestamp, tail: &str) -> String {
-    format!("EVENT#{:015}#{tail}", time.as_millis())
+    format!("{EVENTS}{:015}#{tail}", time.as_millis())
 }
 
 /// Table `usage`: what every line of a month starts with.
@@ -113,6 +118,26 @@ pub fn pending(time: Timestamp, sort: &str) -> String {
 
 /// Table `usage`: how far the tenant's audit log goes.
 pub const CHAIN: &str = "CHAIN";
+
+/// Table `webhooks`: what every message of a tenant starts with.
+pub const WEBHOOKS: &str = "HOOK#";
+
+/// Table `webhooks`: what every message about a period starts with.
+#[cfg(feature = "webhooks")]
+pub fn webhooks(period: Period) -> String {
+    format!("{WEBHOOKS}{}#{period}#", period.kind())
+}
+
+/// Table `webhooks`: the message about a threshold.
+#[cfg(feature = "webhooks")]
+pub fn webhook(period: Period, percent: u8) -> String {
+    format!("{}{percent:03}", webhooks(period))
+}
+
+/// Table `webhooks`: the index of the messages that are to be delivered.
+pub const DUE_INDEX: &str = "due";
+/// Table `webhooks`: the index's sort key. A message has it until it is delivered or given up.
+pub const DUE: &str = "due_at";
 
 /// Table `conversations`: what became of the request with that idempotency key, given as its hash.
 pub fn idempotency(hash: &str) -> String {

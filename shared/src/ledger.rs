@@ -65,6 +65,10 @@ pub enum Action {
     IssuerRegistered,
     /// An issuer was removed: its tokens let nobody in any more.
     IssuerRemoved,
+    /// The tenant was told of a budget, and its receiver took it.
+    WebhookDelivered,
+    /// The tenant was to be told of a budget, and its receiver could not be reached, or wants nothing.
+    WebhookFailed,
     /// An operator made the tenant, and its first key with it.
     TenantProvisioned,
     /// An operator read the tenant's record.
@@ -75,6 +79,8 @@ pub enum Action {
     TenantSuspended,
     /// An operator switched the tenant on again, and perhaps changed more of its record.
     TenantRestored,
+    /// An operator was shown the tenant's key for webhooks.
+    WebhookSecretRead,
 }
 
 /// Why requests were turned away before they got a ticket.
@@ -436,6 +442,20 @@ impl Record {
     #[must_use]
     pub fn about<Id: Into<CredentialId>>(self, keys: Vec<Id>) -> Self {
         Self { keys: keys.into_iter().map(Into::into).collect(), ..self }
+    }
+
+    /// The record of what became of the message `id` about a budget; `limit` is that budget.
+    pub fn webhook(tenant_id: TenantId, id: &str, limit: &str, delivered: bool, now: Timestamp) -> Self {
+        let (action, outcome) = if delivered {
+            (Action::WebhookDelivered, Outcome::Ok)
+        } else {
+            (Action::WebhookFailed, Outcome::Failed)
+        };
+        Self {
+            outcome,
+            limit: Some(limit.to_owned()),
+            ..Self::blank(tenant_id, action, now, RequestId::from(id.to_owned()))
+        }
     }
 
     /// What the meter charges for it.

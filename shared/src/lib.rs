@@ -74,3 +74,5 @@ pub mod vector_token;
 pub mod vectors;
 #[cfg(feature = "web")]
 pub mod web;
+#[cfg(feature = "webhooks")]
+pub mod webhook;

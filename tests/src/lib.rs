@@ -587,6 +587,17 @@ impl Stack {
         assert!(answer.status.is_success(), "{}", answer.text);
     }
 
+    /// Gives a secret another value, as an operator does; the one before is kept as such.
+    ///
+    /// # Panics
+    /// If it is refused.
+    pub async fn replace_secret(&self, name: &str, value: &str) {
+        let secret = json!({"SecretId": name, "SecretString": value});
+        let target = "secretsmanager.PutSecretValue";
+        let answer = self.signed_by(&self.operator(), "secretsmanager", target, &secret).await;
+        assert!(answer.status.is_success(), "{}", answer.text);
+    }
+
     /// Everything that the stack and its functions have logged so far.
     pub fn logs(&self) -> String {
         let mut all = std::fs::read_to_string(self.directory.path().join("stack.log")).unwrap_or_default();

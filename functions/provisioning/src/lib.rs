@@ -6,6 +6,7 @@ mod create;
 mod keys;
 mod profile;
 mod read;
+mod webhook_secret;
 
 use http::{Method, Response};
 use lambda_http::{Body, Error, Request};
@@ -13,7 +14,7 @@ use serde::Serialize;
 use shared::aws::keys::KeyStore;
 use shared::aws::ledger::Ledger;
 use shared::aws::meters::MeterStore;
-use shared::aws::secrets::TenantKeys;
+use shared::aws::secrets::{TenantKeys, WebhookRoot};
 use shared::aws::tenants::TenantStore;
 use shared::aws::{self, secrets};
 use shared::clock::Clock;
@@ -34,6 +35,7 @@ pub struct Context {
     cells: Cells,
     vector_root_key: Secret,
     model_keys: TenantKeys,
+    webhook_root: WebhookRoot,
     embedding: EmbeddingModel,
     clock: Clock,
     entropy: Entropy,
@@ -55,6 +57,7 @@ impl Context {
             cells: env::parsed("QDRANT_CELLS")?,
             vector_root_key: secrets::read(&config, "QDRANT_ROOT_KEY_SECRET").await?,
             model_keys: TenantKeys::from_env(&access, "TENANT_MODEL_KEYS")?,
+            webhook_root: WebhookRoot::from_env(&access, "WEBHOOK_KEY_SECRET")?,
             embedding: EmbeddingModel {
                 name: env::text("EMBEDDINGS_MODEL")?,
                 dimensions: env::parsed("EMBEDDINGS_DIMENSIONS")?,
@@ -73,6 +76,9 @@ pub async fn handle(context: &Context, request: Request) -> Response<Body> {
         (&Method::GET, "/admin/tenants/{id}") => read::one(context, request).await,
         (&Method::POST, "/admin/tenants/{id}/keys") => keys::handle(context, request).await,
         (&Method::PATCH, "/admin/tenants/{id}") => change::handle(context, request).await,
+        (&Method::GET, "/admin/tenants/{id}/webhook-secret") => {
+            webhook_secret::handle(context, request).await
+        }
         _ => Err(ApiError::not_found()),
     })
     .await

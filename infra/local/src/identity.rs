@@ -19,6 +19,9 @@ pub struct Identity {
     pub admin: AdminKey,
     /// The vector store's root key.
     pub qdrant_root_key: String,
+    /// What the tenants' keys for webhooks are made of.
+    #[serde(default)]
+    pub webhook_key: String,
     /// The tenants that the stack made by itself, with the keys that were shown once.
     pub tenants: Vec<SeededTenant>,
 }
@@ -50,11 +53,20 @@ impl Identity {
     /// If the file cannot be read or written, or is not one of these.
     pub fn open(data: &Path) -> io::Result<Self> {
         match std::fs::read(data.join(FILE)) {
-            Ok(bytes) => Ok(serde_json::from_slice(&bytes)?),
+            Ok(bytes) => {
+                let mut identity: Self = serde_json::from_slice(&bytes)?;
+                // Of a stack from before there were webhooks.
+                if identity.webhook_key.is_empty() {
+                    identity.webhook_key = format!("{}{}", unique_id(), unique_id());
+                    identity.save(data)?;
+                }
+                Ok(identity)
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 let identity = Self {
                     admin: AdminKey::new("AKIALOCALOPERATOR"),
                     qdrant_root_key: format!("{}{}", unique_id(), unique_id()),
+                    webhook_key: format!("{}{}", unique_id(), unique_id()),
                     tenants: Vec::new(),
                 };
                 identity.save(data)?;

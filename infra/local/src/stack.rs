@@ -321,7 +321,7 @@ impl Stack {
         let stopped = back.stopped();
         back.run("S3", s3::serve(s3_listener, s3_options, system_clock, stopped));
         let stopped = back.stopped();
-        let root_key = identity.qdrant_root_key.clone();
+        let (root_key, webhook_key) = (identity.qdrant_root_key.clone(), identity.webhook_key.clone());
         back.run("Qdrant", qdrant::serve(qdrant_listener, in_data("qdrant"), root_key.clone(), stopped));
         let sts = sts::Sts::new(template.roles.clone(), Arc::clone(&callers));
         let stopped = back.stopped();
@@ -333,6 +333,7 @@ impl Stack {
                 "QdrantRootKey" => &root_key,
                 "ModelKey" => &model_key,
                 "EmbeddingsKey" => &embeddings_key,
+                "WebhookKey" => &webhook_key,
                 // An operator sets the others.
                 _ => continue,
             };

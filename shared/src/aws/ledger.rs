@@ -237,6 +237,23 @@ impl Ledger {
         Ok((items.into_iter().filter(own).map(kept).collect::<Result<_, StoreError>>()?, next))
     }
 
+    /// Whether a limit has refused requests of a tenant since `since`. Of very many events in that time,
+    /// only the last are looked at.
+    ///
+    /// # Errors
+    /// If the table does not answer or an item does not parse.
+    pub async fn has_refused(
+        &self,
+        subject: &impl Subject,
+        limit: &str,
+        since: Timestamp,
+    ) -> Result<bool, StoreError> {
+        let page = Page { prefix: item_key::EVENTS, newest_first: true, limit: 500, after: None };
+        let (events, _): (Vec<Record>, _) = self.0.query(subject.tenant_id(), page).await?;
+        let mut of_late = events.iter().take_while(|event| event.time >= since);
+        Ok(of_late.any(|event| event.outcome == Outcome::Refused && event.limit.as_deref() == Some(limit)))
+    }
+
     /// The records under these sort keys that wait to be exported, at most 100; of one that does not
     /// parse, why. The others are exported, or there are none.
     ///

@@ -36,6 +36,8 @@ pub mod tenants;
 
 #[cfg(feature = "dynamodb")]
 pub mod usage;
+#[cfg(all(feature = "dynamodb", feature = "webhooks"))]
+pub mod webhooks;
 
 pub use session::{Access, LINKS_HOLD};
 #[cfg(feature = "dynamodb")]

@@ -114,6 +114,60 @@ impl TenantKeys {
     }
 }
 
+/// The secret that the tenants' keys for webhooks are made of. It is read whenever it is needed, so that
+/// one that is replaced holds at once.
+#[cfg(feature = "webhooks")]
+#[derive(Debug)]
+pub struct WebhookRoot {
+    access: Access,
+    variable: &'static str,
+    id: String,
+}
+
+#[cfg(feature = "webhooks")]
+impl WebhookRoot {
+    /// The secret whose id stands in the environment variable `variable`.
+    ///
+    /// # Errors
+    /// If the variable is absent; the error names it.
+    pub fn from_env(access: &Access, variable: &'static str) -> Result<Self, EnvError> {
+        Ok(Self { access: access.clone(), variable, id: env::text(variable)? })
+    }
+
+    /// The secret as it is now.
+    ///
+    /// # Errors
+    /// [`SecretError`].
+    pub async fn current(&self) -> Result<Secret, SecretError> {
+        let malformed = || SecretError::Malformed { variable: self.variable, id: self.id.clone() };
+        self.stage("AWSCURRENT").await?.ok_or_else(malformed)
+    }
+
+    /// The secret as it is, and as it was before it was last replaced, if the operator keeps that.
+    ///
+    /// # Errors
+    /// [`SecretError`].
+    pub async fn current_and_previous(&self) -> Result<Vec<Secret>, SecretError> {
+        let mut all = vec![self.current().await?];
+        all.extend(self.stage("AWSPREVIOUS").await?);
+        Ok(all)
+    }
+
+    async fn stage(&self, stage: &str) -> Result<Option<Secret>, SecretError> {
+        let session = self.access.own_role();
+        let call = session.secrets().get_secret_value().secret_id(&self.id).version_stage(stage);
+        match call.send().await.map_err(aws_sdk_secretsmanager::error::SdkError::into_service_error) {
+            Ok(value) => Ok(Secret::new(value.secret_string.unwrap_or_default()).ok()),
+            Err(error) if error.is_resource_not_found_exception() => Ok(None),
+            Err(error) => Err(SecretError::Unreadable {
+                variable: self.variable,
+                id: self.id.clone(),
+                source: Box::new(error),
+            }),
+        }
+    }
+}
+
 /// Why there is no key of a tenant's account. Never holds the key.
 #[derive(Debug, thiserror::Error)]
 pub enum KeyError {

@@ -310,6 +310,14 @@ impl TenantStore {
         Ok(TransactWriteItem::builder().put(put).build())
     }
 
+    /// The record of a tenant whose books are kept.
+    ///
+    /// # Errors
+    /// If the table does not answer or the item does not parse.
+    pub async fn of(&self, ward: &Ward) -> Result<Option<Tenant>, StoreError> {
+        self.0.get(ward.tenant_id(), item_key::TENANT).await
+    }
+
     /// A tenant's record.
     ///
     /// # Errors
