@@ -217,7 +217,7 @@ impl Stack {
         text(&self.ready, "audit_bucket")
     }
 
-    /// Runs the operators' program against the stack's buckets.
+    /// Runs the operators' program against the stack's API and buckets.
     ///
     /// # Panics
     /// If it does not run.
@@ -226,6 +226,7 @@ impl Stack {
         let mut command = Command::new(binaries().join("bulkhead"));
         command
             .args(arguments)
+            .env("BULKHEAD_ENDPOINT", self.url())
             .env("AWS_ENDPOINT_URL_S3", text(&self.ready, "s3_url"))
             .env("AWS_ACCESS_KEY_ID", text(admin, "access_key_id"))
             .env("AWS_SECRET_ACCESS_KEY", text(admin, "secret_access_key"))

@@ -122,7 +122,7 @@ fn output(error: csv::Error) -> Failure {
 }
 
 /// Dollars, exact to the nano.
-fn dollars(money: NanoUsd) -> String {
+pub(crate) fn dollars(money: NanoUsd) -> String {
     format!("{}.{:09}", money.0 / 1_000_000_000, money.0 % 1_000_000_000)
 }
 
