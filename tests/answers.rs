@@ -348,8 +348,14 @@ async fn services_elsewhere_are_called_where_they_are_given() {
 
 #[tokio::test]
 async fn a_document_deleted_while_it_is_stored_is_found_by_nobody() {
-    let stack = Stack::start().await;
-    let acme = stack.tenant("acme");
+    let stack = Stack::start_with(Options { no_seed: true, ..Options::default() }).await;
+    // It is asked again and again, as fast as it answers.
+    let limits = json!({"requests_per_minute": 20_000});
+    let acme = stack
+        .provision(
+            json!({"tenant_id": "acme", "tier": "enterprise", "company_name": "Acme", "limits": limits}),
+        )
+        .await;
     let content = "The pelican sails at dawn over the estuary. ".repeat(4_000);
     for _ in 0..5 {
         let storing = tokio::spawn({

@@ -336,7 +336,8 @@ async fn a_key_opens_from_its_networks_alone() {
                 "path": "/v1/usage", "protocol": "HTTP/1.1", "identity": {"sourceIp": address},
                 "authorizer": decision},
         });
-        assert_eq!(stack.invoke("usage", event).await["statusCode"], status, "{address}");
+        let answer = stack.invoke_for(Some("acme"), "bulkhead-usage", event).await;
+        assert_eq!(answer.json()["statusCode"], status, "{address}");
     }
     stack.stop().await;
 }
@@ -418,10 +419,16 @@ fn tenant_routes() -> Vec<(Method, String, Value)> {
             ("POST", "/v1/documents") => json!({"title": "t", "content": "c"}),
             ("POST", "/v1/search") => json!({"query": "q"}),
             ("POST", "/v1/chat") => json!({"message": "m", "stream": true}),
+            ("POST", "/v1/issuers") => json!({"issuer": "https://login.acme.example", "audience": "bulkhead",
+                "jwks_url": "https://login.acme.example/keys"}),
             ("POST", _) => json!({}),
             _ => Value::Null,
         };
-        let id = if path.starts_with("/v1/keys") { "000000000000" } else { "x" };
+        let id = match path.split('/').nth(2) {
+            Some("keys") => "000000000000",
+            Some("issuers") => "iss_000000000000",
+            _ => "x",
+        };
         (method.parse().unwrap(), path.replace("{id}", id), body)
     };
     routes.map(|route| request(route.method.to_string(), route.path.to_string())).collect()

@@ -558,7 +558,7 @@ async fn bad_changes_name_the_field_and_change_nothing() {
         (json!({"limits": {"allowed_models": ["gpt-2"]}}), "limits.allowed_models"),
         (json!({"limits": {"allowed_models": vec!["claude-haiku-4-5"; 20_000]}}), "limits.allowed_models"),
         (
-            json!({"limits": {"allowed_models": ["claude-haiku-4-5"], "default_model": "claude-opus-4-6"}}),
+            json!({"limits": {"allowed_models": ["claude-haiku-4-5-20251001"], "default_model": "claude-opus-4-6"}}),
             "limits.default_model",
         ),
         (json!({"company_name": ""}), "company_name"),

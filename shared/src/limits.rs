@@ -1,9 +1,13 @@
 //! What a tenant may use: the tiers' defaults, and how an operator changes them for one tenant.
 
 use std::collections::{HashMap, HashSet};
+use std::fmt;
+use std::marker::PhantomData;
 use std::sync::LazyLock;
 
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::pricing;
 use crate::tenant::Tier;
@@ -36,7 +40,7 @@ pub struct Limits {
 /// An operator's changes to a tier's defaults. A tenant's record keeps them apart from the limits that
 /// come of them, so that they stay when its tier changes and everything else moves with it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, remote = "Self")]
 #[expect(missing_docs, reason = "each field is the one of the same name in `Limits`")]
 pub struct LimitChanges {
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -62,7 +66,7 @@ pub struct LimitChanges {
 /// What is to become of an operator's changes: a value takes the place of the one before, `null` goes
 /// back to the tier's own, and what is not named stays.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, remote = "Self")]
 #[expect(missing_docs, reason = "each field is the one of the same name in `Limits`")]
 pub struct LimitEdits {
     #[serde(default, deserialize_with = "named")]
@@ -92,6 +96,55 @@ pub struct LimitEdits {
 /// If the field's value is not of its type.
 pub fn named<'de, T: Deserialize<'de>, D: Deserializer<'de>>(field: D) -> Result<Option<T>, D::Error> {
     T::deserialize(field).map(Some)
+}
+
+/// Reads a struct from an object alone: serde would also take a list of its fields' values.
+struct Object<T>(PhantomData<T>);
+
+impl<'de, T: FromObject<'de>> Visitor<'de> for Object<T> {
+    type Value = T;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<T, A::Error> {
+        T::from_object(MapAccessDeserializer::new(map))
+    }
+}
+
+trait FromObject<'de>: Sized {
+    fn from_object<D: Deserializer<'de>>(object: D) -> Result<Self, D::Error>;
+}
+
+impl<'de> FromObject<'de> for LimitChanges {
+    fn from_object<D: Deserializer<'de>>(object: D) -> Result<Self, D::Error> {
+        Self::deserialize(object)
+    }
+}
+
+impl<'de> FromObject<'de> for LimitEdits {
+    fn from_object<D: Deserializer<'de>>(object: D) -> Result<Self, D::Error> {
+        Self::deserialize(object)
+    }
+}
+
+impl<'de> Deserialize<'de> for LimitChanges {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(Object(PhantomData))
+    }
+}
+
+impl<'de> Deserialize<'de> for LimitEdits {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(Object(PhantomData))
+    }
+}
+
+impl Serialize for LimitChanges {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        Self::serialize(self, serializer)
+    }
 }
 
 impl LimitChanges {
@@ -191,7 +244,7 @@ impl Limits {
     }
 }
 
-fn set<T: Copy + PartialOrd + std::fmt::Display>(
+fn set<T: Copy + PartialOrd + fmt::Display>(
     field: &'static str,
     limit: &mut T,
     change: Option<T>,

@@ -105,6 +105,10 @@ pub fn json<T: DeserializeOwned>(request: &Request) -> Result<T, ApiError> {
         }
         _ => return Err(ApiError::invalid("body", "the body cannot be read")),
     };
+    // serde would take a list of an object's fields' values for the object.
+    if text.trim_ascii_start().starts_with('[') {
+        return Err(ApiError::invalid("body", "the body must be a JSON object"));
+    }
     let mut deserializer = serde_json::Deserializer::from_str(text);
     let value: T = serde_path_to_error::deserialize(&mut deserializer).map_err(|e| misshapen(e, "body"))?;
     deserializer.end().map_err(|error| ApiError::invalid("body", error.to_string()))?;

@@ -18,7 +18,7 @@ use shared::aws::secrets::TenantKeys;
 use shared::aws::{self, secrets};
 use shared::clock::Clock;
 use shared::embeddings::EmbeddingsClient;
-use shared::error::ApiError;
+use shared::error::{ApiError, Code};
 use shared::gate::Gate;
 use shared::idempotency::{IdempotencyKey, Stored};
 use shared::model::ModelClient;
@@ -169,7 +169,14 @@ async fn prepare(
     let started = context.clock.now();
     let time = Time { deadline: web::deadline(request, &context.clock), ends_at_s: web::ends_at_s(request) };
     let body: Body = web::json(request)?;
-    let question = Question::parse(&body, scope)?;
+    let question = match Question::parse(&body, scope) {
+        // What is allowed now may not have been when the decision was made that API Gateway has kept.
+        Err(error) if error.code == Code::ModelNotAllowed => {
+            context.gate.recheck(scope).await?;
+            Question::parse(&body, scope)?
+        }
+        parsed => parsed?,
+    };
     let stream = question.stream;
     let key = web::idempotency_key(request, scope)?;
     let first = context.gate.first_result(scope, &context.idempotency, key.as_ref(), time.ends_at_s);

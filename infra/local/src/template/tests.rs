@@ -50,18 +50,29 @@ fn every_route_leads_to_a_function_with_a_binary() {
         routes,
         [
             "DELETE /v1/documents/{id} ingestion tenant buffered",
+            "DELETE /v1/issuers/{id} keys tenant buffered",
+            "DELETE /v1/keys/{id} keys tenant buffered",
             "GET /admin/tenants provisioning iam buffered",
             "GET /admin/tenants/{id} provisioning iam buffered",
+            "GET /admin/tenants/{id}/webhook-secret provisioning iam buffered",
             "GET /admin/usage usage iam buffered",
             "GET /v1/audit audit tenant buffered",
             "GET /v1/audit/exports/{id} audit tenant buffered",
             "GET /v1/documents ingestion tenant buffered",
             "GET /v1/documents/{id} ingestion tenant buffered",
+            "GET /v1/issuers keys tenant buffered",
+            "GET /v1/issuers/{id} keys tenant buffered",
+            "GET /v1/keys keys tenant buffered",
             "GET /v1/usage usage tenant buffered",
+            "PATCH /admin/tenants/{id} provisioning iam buffered",
             "POST /admin/tenants provisioning iam buffered",
+            "POST /admin/tenants/{id}/keys provisioning iam buffered",
             "POST /v1/audit/exports audit tenant buffered",
             "POST /v1/chat chat tenant stream",
             "POST /v1/documents ingestion tenant buffered",
+            "POST /v1/issuers keys tenant buffered",
+            "POST /v1/keys keys tenant buffered",
+            "POST /v1/keys/{id}/rotate keys tenant buffered",
             "POST /v1/search ingestion tenant buffered",
         ]
     );
@@ -141,7 +152,10 @@ fn what_lambda_would_not_take_of_tenant_isolation_is_refused() {
 fn functions_get_their_environment_and_secrets_by_name_alone() {
     let template = stack();
     let keys = |id: &str| template.function(id).unwrap().environment.keys().cloned().collect::<Vec<_>>();
-    assert_eq!(keys("Authorizer"), ["AUDIT_TABLE", "LOG_LEVEL", "QDRANT_ROOT_KEY_SECRET", "TENANTS_TABLE"]);
+    assert_eq!(
+        keys("Authorizer"),
+        ["AUDIT_TABLE", "ISSUER_REACH", "LOG_LEVEL", "QDRANT_ROOT_KEY_SECRET", "TENANTS_TABLE"]
+    );
     let chat = template.function("Chat").unwrap();
     assert_eq!(chat.name, "bulkhead-chat");
     assert_eq!(chat.timeout, Duration::from_secs(120));
@@ -153,7 +167,7 @@ fn functions_get_their_environment_and_secrets_by_name_alone() {
 
     // A function that names a secret names one that the template creates.
     let secrets: Vec<&str> = template.secrets.iter().map(|s| s.name.as_str()).collect();
-    assert_eq!(secrets.len(), 3);
+    assert_eq!(secrets.len(), 4);
     for function in &template.functions {
         for (name, value) in function.environment.iter().filter(|(name, _)| name.ends_with("_SECRET")) {
             assert!(secrets.contains(&value.as_str()), "{}: {name}={value}", function.logical_id);
@@ -176,7 +190,7 @@ fn tables_and_buckets_are_as_declared() {
     assert_eq!(index.hash_key, audit.hash_key);
     let meters = template.tables.iter().find(|t| t.logical_id == "Meters").unwrap();
     assert_eq!((&meters.range_key, &meters.ttl_attribute), (&None, &None));
-    assert_eq!(template.tables.len(), 7);
+    assert_eq!(template.tables.len(), 8);
 
     let bucket = template.buckets.iter().find(|b| b.logical_id == "AuditBucket").unwrap();
     assert_eq!(bucket.name, "bulkhead-audit-000000000000");
