@@ -6,6 +6,7 @@
 //! anybody else may hold it. `SEED=` repeats a run, `STEPS=` makes it longer: hours, if asked.
 
 #![expect(
+    clippy::print_stderr,
     clippy::unwrap_used,
     clippy::indexing_slicing,
     reason = "a test fails by panicking, and prints its seed"

@@ -21,51 +21,7 @@
 //! }
 //! ```
 //!
-//! The usual mistakes do not. To keep a scope for another request:
-//!
-//! ```compile_fail,E0308
-//! # use shared::scope::TenantScope;
-//! fn keep(scope: &TenantScope) -> TenantScope {
-//!     scope.clone()
-//! }
-//! ```
-//!
-//! To write one down, or read it from what a client sent:
-//!
-//! ```compile_fail,E0277
-//! # use shared::scope::TenantScope;
-//! fn write_down(scope: &TenantScope) -> String {
-//!     serde_json::to_string(scope).unwrap()
-//! }
-//! ```
-//!
-//! ```compile_fail,E0277
-//! # use shared::scope::TenantScope;
-//! fn read_from(body: &str) -> TenantScope {
-//!     serde_json::from_str(body).unwrap()
-//! }
-//! ```
-//!
-//! To make one's own subject out of an id:
-//!
-//! ```compile_fail,E0423
-//! # use shared::scope::Ward;
-//! # use shared::tenant::TenantId;
-//! fn ward(id: TenantId) -> Ward {
-//!     Ward(id)
-//! }
-//! ```
-//!
-//! ```compile_fail,E0277
-//! # use shared::scope::Subject;
-//! # use shared::tenant::TenantId;
-//! struct Mine(TenantId);
-//! impl Subject for Mine {
-//!     fn tenant_id(&self) -> &TenantId {
-//!         &self.0
-//!     }
-//! }
-//! ```
+//! The usual mistakes do not: `tests/compile_fail/`.
 
 use std::collections::HashMap;
 use std::fmt;

@@ -9,13 +9,6 @@
 //!     store.read(scope).await.is_ok()
 //! }
 //! ```
-//!
-//! ```compile_fail,E0277
-//! # use shared::{aws::meters::MeterStore, tenant::TenantId};
-//! async fn read(store: &MeterStore, id: &TenantId) -> bool {
-//!     store.read(id).await.is_ok()
-//! }
-//! ```
 
 use aws_sdk_dynamodb::operation::update_item::UpdateItemError;
 use aws_sdk_dynamodb::types::{

@@ -1,0 +1,12 @@
+//! To write a scope down, or to read one from what a client sent.
+use shared::scope::TenantScope;
+
+fn write_down(scope: &TenantScope) -> String {
+    serde_json::to_string(scope).unwrap()
+}
+
+fn read_from(body: &str) -> TenantScope {
+    serde_json::from_str(body).unwrap()
+}
+
+fn main() {}
