@@ -54,6 +54,9 @@ fn own_key(stack: &Stack, function: &str) -> Key {
     Key { credentials, token: None }
 }
 
+/// What a call is about, by the tenant that it names.
+type Input<'a> = &'a dyn Fn(&str) -> Value;
+
 /// A call made with somebody's key: the error, if there is one.
 async fn call(stack: &Stack, key: &Key, operation: &str, input: &Value) -> Option<String> {
     let (service, target) = match operation {
@@ -211,7 +214,7 @@ async fn a_session_opens_its_own_tenant_and_no_other() {
     let (usage, log) =
         (session("usage", "UsageTenantRole").await, session("audit-log", "AuditLogTenantRole").await);
     let keys = session("keys", "KeysTenantRole").await;
-    let cases: [(&Key, &str, &dyn Fn(&str) -> Value); 16] = [
+    let cases: [(&Key, &str, Input<'_>); 16] = [
         (&keys, "GetItem", &|id| get("tenants", id)),
         (&keys, "PutItem", &|id| put_with("secret_hash", id)),
         (&keys, "UpdateItem", &|id| set("epoch", id)),

@@ -1,13 +1,7 @@
 //! Keys: made, bound to addresses, replaced, revoked, and never shown twice (I8, and what a cached
 //! decision may hold).
 
-#![expect(
-    clippy::unwrap_used,
-    clippy::panic,
-    clippy::indexing_slicing,
-    clippy::print_stderr,
-    reason = "a test fails by panicking, and a measurement prints"
-)]
+#![expect(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
 use std::collections::BTreeSet;
 use std::path::Path;

@@ -443,7 +443,7 @@ async fn a_collection_made_anew_shows_nobody_anothers() {
     }
     let libraries = Arc::new(libraries);
     let first = &libraries[0];
-    let answers = while_rebuilding(&libraries, async {
+    let rebuild = Box::pin(async {
         for _ in 0..3 {
             make_anew(&stack, &first.tenant.id).await;
             for n in 0..first.pages.len() {
@@ -451,8 +451,8 @@ async fn a_collection_made_anew_shows_nobody_anothers() {
             }
             first.fill().await;
         }
-    })
-    .await;
+    });
+    let answers = while_rebuilding(&libraries, rebuild).await;
     eprintln!("{answers} answers while the collection was made anew");
     // It recovers, whole.
     for (page, (_, secret)) in first.pages.iter().enumerate() {
@@ -521,7 +521,7 @@ async fn the_incident_happens_to_a_shared_index_and_not_here() {
     }
     let libraries = Arc::new(libraries);
     let rebuilt = &libraries[0];
-    let answers = while_rebuilding(&libraries, async {
+    let rebuild = Box::pin(async {
         for _ in 0..4 {
             for n in [1, 0] {
                 rebuilt.tenant.delete(&format!("/v1/documents/page-{n}")).await;
@@ -529,8 +529,8 @@ async fn the_incident_happens_to_a_shared_index_and_not_here() {
             make_anew(&stack, "globex").await;
             rebuilt.fill().await;
         }
-    })
-    .await;
+    });
+    let answers = while_rebuilding(&libraries, rebuild).await;
     eprintln!("{answers} answers while the index was rebuilt, none of them another's");
     logs_and_audit_are_clean(&stack, &libraries).await;
     stack.stop().await;

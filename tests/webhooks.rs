@@ -2,6 +2,7 @@
 //! does or the function dies of.
 
 #![expect(clippy::indexing_slicing, clippy::expect_used, reason = "a test fails by panicking")]
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;

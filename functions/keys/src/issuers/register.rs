@@ -200,7 +200,9 @@ mod tests {
 
     fn ed(kid: Option<&str>) -> Value {
         let mut key = json!({"kty": "OKP", "crv": "Ed25519", "x": "A".repeat(43)});
-        kid.map(|kid| key["kid"] = kid.into());
+        if let Some(kid) = kid {
+            key["kid"] = kid.into();
+        }
         key
     }
 
