@@ -367,6 +367,10 @@ fn shapes(route: &str, attacker: &Target, victim: &Target) -> Vec<(String, Value
             all.extend(with(&path, vec![json!({"status": "suspended"}), json!({"tier": "free"})]));
             all
         }
+        "DELETE /admin/tenants/{id}" => at("/admin/tenants", &[&victim.tenant.id]),
+        "GET /admin/deprovisionings/{id}" => {
+            at("/admin/deprovisionings", &[&format!("dep_{}_{}", victim.tenant.id, "0".repeat(22))])
+        }
         other => panic!("the suite does not attack {other}"),
     }
 }

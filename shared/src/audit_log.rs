@@ -17,8 +17,9 @@ use flate2::write::GzEncoder;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::clock::Timestamp;
+use crate::clock::{Timestamp, rfc3339};
 use crate::credential::CredentialId;
+use crate::deprovisioning::Receipt;
 use crate::error::Code;
 use crate::ids::{DocumentId, UserId};
 use crate::ledger::{Action, Outcome, Record};
@@ -170,6 +171,8 @@ pub struct WireRecord {
     pub changed: Vec<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub latency_ms: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub receipt: Option<Receipt>,
 }
 
 impl WireRecord {
@@ -210,6 +213,7 @@ impl WireRecord {
             keys: record.keys,
             changed: record.changed,
             latency_ms: record.latency_ms,
+            receipt: record.receipt,
         }
     }
 }
@@ -252,6 +256,7 @@ impl From<WireRecord> for Record {
             keys: wire.keys,
             changed: wire.changed,
             latency_ms: wire.latency_ms,
+            receipt: wire.receipt,
         }
     }
 }
@@ -358,21 +363,6 @@ pub fn read(bytes: &[u8]) -> Result<(Vec<Line>, Head), Unreadable> {
     let last = lines.last().ok_or(Unreadable::Empty)?;
     let head = Head { objects: last.object, lines: last.position, last: ObjectHash::of(bytes) };
     Ok((lines, head))
-}
-
-mod rfc3339 {
-    use serde::de::Error;
-    use serde::{Deserialize, Deserializer, Serializer};
-
-    use super::Timestamp;
-
-    pub(super) fn serialize<S: Serializer>(at: &Timestamp, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(at)
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Timestamp, D::Error> {
-        Timestamp::parse(&String::deserialize(deserializer)?).map_err(D::Error::custom)
-    }
 }
 
 mod as_text {

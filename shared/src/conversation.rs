@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::clock::Timestamp;
 use crate::ids::{ConversationId, DocumentId, MessageId, UserId};
+use crate::limits::Limits;
 use crate::pricing::Usage;
 use crate::tenant::TenantId;
 use crate::units::{NanoUsd, Tokens};
@@ -58,7 +59,15 @@ pub struct Turn {
     /// The injection patterns that were found, by name.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub injection: Vec<String>,
-    /// When it is gone: seconds since the epoch, for DynamoDB's TTL (the template names the attribute). Readers look at it too, because
-    /// TTL deletes days late.
+    /// When it is gone: seconds since the epoch, for DynamoDB's TTL (the template names the attribute).
+    /// Readers look at it too, because TTL deletes days late; and at the limit as it is now.
     pub expires_at_s: i64,
+}
+
+impl Turn {
+    /// Whether it may still be shown: within the retention of the day it was written, and within that of
+    /// today.
+    pub fn is_kept(&self, limits: &Limits, now: Timestamp) -> bool {
+        self.expires_at_s > now.as_seconds() && self.asked_at > limits.retained_since(now)
+    }
 }

@@ -6,6 +6,7 @@ use sha2::{Digest, Sha256};
 
 use crate::clock::Timestamp;
 use crate::ids::DocumentId;
+use crate::limits::Limits;
 use crate::tenant::TenantId;
 
 /// Where a document stands.
@@ -76,6 +77,13 @@ pub struct Document {
     pub created_at: Timestamp,
     /// When its content last changed.
     pub updated_at: Timestamp,
+}
+
+impl Document {
+    /// Whether it may still be shown.
+    pub fn is_kept(&self, limits: &Limits, now: Timestamp) -> bool {
+        self.updated_at > limits.retained_since(now)
+    }
 }
 
 /// The id of a document whose sender chose none: the same document sent again is the same document.

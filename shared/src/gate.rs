@@ -226,7 +226,11 @@ enum Denied {
 
 impl From<StoreError> for Denied {
     fn from(error: StoreError) -> Self {
-        Self::Failed(error.into())
+        match error {
+            // A tenant that is deleted has no meter, nor keys: which of the two it is, its record tells.
+            StoreError::Missing { .. } => Self::Refused(Refusal::Stale),
+            error => Self::Failed(error.into()),
+        }
     }
 }
 
@@ -579,7 +583,14 @@ impl Gate {
     /// # Errors
     /// The refusal that the caller is to see.
     pub async fn recheck(&self, scope: &mut TenantScope) -> Result<(), ApiError> {
-        let state = self.books.meters.read(scope).await?;
+        let state = match self.books.meters.read(scope).await {
+            Ok(state) => state,
+            Err(error @ StoreError::Missing { .. }) => {
+                self.renew(scope).await?;
+                return Err(error.into());
+            }
+            Err(error) => return Err(error.into()),
+        };
         self.remember(scope, &state);
         if state.status != TenantStatus::Active {
             return Err(ScopeError::Suspended.into());

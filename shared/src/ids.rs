@@ -14,6 +14,12 @@ use crate::random;
 #[error("{0}")]
 pub struct InvalidId(&'static str);
 
+impl InvalidId {
+    pub(crate) const fn new(wanted: &'static str) -> Self {
+        Self(wanted)
+    }
+}
+
 /// Declares an identifier: a private string whose only door is its parser.
 macro_rules! identifier {
     ($(#[$doc:meta])* $name:ident, $wanted:literal, $well_formed:expr) => {

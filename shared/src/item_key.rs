@@ -6,6 +6,7 @@
 
 use crate::api_key::KeyId;
 use crate::clock::Timestamp;
+use crate::deprovisioning::DeprovisioningId;
 use crate::ids::{ConversationId, DocumentId, IssuerId, MessageId};
 use crate::issuer::Provenance;
 use crate::meter::{BillingMonth, Ticket};
@@ -60,9 +61,30 @@ pub fn claim_note(provenance: Provenance<'_>) -> String {
 /// Table `tenants`: how many keys were ever made.
 pub const KEYS: &str = "KEYS";
 
+/// Table `tenants`: the attribute of an issuer's claim that names its tenant.
+pub const CLAIM_HOLDER: &str = "holder";
+
+/// Table `tenants`: what the partition of every issuer's claim starts with.
+pub const ISSUER_CLAIMS: &str = "issuer#";
+
+/// Table `tenants`: what every deprovisioning starts with.
+pub const DEPROVISIONINGS: &str = "DEPROVISIONING#";
+
+/// Table `tenants`: one deprovisioning.
+pub fn deprovisioning(id: &DeprovisioningId) -> String {
+    format!("{DEPROVISIONINGS}{}", id.tail())
+}
+
+/// Table `tenants`: the partition of the deprovisionings that are not over, each under its tenant's id. In
+/// no tenant's partition: a tenant's id holds no upper-case letter.
+pub const OPEN_DEPROVISIONINGS: &str = "DEPROVISIONING";
+
+/// Table `conversations`: what every turn starts with.
+pub const TURNS: &str = "CONV#";
+
 /// Table `conversations`: what every turn of a conversation starts with.
 pub fn turns(conversation: &ConversationId) -> String {
-    format!("CONV#{conversation}#")
+    format!("{TURNS}{conversation}#")
 }
 
 /// Table `conversations`: one turn. Turns of a conversation sort by the time they were asked; the
@@ -95,6 +117,9 @@ pub const EVENTS: &str = "EVENT#";
 pub fn event(time: Timestamp, tail: &str) -> String {
     format!("{EVENTS}{:015}#{tail}", time.as_millis())
 }
+
+/// Table `usage`: what every line of every month starts with.
+pub const USAGE: &str = "USAGE#";
 
 /// Table `usage`: what every line of a month starts with.
 pub fn usage_month(month: BillingMonth) -> String {

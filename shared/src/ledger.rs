@@ -8,11 +8,12 @@ use serde::{Deserialize, Serialize};
 use crate::api_key::KeyId;
 use crate::clock::Timestamp;
 use crate::credential::CredentialId;
+use crate::deprovisioning::{Receipt, Saga};
 use crate::error::Code;
 use crate::ids::{DocumentId, UserId};
 use crate::meter::{BillingMonth, Charged, Day, Lease, Limit, Ticket, Work};
 use crate::pricing::{self, Usage};
-use crate::scope::{Operator, RequestId, TenantScope};
+use crate::scope::{Expired, Operator, RequestId, Subject, TenantScope};
 use crate::tenant::TenantId;
 use crate::units::{NanoUsd, Tokens};
 
@@ -73,6 +74,13 @@ pub enum Action {
     TenantProvisioned,
     /// An operator read the tenant's record.
     TenantRead,
+    /// An operator asked for the tenant to be deleted. Nothing of it is admitted from here on.
+    TenantDeprovisioned,
+    /// All that the tenant had is deleted; the record holds the receipt.
+    #[serde(rename = "TENANT_DELETED")]
+    TenantDeleted,
+    /// Documents past their retention were deleted.
+    DocumentExpired,
     /// An operator changed the tenant's record.
     TenantChanged,
     /// An operator switched the tenant off, and perhaps changed more of its record.
@@ -243,6 +251,9 @@ pub struct Record {
     /// How long it took, in milliseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub latency_ms: Option<u64>,
+    /// What was deleted with the tenant, and what is kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub receipt: Option<Receipt>,
 }
 
 const fn one() -> u64 {
@@ -327,6 +338,7 @@ impl Record {
             keys: Vec::new(),
             changed: Vec::new(),
             latency_ms: None,
+            receipt: None,
         }
     }
 
@@ -436,6 +448,27 @@ impl Record {
             key_id: key_id.map(CredentialId::from),
             ..Self::blank(tenant_id, action, now, operator.request_id().clone())
         }
+    }
+
+    /// The last record of a tenant that is deleted, with its receipt. The same saga makes the same record.
+    pub fn deleted(saga: &Saga, receipt: Receipt) -> Self {
+        let time = receipt.verified_at;
+        Self {
+            operator: Some(saga.operator.clone()),
+            receipt: Some(receipt),
+            ..Self::blank(saga.tenant_id.clone(), Action::TenantDeleted, time, saga.request_id.clone())
+        }
+    }
+
+    /// The record of documents that were deleted because they are past their retention.
+    pub fn expired(
+        expired: &Expired,
+        documents: Vec<DocumentId>,
+        request_id: RequestId,
+        now: Timestamp,
+    ) -> Self {
+        let tenant_id = expired.tenant_id().clone();
+        Self { documents, ..Self::blank(tenant_id, Action::DocumentExpired, now, request_id) }
     }
 
     /// The same record, of something that was done to `keys`.

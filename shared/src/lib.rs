@@ -17,6 +17,7 @@ pub mod chunk;
 pub mod clock;
 pub mod conversation;
 pub mod credential;
+pub mod deprovisioning;
 pub mod document;
 pub mod env;
 pub mod error;

@@ -9,6 +9,7 @@ use serde::de::value::MapAccessDeserializer;
 use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use crate::clock::Timestamp;
 use crate::pricing;
 use crate::tenant::Tier;
 
@@ -31,7 +32,7 @@ pub struct Limits {
     pub allowed_models: Vec<String>,
     /// The model that answers where none is asked for.
     pub default_model: String,
-    /// Days that conversations are kept.
+    /// Days that conversations and documents are kept.
     pub data_retention_days: u32,
     /// Documents at the same time.
     pub max_documents: u64,
@@ -192,6 +193,12 @@ impl Limits {
     pub fn of_tier(tier: Tier) -> Self {
         #[expect(clippy::expect_used, reason = "a file of this crate, checked by a test")]
         TIERS.get(&tier).cloned().expect("tiers.json has every tier")
+    }
+
+    /// What was written then, or before, is past its retention: nobody is shown it any more, whatever the
+    /// limit was when it was written.
+    pub fn retained_since(&self, now: Timestamp) -> Timestamp {
+        now.plus_millis(-i64::from(self.data_retention_days) * 86_400_000)
     }
 
     /// These limits with `changes` made.

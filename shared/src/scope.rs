@@ -267,7 +267,9 @@ impl Decision {
         match self.status {
             TenantStatus::Active => {}
             TenantStatus::Suspended => return Err(ScopeError::Suspended),
-            TenantStatus::Provisioning => return Err(ScopeError::Unauthorized),
+            TenantStatus::Provisioning | TenantStatus::Deprovisioning => {
+                return Err(ScopeError::Unauthorized);
+            }
         }
         if !self.grants.permissions.contains(&permission) {
             return Err(ScopeError::Lacks(permission));
@@ -540,6 +542,8 @@ mod sealed {
     pub trait Sealed {}
     impl Sealed for super::TenantScope {}
     impl Sealed for super::Ward {}
+    impl Sealed for super::Erasure {}
+    impl Sealed for super::Expired {}
 }
 
 impl Subject for TenantScope {
@@ -569,6 +573,55 @@ impl Subject for Ward {
     }
 }
 
+/// A tenant that is being deprovisioned, for whoever holds its deprovisioning: the right to delete all that
+/// it has. [`crate::aws::deprovisionings`] gives it, and nobody else can be made one.
+#[derive(Debug)]
+pub struct Erasure(Ward);
+
+impl Erasure {
+    /// Of the tenant whose deprovisioning is held.
+    #[cfg(feature = "dynamodb")]
+    pub(crate) fn of(saga: &crate::deprovisioning::Saga) -> Self {
+        Self(Ward(saga.tenant_id.clone()))
+    }
+
+    /// The tenant's books.
+    pub const fn ward(&self) -> &Ward {
+        &self.0
+    }
+}
+
+impl Subject for Erasure {
+    fn tenant_id(&self) -> &TenantId {
+        &self.0.0
+    }
+}
+
+/// What of a tenant is past its retention: the right to delete what is as old as that, and nothing later.
+#[derive(Debug)]
+pub struct Expired {
+    ward: Ward,
+    until: Timestamp,
+}
+
+impl Expired {
+    /// The last instant that is past the retention.
+    pub const fn until(&self) -> Timestamp {
+        self.until
+    }
+
+    /// The tenant's books.
+    pub const fn ward(&self) -> &Ward {
+        &self.ward
+    }
+}
+
+impl Subject for Expired {
+    fn tenant_id(&self) -> &TenantId {
+        &self.ward.0
+    }
+}
+
 /// A function that no caller reaches, driven by a stream or a schedule: it keeps every tenant's books.
 /// Its role in `template.yaml` bounds what it can do with that.
 #[derive(Debug)]
@@ -583,6 +636,11 @@ impl Bookkeeper {
     /// The books of one tenant.
     pub const fn of(&self, tenant_id: TenantId) -> Ward {
         Ward(tenant_id)
+    }
+
+    /// What is past the retention that the tenant's record says now.
+    pub fn expired(&self, tenant: &Tenant, now: Timestamp) -> Expired {
+        Expired { ward: Ward::of(tenant), until: tenant.limits.retained_since(now) }
     }
 }
 

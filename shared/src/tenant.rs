@@ -106,6 +106,8 @@ pub enum TenantStatus {
     Active,
     /// Switched off by the operator.
     Suspended,
+    /// Being deleted; not usable any more, and never again.
+    Deprovisioning,
 }
 
 /// What to do with text that tries to give the model orders.

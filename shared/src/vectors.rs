@@ -14,7 +14,7 @@ use qdrant_client::qdrant::{
     Condition, CountPointsBuilder, CreateCollectionBuilder, CreateFieldIndexCollectionBuilder,
     DeleteCollection, DeletePointsBuilder, Distance, Document as InferredText, FieldType, Filter,
     ListCollectionsRequest, Modifier, NamedVectors, OptimizersConfigDiffBuilder, PointId, PointStruct,
-    PointsIdsList, PrefetchQueryBuilder, Query, QueryPointsBuilder, RrfBuilder, ScoredPoint,
+    PointsIdsList, PrefetchQueryBuilder, Query, QueryPointsBuilder, Range, RrfBuilder, ScoredPoint,
     ScrollPointsBuilder, SparseVectorParamsBuilder, SparseVectorsConfigBuilder, UpsertPointsBuilder, Value,
     Vector, VectorInput, VectorParamsBuilder, VectorsConfigBuilder, WalConfigDiffBuilder,
 };
@@ -24,12 +24,13 @@ use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, ClientTlsConfig, Endpoint};
 use tonic::{Code, Request, Status};
 
+use crate::clock::Timestamp;
 use crate::error::{ApiError, Code as ErrorCode};
 use crate::ids::DocumentId;
 use crate::placement::{Offer, Terms};
 use crate::random;
 use crate::retry::Backoff;
-use crate::scope::{Operator, TenantScope, VectorToken};
+use crate::scope::{Erasure, Expired, Operator, Subject, TenantScope, VectorToken};
 use crate::secret::Secret;
 use crate::tenant::{EmbeddingModel, TenantId};
 
@@ -43,6 +44,8 @@ const BM25: &str = "qdrant/bm25";
 const RRF_K: u32 = 60;
 /// Candidates of each method before fusion.
 const CANDIDATES: u64 = 40;
+/// When a passage's document was stored, in milliseconds: where its retention begins.
+const STORED_AT: &str = "stored_at_ms";
 /// Points in one write.
 const WRITE_BATCH: usize = 256;
 
@@ -457,16 +460,108 @@ impl Cells {
             Err(status) if already_exists(&status) => {}
             Err(status) => return Err(status.into()),
         }
-        let index = qdrant_client::qdrant::CreateFieldIndexCollection::from(
-            CreateFieldIndexCollectionBuilder::new(tenant.collection(), "document_id", FieldType::Keyword)
+        for (field, kind) in [("document_id", FieldType::Keyword), (STORED_AT, FieldType::Integer)] {
+            let index = qdrant_client::qdrant::CreateFieldIndexCollection::from(
+                CreateFieldIndexCollectionBuilder::new(tenant.collection(), field, kind).wait(true),
+            );
+            retried(|| {
+                let (mut client, index) = (points.clone(), index.clone());
+                async move { client.create_field_index(index).await }
+            })
+            .await?;
+        }
+        Ok(())
+    }
+
+    /// How many passages a tenant's collection holds; none if there is no such collection.
+    ///
+    /// # Errors
+    /// If the store does.
+    pub async fn count(
+        &self,
+        erasure: &Erasure,
+        root_key: &Secret,
+        cell: &str,
+    ) -> Result<Option<u64>, VectorError> {
+        let bearer = Bearer::new(root_key.expose())?;
+        let points = PointsClient::with_interceptor(self.channel(cell)?, bearer);
+        let request = qdrant_client::qdrant::CountPoints::from(
+            CountPointsBuilder::new(erasure.tenant_id().collection()).exact(true),
+        );
+        let counted = retried(|| {
+            let (mut points, request) = (points.clone(), request.clone());
+            async move { points.count(request).await }
+        })
+        .await;
+        match counted {
+            Ok(answer) => {
+                let count = answer.into_inner().result.ok_or(VectorError::Malformed("a count"))?;
+                Ok(Some(count.count))
+            }
+            Err(status) if status.code() == Code::NotFound => Ok(None),
+            Err(status) => Err(status.into()),
+        }
+    }
+
+    /// Drops a tenant's collection. What is written to it afterwards is refused: nothing makes it anew but
+    /// provisioning.
+    ///
+    /// # Errors
+    /// If the store does.
+    pub async fn drop_collection(
+        &self,
+        erasure: &Erasure,
+        root_key: &Secret,
+        cell: &str,
+    ) -> Result<(), VectorError> {
+        let bearer = Bearer::new(root_key.expose())?;
+        let collections = CollectionsClient::with_interceptor(self.channel(cell)?, bearer);
+        let request = DeleteCollection {
+            collection_name: erasure.tenant_id().collection(),
+            ..DeleteCollection::default()
+        };
+        let dropped = retried(|| {
+            let (mut client, request) = (collections.clone(), request.clone());
+            async move { client.delete(request).await }
+        })
+        .await;
+        match dropped {
+            // Where it was not there, the store says that it deleted nothing.
+            Ok(_) => Ok(()),
+            Err(status) if status.code() == Code::NotFound => Ok(()),
+            Err(status) => Err(status.into()),
+        }
+    }
+
+    /// Deletes a tenant's passages that are past its retention. Answered once they are found no more.
+    ///
+    /// # Errors
+    /// If the store does.
+    pub async fn delete_expired(
+        &self,
+        expired: &Expired,
+        root_key: &Secret,
+        cell: &str,
+    ) -> Result<(), VectorError> {
+        let bearer = Bearer::new(root_key.expose())?;
+        let points = PointsClient::with_interceptor(self.channel(cell)?, bearer);
+        let past = Range { lte: Some(millis(expired.until())), ..Range::default() };
+        let request = qdrant_client::qdrant::DeletePoints::from(
+            DeletePointsBuilder::new(expired.tenant_id().collection())
+                .points(Filter::must([stored(past)]))
                 .wait(true),
         );
-        retried(|| {
-            let (mut client, index) = (points.clone(), index.clone());
-            async move { client.create_field_index(index).await }
+        let deleted = retried(|| {
+            let (mut points, request) = (points.clone(), request.clone());
+            async move { points.delete(request).await }
         })
-        .await?;
-        Ok(())
+        .await;
+        match deleted {
+            Ok(_) => Ok(()),
+            // Such as that of a tenant that is being deleted.
+            Err(status) if status.code() == Code::NotFound => Ok(()),
+            Err(status) => Err(status.into()),
+        }
     }
 }
 
@@ -477,11 +572,20 @@ fn already_exists(status: &Status) -> bool {
 }
 
 impl Collection<'_> {
-    /// The passages that match `text` and its vector best, at most `top_k`, best first.
+    /// The passages that match `text` and its vector best, at most `top_k`, best first; none that is past
+    /// the tenant's retention, as it is now.
     ///
     /// # Errors
     /// If the store fails.
-    pub async fn search(&self, text: &str, vector: Vec<f32>, top_k: u32) -> Result<Vec<Hit>, VectorError> {
+    pub async fn search(
+        &self,
+        text: &str,
+        vector: Vec<f32>,
+        top_k: u32,
+        now: Timestamp,
+    ) -> Result<Vec<Hit>, VectorError> {
+        let past = self.scope.limits().retained_since(now);
+        let kept = Filter::must([stored(Range { gt: Some(millis(past)), ..Range::default() })]);
         let words = InferredText { text: text.to_owned(), model: BM25.to_owned(), ..Default::default() };
         let candidates = CANDIDATES.max(u64::from(top_k));
         let request = qdrant_client::qdrant::QueryPoints::from(
@@ -490,12 +594,14 @@ impl Collection<'_> {
                     PrefetchQueryBuilder::default()
                         .query(Query::new_nearest(VectorInput::from(vector)))
                         .using(DENSE)
+                        .filter(kept.clone())
                         .limit(candidates),
                 )
                 .add_prefetch(
                     PrefetchQueryBuilder::default()
                         .query(Query::new_nearest(VectorInput::from(words)))
                         .using(SPARSE)
+                        .filter(kept)
                         .limit(candidates),
                 )
                 .query(Query::new_rrf(RrfBuilder::with_k(RRF_K)))
@@ -511,18 +617,23 @@ impl Collection<'_> {
             .into_inner()
             .result
             .into_iter()
-            .filter_map(|point| self.second_look(point).transpose())
+            .filter_map(|point| self.second_look(point, past).transpose())
             .collect()
     }
 
-    /// A hit, if it is the tenant's own; otherwise it is dropped and the alarm raised.
-    fn second_look(&self, point: ScoredPoint) -> Result<Option<Hit>, VectorError> {
+    /// A hit, if it is the tenant's own; otherwise it is dropped and the alarm raised. One from before
+    /// `past` is dropped too.
+    fn second_look(&self, point: ScoredPoint, past: Timestamp) -> Result<Option<Hit>, VectorError> {
         let text = |name: &'static str| {
             point.payload.get(name).and_then(Value::as_str).cloned().ok_or(VectorError::Malformed(name))
         };
         // One that names no tenant is nobody's.
         let tenant = point.payload.get("tenant_id").and_then(Value::as_str);
         if self.scope.owns(tenant.map_or("", String::as_str), "the vector store").is_err() {
+            return Ok(None);
+        }
+        let stored_at = point.payload.get(STORED_AT).and_then(Value::as_integer);
+        if stored_at.ok_or(VectorError::Malformed(STORED_AT))? <= past.as_millis() {
             return Ok(None);
         }
         Ok(Some(Hit {
@@ -571,13 +682,18 @@ impl Collection<'_> {
         }
     }
 
-    /// Stores passages of a document; one whose id is there already is replaced. Answered once they
-    /// are found.
+    /// Stores passages of a document; one whose id is there already is replaced. Their retention begins
+    /// `at`. Answered once they are found.
     ///
     /// # Errors
     /// If the store fails. Some may be stored then; storing them again mends it.
-    pub async fn upsert(&self, document: &DocumentId, passages: Vec<NewPoint>) -> Result<(), VectorError> {
-        let mut points = passages.into_iter().map(|passage| self.point(document, passage)).peekable();
+    pub async fn upsert(
+        &self,
+        document: &DocumentId,
+        at: Timestamp,
+        passages: Vec<NewPoint>,
+    ) -> Result<(), VectorError> {
+        let mut points = passages.into_iter().map(|passage| self.point(document, at, passage)).peekable();
         while points.peek().is_some() {
             let batch: Vec<PointStruct> = points.by_ref().take(WRITE_BATCH).collect();
             let request = qdrant_client::qdrant::UpsertPoints::from(
@@ -592,7 +708,7 @@ impl Collection<'_> {
         Ok(())
     }
 
-    fn point(&self, document: &DocumentId, passage: NewPoint) -> PointStruct {
+    fn point(&self, document: &DocumentId, at: Timestamp, passage: NewPoint) -> PointStruct {
         let words = InferredText { text: passage.searchable, model: BM25.to_owned(), ..Default::default() };
         let vectors =
             NamedVectors::default().add_vector(DENSE, passage.vector).add_vector(SPARSE, Vector::from(words));
@@ -604,6 +720,7 @@ impl Collection<'_> {
             ("source", Value::from(passage.source)),
             ("text", Value::from(passage.text)),
             ("chunk_id", Value::from(passage.chunk_id.as_str())),
+            (STORED_AT, Value::from(at.as_millis())),
         ]
         .map(|(name, value)| (name.to_owned(), value))
         .into();
@@ -639,6 +756,16 @@ impl Collection<'_> {
         .await?;
         Ok(())
     }
+}
+
+/// The condition that a passage was stored within a range of milliseconds.
+fn stored(range: Range) -> Condition {
+    Condition::range(STORED_AT, range)
+}
+
+/// An instant as the store compares it: exact for hundreds of thousands of years.
+const fn millis(at: Timestamp) -> f64 {
+    at.as_millis() as f64
 }
 
 fn of_document(document: &DocumentId) -> Filter {

@@ -245,7 +245,7 @@ async fn prepare(
         }
     };
     let history = history?;
-    let hits = collection.search(&text, vector, question.top_k).await?;
+    let hits = collection.search(&text, vector, question.top_k, now).await?;
     let passages = hits
         .into_iter()
         .map(|hit| Passage {

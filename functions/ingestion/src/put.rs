@@ -271,8 +271,9 @@ fn validate(value: Value) -> Result<Valid, ApiError> {
 async fn store(context: &Context, metered: &Metered<'_>, valid: Valid) -> Result<Document, ApiError> {
     let scope = metered.scope();
     let sha256 = hex::encode(digest(&valid));
-    let known = context.documents.get(scope, &valid.id).await?;
+    let known = context.documents.stored(scope, &valid.id).await?;
     if let Some(known) = &known
+        && known.is_kept(scope.limits(), context.clock.now())
         && known.sha256 == sha256
         && known.status == DocumentStatus::Ready
     {
@@ -327,7 +328,7 @@ async fn store(context: &Context, metered: &Metered<'_>, valid: Valid) -> Result
 /// Somebody else changed the document while its passages were stored. If it was deleted, they must
 /// not stay behind: what has been deleted is found by nobody.
 async fn overtaken(context: &Context, scope: &TenantScope, id: &DocumentId) -> Result<(), ApiError> {
-    if context.documents.get(scope, id).await?.is_none() {
+    if context.documents.stored(scope, id).await?.is_none() {
         context.cells.write(scope, context.embeddings.model())?.delete_document(id).await?;
     }
     Ok(())
@@ -370,7 +371,7 @@ async fn index(
             vector,
         })
         .collect();
-    collection.upsert(&document.id, points).await?;
+    collection.upsert(&document.id, document.updated_at, points).await?;
     collection.delete_chunks(&stale).await?;
     tracing::info!(
         document.id = %document.id,

@@ -63,7 +63,8 @@ pub(crate) async fn list(
     let limit = web::page_size(&request)?;
     let after: Option<String> = web::query(&request, "cursor")?;
     context.gate.admit_read(scope).await?;
-    let (documents, cursor) = context.documents.list(scope, limit, after.as_deref()).await?;
+    let (documents, cursor) =
+        context.documents.list(scope, limit, after.as_deref(), context.clock.now()).await?;
     let ids = documents.iter().map(|document| document.id.clone()).collect();
     context.gate.note(scope, Action::DocumentsListed, ids).await?;
     let documents = documents.into_iter().map(View::from).collect();
@@ -77,7 +78,8 @@ pub(crate) async fn one(
 ) -> Result<Response<Body>, ApiError> {
     let id: DocumentId = web::path_id(&request, "id")?;
     context.gate.admit_read(scope).await?;
-    let document = context.documents.get(scope, &id).await?.ok_or_else(ApiError::not_found)?;
+    let document =
+        context.documents.get(scope, &id, context.clock.now()).await?.ok_or_else(ApiError::not_found)?;
     context.gate.note(scope, Action::DocumentRead, vec![id]).await?;
     Ok(web::reply(StatusCode::OK, &View::from(document)))
 }

@@ -93,7 +93,7 @@ async fn find(
     let texts = [query];
     let vector = metered.embed(&texts).await?.into_iter().next().unwrap_or_default();
     let [query] = texts;
-    let hits = collection.search(&query, vector, top_k).await?;
+    let hits = collection.search(&query, vector, top_k, context.clock.now()).await?;
     let shown = Shown {
         documents: hits.iter().map(|hit| hit.document_id.clone()).collect(),
         chunks: hits.iter().map(|hit| hit.chunk_id.clone()).collect(),

@@ -22,7 +22,7 @@ use shared::web;
 use tokio::time::timeout_at;
 
 use crate::attempt::{Attempt, check_cell};
-use crate::{Context, View, profile};
+use crate::{Context, View, being_deleted, profile};
 
 /// How often a change is made anew upon what others have changed meanwhile. Each round, one of them is done.
 const ROUNDS: u32 = 12;
@@ -71,6 +71,9 @@ pub(crate) async fn handle(context: &Context, request: Request) -> Result<Respon
     changes.check()?;
     check_cell(context, changes.cell.as_deref())?;
     let was = context.tenants.get(&operator, &id).await?.ok_or_else(ApiError::not_found)?;
+    if was.status == TenantStatus::Deprovisioning {
+        return Err(being_deleted(&id));
+    }
     let tenant = match &changes.cell {
         Some(cell) if *cell != was.cell => move_to(context, &operator, &id, &changes, cell).await?,
         _ => in_place(context, &operator, was, &changes).await?,

@@ -9,7 +9,9 @@ use http::{Response, StatusCode};
 use lambda_http::{Body, Request};
 use serde::{Deserialize, Serialize};
 use shared::api_key::{ApiKey, KeyId, KeyRecord, Permission};
+use shared::audit_log::tenant_prefix;
 use shared::aws::StoreError;
+use shared::deprovisioning::Tombstone;
 use shared::error::{ApiError, Code};
 use shared::ledger::{Action, Record};
 use shared::limits::LimitChanges;
@@ -39,6 +41,9 @@ struct NewTenant {
     model_account: ModelAccount,
     webhook_url: Option<String>,
     cell: Option<String>,
+    /// Says that the id of a deleted tenant is meant to be used again.
+    #[serde(default)]
+    reuse_deleted_id: bool,
 }
 
 #[derive(Serialize)]
@@ -53,10 +58,18 @@ struct Created {
 
 pub(crate) async fn handle(context: &Context, request: Request) -> Result<Response<Body>, ApiError> {
     let operator = web::operator(&request)?;
-    let (mut tenant, named) = validate(context, web::json(&request)?)?;
+    let body: NewTenant = web::json(&request)?;
+    let reuse = body.reuse_deleted_id;
+    let (mut tenant, named) = validate(context, body)?;
     check_cell(context, named.as_deref())?;
     if context.tenants.get(&operator, &tenant.tenant_id).await?.is_some() {
         return Err(exists(&tenant.tenant_id));
+    }
+    let former = context.tenants.tombstone(&operator, &tenant.tenant_id).await?;
+    if let Some(former) = &former {
+        check_reuse(context, &operator, former, reuse).await?;
+        // No decision about a key of the former tenant is as late, and no ticket is given twice.
+        tenant.epoch = former.last_epoch + 1;
     }
     profile::check_model_account(context, tenant.model_account, &tenant.tenant_id).await?;
 
@@ -64,7 +77,7 @@ pub(crate) async fn handle(context: &Context, request: Request) -> Result<Respon
     let key = ApiKey::issue(tenant.tier, tenant.tenant_id.clone(), &mut rng);
     let mut attempt = Attempt::begin(context, &operator, &tenant.tenant_id).await?;
     let until = attempt.works_until();
-    let work = make(context, &operator, &mut attempt, &mut tenant, named.as_deref(), &key);
+    let work = make(context, &operator, &mut attempt, &mut tenant, named.as_deref(), (&key, former.as_ref()));
     let made = timeout_at(until, work).await;
     attempt.conclude(made).await?;
     tracing::info!(tenant.id = %tenant.tenant_id, operator.arn = operator.arn(), "Tenant provisioned");
@@ -83,14 +96,14 @@ async fn make(
     attempt: &mut Attempt<'_>,
     tenant: &mut Tenant,
     named: Option<&str>,
-    key: &ApiKey,
+    (key, former): (&ApiKey, Option<&Tombstone>),
 ) -> Result<(), ApiError> {
     // Again, now that nobody else can make it.
     if context.tenants.get(operator, &tenant.tenant_id).await?.is_some() {
         return Err(exists(&tenant.tenant_id));
     }
     tenant.cell = attempt.house(named, &tenant.embedding).await?;
-    enter(context, operator, attempt, tenant, key).await
+    enter(context, operator, attempt, tenant, (key, former)).await
 }
 
 /// Enters the tenant: from here on it exists, or it does not and never will by this attempt.
@@ -99,14 +112,16 @@ async fn enter(
     operator: &Operator,
     attempt: &mut Attempt<'_>,
     tenant: &Tenant,
-    key: &ApiKey,
+    (key, former): (&ApiKey, Option<&Tombstone>),
 ) -> Result<(), ApiError> {
     let record = KeyRecord::new(key, Permission::ALL.into(), tenant.created_at, None);
-    let meter = Meter::new(tenant.status, tenant.epoch, tenant.created_at);
+    let mut meter = Meter::new(tenant.status, tenant.epoch, tenant.created_at);
+    meter.seq = former.map_or(0, |former| former.last_ticket.0);
     let (id, key_id, now) = (tenant.tenant_id.clone(), key.key_id().clone(), context.clock.now());
     let done = Record::operation(operator, id, Action::TenantProvisioned, Some(key_id), now);
     let (meter, done) = ((&context.meters, &meter), (&context.ledger, &done));
-    let entered = context.tenants.create(operator, &attempt.claim, tenant, &record, meter, done).await;
+    let entered =
+        context.tenants.create(operator, &attempt.claim, (tenant, former), &record, meter, done).await;
     let Err(error) = entered else { return Ok(()) };
     let mut rng = context.entropy;
     match context.tenants.withdraw(&mut attempt.claim, &mut rng).await {
@@ -119,6 +134,40 @@ async fn enter(
         },
         Err(error) => Err(error.into()),
     }
+}
+
+/// An id that was a tenant's is given again only to who says so, and only once nothing is kept under it that
+/// the new tenant could take for its own, or be charged for: records of the audit log, and bills.
+async fn check_reuse(
+    context: &Context,
+    operator: &Operator,
+    former: &Tombstone,
+    reuse: bool,
+) -> Result<(), ApiError> {
+    let Tombstone { tenant_id, deleted_at, deprovisioning_id, .. } = former;
+    if !reuse {
+        let message = format!(
+            "tenant `{tenant_id}` was deleted at {deleted_at} ({deprovisioning_id}); its id is used again only \
+             where `reuse_deleted_id` says so"
+        );
+        return Err(ApiError::new(Code::Conflict, message).with_param("tenant_id"));
+    }
+    let (ward, prefix) = (operator.ward(tenant_id.clone()), tenant_prefix(tenant_id));
+    let (objects, _) = context.audit_objects.page(&ward, &prefix, None).await.map_err(|error| {
+        tracing::error!("{error}");
+        ApiError::unavailable("the audit log")
+    })?;
+    let kept = !objects.is_empty()
+        || context.kept.any(operator, tenant_id).await?
+        || context.deprovisionings.open_of(operator, tenant_id).await?.is_some();
+    if kept {
+        let message = format!(
+            "records of the former tenant `{tenant_id}` are kept under this id; the receipt of \
+             {deprovisioning_id} says until when. Choose another id"
+        );
+        return Err(ApiError::new(Code::Conflict, message).with_param("reuse_deleted_id"));
+    }
+    Ok(())
 }
 
 fn exists(id: &TenantId) -> ApiError {

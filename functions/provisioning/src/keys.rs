@@ -7,10 +7,10 @@ use shared::aws::keys::{Added, Addition};
 use shared::error::{ApiError, Code};
 use shared::ledger::{Action, Record};
 use shared::new_key::{CreatedKey, NewKey};
-use shared::tenant::TenantId;
+use shared::tenant::{TenantId, TenantStatus};
 use shared::web;
 
-use crate::Context;
+use crate::{Context, being_deleted};
 
 /// How often a key is made again on a tenant's record that has moved on meanwhile.
 const ROUNDS: u32 = 4;
@@ -21,6 +21,9 @@ pub(crate) async fn handle(context: &Context, request: Request) -> Result<Respon
     let body: NewKey = web::json(&request)?;
     for _ in 0..ROUNDS {
         let tenant = context.tenants.get(&operator, &id).await?.ok_or_else(ApiError::not_found)?;
+        if tenant.status == TenantStatus::Deprovisioning {
+            return Err(being_deleted(&id));
+        }
         let now = context.clock.now();
         let (name, grants) = body.clone().granted(&Grants::all(), now)?;
         let mut rng = context.entropy;

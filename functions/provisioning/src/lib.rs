@@ -11,6 +11,9 @@ mod webhook_secret;
 use http::{Method, Response};
 use lambda_http::{Body, Error, Request};
 use serde::Serialize;
+use shared::aws::audit_objects::AuditObjects;
+use shared::aws::deprovisionings::Deprovisionings;
+use shared::aws::erasure::KeptRecords;
 use shared::aws::keys::KeyStore;
 use shared::aws::ledger::Ledger;
 use shared::aws::meters::MeterStore;
@@ -18,7 +21,7 @@ use shared::aws::secrets::{TenantKeys, WebhookRoot};
 use shared::aws::tenants::TenantStore;
 use shared::aws::{self, secrets};
 use shared::clock::Clock;
-use shared::error::ApiError;
+use shared::error::{ApiError, Code};
 use shared::limits::{LimitChanges, Limits};
 use shared::random::{Entropy, entropy};
 use shared::secret::Secret;
@@ -30,6 +33,9 @@ use shared::{env, web};
 pub struct Context {
     tenants: TenantStore,
     keys: KeyStore,
+    deprovisionings: Deprovisionings,
+    kept: KeptRecords,
+    audit_objects: AuditObjects,
     meters: MeterStore,
     ledger: Ledger,
     cells: Cells,
@@ -52,6 +58,9 @@ impl Context {
         Ok(Self {
             tenants: TenantStore::new(&access, env::text("TENANTS_TABLE")?),
             keys: KeyStore::new(&access, env::text("TENANTS_TABLE")?),
+            deprovisionings: Deprovisionings::new(&access, env::text("TENANTS_TABLE")?),
+            kept: KeptRecords::new(&access, env::text("AUDIT_TABLE")?, env::text("USAGE_TABLE")?),
+            audit_objects: AuditObjects::new(&access, env::text("AUDIT_BUCKET")?),
             meters: MeterStore::new(&access, env::text("METERS_TABLE")?),
             ledger: Ledger::new(&access, env::text("AUDIT_TABLE")?),
             cells: env::parsed("QDRANT_CELLS")?,
@@ -82,6 +91,11 @@ pub async fn handle(context: &Context, request: Request) -> Response<Body> {
         _ => Err(ApiError::not_found()),
     })
     .await
+}
+
+/// The refusal to change a tenant that is being deleted.
+fn being_deleted(id: &TenantId) -> ApiError {
+    ApiError::new(Code::Conflict, format!("tenant `{id}` is being deleted; nothing of it changes any more"))
 }
 
 /// A tenant as operators see it.

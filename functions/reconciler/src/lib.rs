@@ -99,6 +99,8 @@ pub struct Difference {
 enum Done {
     Collected(usize),
     Verified(Verdict),
+    /// It was deleted since the list was made.
+    Gone,
     Unread,
     Unchecked,
 }
@@ -132,6 +134,7 @@ pub async fn handle(context: &Context, job: Job, deadline: Timestamp) -> Result<
                 Done::Verified(Verdict::Differ(what)) => {
                     report.differences.push(Difference { tenant_id, what });
                 }
+                Done::Gone => report.tenants -= 1,
                 Done::Unread => report.unread += 1,
                 Done::Unchecked => report.unchecked += 1,
             }
@@ -184,6 +187,7 @@ async fn look_after(
             }
             done
         }
+        Err(StoreError::Missing { .. }) if is_gone(context, &ward).await => Done::Gone,
         // A minute later it is tried again.
         Err(error) if job == Job::Collect && error.passes() => {
             tracing::warn!(tenant.id = %tenant_id, "Leases are left for the next time: {error}");
@@ -199,6 +203,11 @@ async fn look_after(
             Done::Unread
         }
     }
+}
+
+/// Whether the meter that was listed is not there any more: its tenant was deleted.
+async fn is_gone(context: &Context, ward: &impl Subject) -> bool {
+    matches!(context.books.meters().read(ward).await, Err(StoreError::Missing { .. }))
 }
 
 /// Looks at one tenant's books, and again if the tenant was at work and looking is cheap.

@@ -6,18 +6,19 @@ use http::{Method, Response, StatusCode, header};
 use lambda_http::{Body, Error, Request};
 use serde::Serialize;
 use shared::api_key::Permission;
-use shared::aws;
 use shared::aws::meters::MeterStore;
 use shared::aws::tenants::TenantStore;
 use shared::aws::usage::UsageStore;
+use shared::aws::{self, StoreError};
 use shared::clock::Clock;
 use shared::error::ApiError;
 use shared::gate::Gate;
 use shared::ledger::Action;
 use shared::limits::Limits;
-use shared::meter::BillingMonth;
+use shared::meter::{BillingMonth, Meter};
 use shared::scope::{Subject, TenantScope};
-use shared::tenant::TenantId;
+use shared::tenant::{TenantId, TenantStatus};
+use shared::usage::Bill;
 use shared::{env, web};
 
 use view::View;
@@ -94,7 +95,15 @@ async fn all(context: &Context, request: Request) -> Result<Response<Body>, ApiE
     let mut usage = Vec::with_capacity(tenants.len());
     for tenant in tenants {
         let ward = operator.ward(tenant.tenant_id);
-        usage.push(one(context, &ward, &tenant.limits, month).await?);
+        let meter = match context.meters.read(&ward).await {
+            // One that is being deleted may have lost its meter already.
+            Err(StoreError::Missing { .. }) if tenant.status == TenantStatus::Deprovisioning => {
+                Meter::new(tenant.status, tenant.epoch, context.clock.now())
+            }
+            read => read?,
+        };
+        let bill = context.usage.month(&ward, month).await?;
+        usage.push(view(context, &ward, &tenant.limits, (month, &bill), &meter));
     }
     if !wants_csv(&request) {
         return Ok(web::reply(StatusCode::OK, &All { usage, cursor }));
@@ -115,8 +124,18 @@ async fn one(
     month: BillingMonth,
 ) -> Result<View, ApiError> {
     let (bill, meter) = tokio::try_join!(context.usage.month(subject, month), context.meters.read(subject))?;
+    Ok(view(context, subject, limits, (month, &bill), &meter))
+}
+
+fn view(
+    context: &Context,
+    subject: &impl Subject,
+    limits: &Limits,
+    (month, bill): (BillingMonth, &Bill),
+    meter: &Meter,
+) -> View {
     let standing = meter.standing(limits, context.clock.now());
-    Ok(View::new(subject.tenant_id().clone(), month, &bill, limits, &standing))
+    View::new(subject.tenant_id().clone(), month, bill, limits, &standing)
 }
 
 fn month(context: &Context, request: &Request) -> Result<BillingMonth, ApiError> {

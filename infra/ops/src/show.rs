@@ -183,6 +183,12 @@ fn for_a_person(record: &WireRecord) -> String {
     if !record.chunks.is_empty() {
         add(format!("chunks {}", quoted(record.chunks.iter().map(String::as_str))));
     }
+    if let Some(receipt) = &record.receipt {
+        let deleted: u64 = receipt.stores.iter().map(|store| store.deleted).sum();
+        let found: u64 = receipt.stores.iter().map(|store| store.found).sum();
+        add(format!("{deleted} deleted, {found} found since"));
+        add(format!("receipt of \"{}\"", receipt.deprovisioning_id));
+    }
     if !record.injection.is_empty() {
         add(format!("injection {}", quoted(record.injection.iter().map(String::as_str))));
     }
@@ -199,7 +205,7 @@ fn quoted<'a>(texts: impl Iterator<Item = &'a str>) -> String {
     texts.map(|text| format!("\"{}\"", OneLine(text))).collect::<Vec<_>>().join(",")
 }
 
-const COLUMNS: [&str; 39] = [
+const COLUMNS: [&str; 40] = [
     "time",
     "tenant_id",
     "position",
@@ -236,12 +242,13 @@ const COLUMNS: [&str; 39] = [
     "keys",
     "changed",
     "latency_ms",
+    "receipt",
     "object",
     "previous",
     "retain_until",
 ];
 
-fn cells(line: &Line) -> [String; 39] {
+fn cells(line: &Line) -> [String; 40] {
     let record = &line.record;
     let text = |text: Option<&str>| text.map_or_else(String::new, |text| safe(text).into_owned());
     let number = |number: Option<u64>| number.map_or_else(String::new, |number| number.to_string());
@@ -283,6 +290,11 @@ fn cells(line: &Line) -> [String; 39] {
         list(record.keys.iter().map(|id| id.as_str()).collect()),
         list(record.changed.iter().map(String::as_str).collect()),
         number(record.latency_ms),
+        record
+            .receipt
+            .as_ref()
+            .map(|receipt| serde_json::to_string(receipt).unwrap_or_default())
+            .unwrap_or_default(),
         line.object.to_string(),
         String::from(line.previous.clone()),
         line.retain_until.to_string(),

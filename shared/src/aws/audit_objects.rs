@@ -203,21 +203,38 @@ impl AuditObjects {
         E: ProvideErrorMetadata + std::error::Error + Send + Sync + 'static,
         R: std::fmt::Debug + Send + Sync + 'static,
     {
-        let code = match &error {
-            SdkError::TimeoutError(_) => "timeout".to_owned(),
-            SdkError::DispatchFailure(_) => "unreachable".to_owned(),
-            other => other.code().unwrap_or("unknown").to_owned(),
-        };
-        self.unavailable(&code, error.into())
+        failed(&self.bucket, error)
     }
 
     fn unavailable(&self, code: &str, source: Box<dyn std::error::Error + Send + Sync>) -> ObjectError {
-        ObjectError::Unavailable { bucket: self.bucket.clone(), code: code.to_owned(), source }
+        unavailable(&self.bucket, code, source)
     }
 }
 
+/// A call of a bucket that failed.
+pub(super) fn failed<E, R>(bucket: &str, error: SdkError<E, R>) -> ObjectError
+where
+    E: ProvideErrorMetadata + std::error::Error + Send + Sync + 'static,
+    R: std::fmt::Debug + Send + Sync + 'static,
+{
+    let code = match &error {
+        SdkError::TimeoutError(_) => "timeout".to_owned(),
+        SdkError::DispatchFailure(_) => "unreachable".to_owned(),
+        other => other.code().unwrap_or("unknown").to_owned(),
+    };
+    unavailable(bucket, &code, error.into())
+}
+
+pub(super) fn unavailable(
+    bucket: &str,
+    code: &str,
+    source: Box<dyn std::error::Error + Send + Sync>,
+) -> ObjectError {
+    ObjectError::Unavailable { bucket: bucket.to_owned(), code: code.to_owned(), source }
+}
+
 /// An object of some 100 kB takes longer than an item, and more than one attempt costs nothing.
-fn settings(config: &SdkConfig) -> aws_sdk_s3::Config {
+pub(super) fn settings(config: &SdkConfig) -> aws_sdk_s3::Config {
     aws_sdk_s3::config::Builder::from(config)
         .retry_config(RetryConfig::standard().with_max_attempts(4))
         .timeout_config(

@@ -41,7 +41,7 @@ impl ConversationStore {
         turns.retain(|turn| {
             scope.owns(turn.tenant_id.as_str(), "conversations").is_ok()
                 && turn.user_id.as_ref() == scope.user_id()
-                && turn.expires_at_s > now.as_seconds()
+                && turn.is_kept(scope.limits(), now)
         });
         Ok(turns)
     }

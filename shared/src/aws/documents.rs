@@ -5,6 +5,7 @@ use aws_sdk_dynamodb::types::{AttributeValue, Delete, TransactWriteItem};
 use super::ledger::Ledger;
 use super::session::Access;
 use super::table::{Cancelled, Page, StoreError, Table};
+use crate::clock::Timestamp;
 use crate::document::Document;
 use crate::ids::DocumentId;
 use crate::item_key;
@@ -21,11 +22,25 @@ impl DocumentStore {
         Self(Table::new(access, table))
     }
 
-    /// A document of the scope's tenant.
+    /// A document of the scope's tenant, if it is not past its retention.
+    ///
+    /// # Errors
+    /// As [`DocumentStore::stored`].
+    pub async fn get(
+        &self,
+        scope: &TenantScope,
+        id: &DocumentId,
+        now: Timestamp,
+    ) -> Result<Option<Document>, StoreError> {
+        let document = self.stored(scope, id).await?;
+        Ok(document.filter(|document| document.is_kept(scope.limits(), now)))
+    }
+
+    /// A document of the scope's tenant as it is stored, be it past its retention: for whoever replaces it.
     ///
     /// # Errors
     /// If the table does not answer or the item does not parse.
-    pub async fn get(&self, scope: &TenantScope, id: &DocumentId) -> Result<Option<Document>, StoreError> {
+    pub async fn stored(&self, scope: &TenantScope, id: &DocumentId) -> Result<Option<Document>, StoreError> {
         let document: Option<Document> = self.0.get(scope.tenant_id(), &item_key::document(id)).await?;
         Ok(document.filter(|document| scope.owns(document.tenant_id.as_str(), "documents").is_ok()))
     }
@@ -91,15 +106,17 @@ impl DocumentStore {
         }
     }
 
-    /// A page of the tenant's documents by id, and the id to go on after if there are more.
+    /// A page of the tenant's documents by id, without those past their retention, and the id to go on
+    /// after if there are more.
     ///
     /// # Errors
-    /// [`StoreError::InvalidCursor`] if `after` is no document id; otherwise as [`DocumentStore::get`].
+    /// [`StoreError::InvalidCursor`] if `after` is no document id; otherwise as [`DocumentStore::stored`].
     pub async fn list(
         &self,
         scope: &TenantScope,
         limit: u16,
         after: Option<&str>,
+        now: Timestamp,
     ) -> Result<(Vec<Document>, Option<DocumentId>), StoreError> {
         let after: Option<DocumentId> =
             after.map(str::parse).transpose().map_err(|_| StoreError::InvalidCursor)?;
@@ -110,7 +127,10 @@ impl DocumentStore {
             after: after.as_ref().map(item_key::document),
         };
         let (mut documents, next) = self.0.query::<Document>(scope.tenant_id(), page).await?;
-        documents.retain(|document| scope.owns(document.tenant_id.as_str(), "documents").is_ok());
+        documents.retain(|document| {
+            scope.owns(document.tenant_id.as_str(), "documents").is_ok()
+                && document.is_kept(scope.limits(), now)
+        });
         let next = next.and_then(|sort| sort.strip_prefix(item_key::DOCUMENTS)?.parse().ok());
         Ok((documents, next))
     }

@@ -16,6 +16,7 @@ use super::idempotency::{Finished, IdempotencyStore};
 use super::ledger::Ledger;
 use super::session::Access;
 use super::table::{Cancelled, Page, StoreError, Table};
+use super::tenants::present;
 use crate::api_key::{KeyId, KeyRecord, MOST_KEYS, VerifiedKey};
 use crate::clock::Timestamp;
 use crate::item_key::{self, PARTITION};
@@ -71,7 +72,7 @@ pub enum Added {
 }
 
 /// Whether a tenant may use the service at present.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TenantStanding {
     /// The tenant's standing.
     pub status: TenantStatus,
@@ -126,8 +127,8 @@ impl KeyStore {
     /// # Errors
     /// [`StoreError::Missing`] if there is none; otherwise as [`KeyStore::get`].
     pub async fn standing(&self, subject: &impl Subject) -> Result<TenantStanding, StoreError> {
-        let standing = self.0.get(subject.tenant_id(), item_key::TENANT).await?;
-        standing.ok_or_else(|| self.0.missing())
+        let tenant = present(&self.0, subject.tenant_id()).await?.ok_or_else(|| self.0.missing())?;
+        Ok(TenantStanding { status: tenant.status, epoch: tenant.epoch })
     }
 
     /// Adds a key, and ends the one that it replaces: all or nothing, and never more than the tenant may

@@ -134,7 +134,9 @@ impl Ledger {
                         if ours {
                             return Ok(Entered::Ours);
                         }
-                        // Too late: the lease had expired. What goes along is still worth keeping.
+                        // Too late: the lease had expired. A turn enters with its ticket's record or not at
+                        // all: once every ticket has its record, none can appear any more, however late.
+                        along.turn = None;
                         entered = Some(Entered::Theirs(Box::new(there)));
                     } else if take(turn_at).is_some() {
                         along.turn = None;

@@ -15,7 +15,11 @@ pub mod chains;
 #[cfg(feature = "dynamodb")]
 pub mod conversations;
 #[cfg(feature = "dynamodb")]
+pub mod deprovisionings;
+#[cfg(feature = "dynamodb")]
 pub mod documents;
+#[cfg(feature = "dynamodb")]
+pub mod erasure;
 #[cfg(feature = "dynamodb")]
 pub mod idempotency;
 #[cfg(feature = "dynamodb")]
@@ -34,6 +38,8 @@ mod table;
 #[cfg(feature = "dynamodb")]
 pub mod tenants;
 
+#[cfg(feature = "objects")]
+pub mod uploads;
 #[cfg(feature = "dynamodb")]
 pub mod usage;
 #[cfg(all(feature = "dynamodb", feature = "webhooks"))]

@@ -7,11 +7,12 @@ use std::time::Duration;
 
 use aws_config::SdkConfig;
 use aws_sdk_secretsmanager::Client;
+use aws_sdk_secretsmanager::types::{Filter, FilterNameStringType};
 use tokio::time::Instant;
 
 use super::session::Access;
 use crate::env::{self, EnvError};
-use crate::scope::TenantScope;
+use crate::scope::{Erasure, Subject, TenantScope};
 use crate::secret::Secret;
 use crate::tenant::TenantId;
 
@@ -111,6 +112,86 @@ impl TenantKeys {
 
     fn known(&self) -> std::sync::MutexGuard<'_, HashMap<TenantId, (Secret, Instant)>> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The secrets of tenants' own: those below a prefix for each tenant, and the keys of their accounts.
+#[derive(Clone, Debug)]
+pub struct TenantSecrets {
+    access: Access,
+    /// Before the tenant's id and a `/`.
+    below: String,
+    /// Before the tenant's id.
+    model_keys: String,
+}
+
+/// Why secrets could not be listed or deleted.
+#[derive(Debug, thiserror::Error)]
+#[error("the tenant's secrets cannot be {what}")]
+pub struct SecretsFailed {
+    what: &'static str,
+    #[source]
+    source: Box<dyn std::error::Error + Send + Sync>,
+}
+
+impl TenantSecrets {
+    /// The secrets whose names begin with what stands in the environment variables `below` and `model_keys`.
+    ///
+    /// # Errors
+    /// If a variable is absent; the error names it.
+    pub fn from_env(
+        access: &Access,
+        below: &'static str,
+        model_keys: &'static str,
+    ) -> Result<Self, EnvError> {
+        let (below, model_keys) = (env::text(below)?, env::text(model_keys)?);
+        Ok(Self { access: access.clone(), below, model_keys })
+    }
+
+    /// The names of a tenant's secrets, those included that wait to be deleted.
+    ///
+    /// # Errors
+    /// If they cannot be listed.
+    pub async fn names(&self, erasure: &Erasure) -> Result<Vec<String>, SecretsFailed> {
+        let tenant = erasure.tenant_id();
+        let session = self.access.of(tenant);
+        let (below, model_key) = (format!("{}{tenant}/", self.below), format!("{}{tenant}", self.model_keys));
+        let mut names = Vec::new();
+        for prefix in [&below, &model_key] {
+            let mut token = None;
+            loop {
+                let filter = Filter::builder().key(FilterNameStringType::Name).values(prefix).build();
+                let call = session.secrets().list_secrets().filters(filter).include_planned_deletion(true);
+                let answer = call.set_next_token(token).send().await;
+                let answer = answer.map_err(|e| SecretsFailed { what: "listed", source: e.into() })?;
+                let found =
+                    answer.secret_list.unwrap_or_default().into_iter().filter_map(|secret| secret.name);
+                // A prefix finds those of tenants whose ids begin alike, and is not exact about case.
+                names.extend(found.filter(|name| name.starts_with(&below) || *name == model_key));
+                token = answer.next_token;
+                if token.is_none() {
+                    break;
+                }
+            }
+        }
+        Ok(names)
+    }
+
+    /// Deletes a tenant's secrets, without a way back.
+    ///
+    /// # Errors
+    /// If they cannot be listed or deleted; what was deleted until then stays so.
+    pub async fn delete(&self, erasure: &Erasure) -> Result<(), SecretsFailed> {
+        let session = self.access.of(erasure.tenant_id());
+        for name in self.names(erasure).await? {
+            let call = session.secrets().delete_secret().secret_id(name).force_delete_without_recovery(true);
+            match call.send().await.map_err(aws_sdk_secretsmanager::error::SdkError::into_service_error) {
+                Ok(_) => {}
+                Err(error) if error.is_resource_not_found_exception() => {}
+                Err(error) => return Err(SecretsFailed { what: "deleted", source: error.into() }),
+            }
+        }
+        Ok(())
     }
 }
 

@@ -4,11 +4,14 @@
 //! can name a partition.
 
 use std::collections::HashMap;
+use std::time::Duration;
 
 use aws_sdk_dynamodb::Client;
 use aws_sdk_dynamodb::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_dynamodb::operation::transact_write_items::TransactWriteItemsError;
-use aws_sdk_dynamodb::types::{AttributeValue, Put, ReturnValuesOnConditionCheckFailure, TransactWriteItem};
+use aws_sdk_dynamodb::types::{
+    AttributeValue, DeleteRequest, Put, ReturnValuesOnConditionCheckFailure, TransactWriteItem, WriteRequest,
+};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_dynamo::aws_sdk_dynamodb_1::{from_item, to_item};
@@ -16,6 +19,8 @@ use serde_dynamo::aws_sdk_dynamodb_1::{from_item, to_item};
 use super::session::Access;
 use crate::error::{ApiError, Code};
 use crate::item_key::{PARTITION, SORT};
+use crate::random::entropy;
+use crate::retry::Backoff;
 use crate::scope::{ForeignRecord, Subject};
 use crate::tenant::TenantId;
 
@@ -274,6 +279,67 @@ impl Table {
             .map_err(|e| self.failed(e))?;
         let next = answer.last_evaluated_key.and_then(|key| key.get(SORT)?.as_s().ok().cloned());
         Ok((answer.items.unwrap_or_default(), next))
+    }
+
+    /// The keys of a page of one tenant's items, and the sort key to go on after if there are more. An
+    /// empty `prefix` is all of them.
+    pub(super) async fn keys(
+        &self,
+        tenant: &TenantId,
+        prefix: &str,
+        after: Option<String>,
+    ) -> Result<(Vec<String>, Option<String>), StoreError> {
+        let mut query = self
+            .client(tenant)
+            .query()
+            .table_name(&self.name)
+            .projection_expression("#s")
+            .expression_attribute_names("#p", PARTITION)
+            .expression_attribute_names("#s", SORT)
+            .expression_attribute_values(":p", AttributeValue::S(tenant.to_string()))
+            .set_exclusive_start_key(after.map(|sort| Self::key(tenant, &sort)))
+            .consistent_read(true);
+        query = if prefix.is_empty() {
+            query.key_condition_expression("#p = :p")
+        } else {
+            query
+                .key_condition_expression("#p = :p AND begins_with(#s, :s)")
+                .expression_attribute_values(":s", AttributeValue::S(prefix.to_owned()))
+        };
+        let answer = query.send().await.map_err(|e| self.failed(e))?;
+        let sort = |item: &Item| item.get(SORT).and_then(|sort| sort.as_s().ok().cloned());
+        let keys = answer.items.unwrap_or_default().iter().map(sort).collect::<Option<_>>();
+        let next = answer.last_evaluated_key.and_then(|key| sort(&key));
+        Ok((keys.ok_or_else(|| self.missing())?, next))
+    }
+
+    /// Deletes items of one tenant. Those that are not there are none's to delete.
+    pub(super) async fn delete_all(&self, tenant: &TenantId, sorts: &[String]) -> Result<(), StoreError> {
+        /// The most of one call.
+        const BATCH: usize = 25;
+        const BACKOFF: Backoff =
+            Backoff { attempts: 8, base: Duration::from_millis(50), cap: Duration::from_secs(1) };
+        for batch in sorts.chunks(BATCH) {
+            let request = |sort: &String| {
+                let delete = DeleteRequest::builder().set_key(Some(Self::key(tenant, sort))).build();
+                delete.map(|delete| WriteRequest::builder().delete_request(delete).build())
+            };
+            let mut left: Vec<WriteRequest> =
+                batch.iter().map(request).collect::<Result<_, _>>().map_err(|e| self.corrupt(e))?;
+            let mut failed = 0;
+            while !left.is_empty() {
+                let call = self.client(tenant).batch_write_item().request_items(&self.name, left);
+                let answer = call.send().await.map_err(|e| self.failed(e))?;
+                let unprocessed = answer.unprocessed_items.and_then(|mut tables| tables.remove(&self.name));
+                left = unprocessed.unwrap_or_default();
+                if !left.is_empty() {
+                    failed += 1;
+                    let wait = BACKOFF.wait(failed, None, &mut entropy());
+                    tokio::time::sleep(wait.ok_or_else(|| self.missing_answer("unprocessed items"))?).await;
+                }
+            }
+        }
+        Ok(())
     }
 
     pub(super) fn corrupt(&self, error: impl std::error::Error + Send + Sync + 'static) -> StoreError {

@@ -1,7 +1,10 @@
 //! Table `tenants`: who a tenant is, and its keys.
 
+use aws_sdk_dynamodb::operation::scan::ScanOutput;
 use aws_sdk_dynamodb::types::{AttributeValue, Delete, Put, TransactWriteItem};
 use rand::CryptoRng;
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer};
 
 use super::issuers::{self, Claim as IssuerClaim};
 use super::ledger::Ledger;
@@ -10,14 +13,15 @@ use super::session::Access;
 use super::table::{Cancelled, Item, StoreError, Table};
 use crate::api_key::{ApiKey, KeyRecord};
 use crate::clock::Timestamp;
+use crate::deprovisioning::Tombstone;
 use crate::ids::IssuerId;
 use crate::issuer::{Issuer, Provenance};
 use crate::item_key::{self, PARTITION};
 use crate::ledger::Record;
 use crate::meter::Meter;
 use crate::placement::Claim;
-use crate::scope::{Operator, Subject, Ward};
-use crate::tenant::{Tenant, TenantId};
+use crate::scope::{Bookkeeper, Operator, Subject, Ward};
+use crate::tenant::{Tenant, TenantId, TenantStatus};
 
 /// The table. Tenants themselves have no access to it: only the authorizer, which looks up what a
 /// presented key names, and the control plane.
@@ -32,6 +36,45 @@ pub struct Claimed {
     /// The key's record.
     pub key: Option<KeyRecord>,
 }
+
+/// What stands under [`item_key::TENANT`]: a tenant, or what is left of one.
+enum Config {
+    Tenant(Box<Tenant>),
+    Tombstone(Tombstone),
+}
+
+impl Config {
+    fn tenant(self) -> Option<Tenant> {
+        match self {
+            Self::Tenant(tenant) => Some(*tenant),
+            Self::Tombstone(_) => None,
+        }
+    }
+}
+
+/// A tenant's record as it is; none if the tenant is gone.
+pub(super) async fn present(table: &Table, tenant: &TenantId) -> Result<Option<Tenant>, StoreError> {
+    let config: Option<Config> = table.get(tenant, item_key::TENANT).await?;
+    Ok(config.and_then(Config::tenant))
+}
+
+impl<'de> Deserialize<'de> for Config {
+    /// By the one attribute that a tenant never has: so that what does not parse as either says why.
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let fields = serde_json::Map::deserialize(deserializer)?;
+        let gone = fields.contains_key("deleted_at");
+        let fields = serde_json::Value::Object(fields);
+        if gone {
+            return serde_json::from_value(fields).map(Self::Tombstone).map_err(D::Error::custom);
+        }
+        let tenant = serde_json::from_value(fields).map_err(D::Error::custom)?;
+        Ok(Self::Tenant(Box::new(tenant)))
+    }
+}
+
+/// Where a list of tenants goes on.
+#[derive(Clone, Debug)]
+pub struct TenantPlace(Item);
 
 impl Claimed {
     /// The books of the tenant that the key names, if there is one: a key that turns out not to be
@@ -73,7 +116,7 @@ impl TenantStore {
     /// If the table does not answer or an item does not parse.
     pub async fn claimed_by(&self, presented: &ApiKey) -> Result<Claimed, StoreError> {
         let tenant_id = presented.claimed_tenant();
-        let tenant = self.0.get(tenant_id, item_key::TENANT).await?;
+        let tenant = present(&self.0, tenant_id).await?;
         let key = self.0.get(tenant_id, &item_key::api_key(presented.key_id())).await?;
         Ok(Claimed { tenant, key })
     }
@@ -119,12 +162,12 @@ impl TenantStore {
         tenant_id: &TenantId,
         issuer_id: &IssuerId,
     ) -> Result<(Option<Tenant>, Option<Issuer>), StoreError> {
-        let tenant = self.0.get(tenant_id, item_key::TENANT).await?;
+        let tenant = present(&self.0, tenant_id).await?;
         Ok((tenant, self.0.get(tenant_id, &item_key::issuer(issuer_id)).await?))
     }
 
     /// Adds a tenant, its first key, its meter and the record that an operator did, and ends the claim
-    /// under which its collection was made: all or none.
+    /// under which its collection was made: all or none. `former` is the tombstone of the id, if there is one.
     ///
     /// # Errors
     /// [`StoreError::Conflict`] if the tenant exists, or the claim is not held any more. Otherwise if the
@@ -133,7 +176,7 @@ impl TenantStore {
         &self,
         _operator: &Operator,
         claim: &Claim,
-        tenant: &Tenant,
+        (tenant, former): (&Tenant, Option<&Tombstone>),
         key: &KeyRecord,
         (meters, meter): (&MeterStore, &Meter),
         (ledger, record): (&Ledger, &Record),
@@ -147,13 +190,33 @@ impl TenantStore {
             .build()
             .map_err(|e| self.0.corrupt(e))?;
         let parts = vec![
-            self.0.put_new(self.0.item(tenant, item_key::TENANT)?)?,
+            self.record_part(tenant, former)?,
             self.0.put_new(self.0.item(key, &item_key::api_key(&key.key_id))?)?,
             meters.new_part(&tenant.tenant_id, meter)?,
             ledger.event_part(record)?,
             TransactWriteItem::builder().delete(end).build(),
         ];
         self.all(&tenant.tenant_id, parts).await
+    }
+
+    /// The part of a transaction that adds a tenant's record: where there is none, or in the place of the
+    /// tombstone of the `former` one.
+    fn record_part(
+        &self,
+        tenant: &Tenant,
+        former: Option<&Tombstone>,
+    ) -> Result<TransactWriteItem, StoreError> {
+        let item = self.0.item(tenant, item_key::TENANT)?;
+        let Some(former) = former else { return self.0.put_new(item) };
+        let put = Put::builder()
+            .table_name(&self.0.name)
+            .set_item(Some(item))
+            .condition_expression("#d = :d")
+            .expression_attribute_names("#d", "deprovisioning_id")
+            .expression_attribute_values(":d", AttributeValue::S(former.deprovisioning_id.to_string()))
+            .build()
+            .map_err(|e| self.0.corrupt(e))?;
+        Ok(TransactWriteItem::builder().put(put).build())
     }
 
     async fn all(&self, tenant: &TenantId, parts: Vec<TransactWriteItem>) -> Result<(), StoreError> {
@@ -296,7 +359,11 @@ impl TenantStore {
     }
 
     fn changed_part(&self, was: &Tenant, now: &Tenant) -> Result<TransactWriteItem, StoreError> {
-        if now.tenant_id != was.tenant_id || now.epoch != was.epoch + 1 {
+        // One that is being deleted does not come back.
+        if now.tenant_id != was.tenant_id
+            || now.epoch != was.epoch + 1
+            || was.status == TenantStatus::Deprovisioning
+        {
             return Err(StoreError::Conflict);
         }
         let put = Put::builder()
@@ -315,7 +382,7 @@ impl TenantStore {
     /// # Errors
     /// If the table does not answer or the item does not parse.
     pub async fn of(&self, ward: &Ward) -> Result<Option<Tenant>, StoreError> {
-        self.0.get(ward.tenant_id(), item_key::TENANT).await
+        present(&self.0, ward.tenant_id()).await
     }
 
     /// A tenant's record.
@@ -323,8 +390,64 @@ impl TenantStore {
     /// # Errors
     /// If the table does not answer or the item does not parse.
     pub async fn get(&self, operator: &Operator, tenant: &TenantId) -> Result<Option<Tenant>, StoreError> {
+        Ok(self.config(operator, tenant).await?.and_then(Config::tenant))
+    }
+
+    /// What is left of a deleted tenant, if there was one of that id and none is now.
+    ///
+    /// # Errors
+    /// As [`TenantStore::get`].
+    pub async fn tombstone(
+        &self,
+        operator: &Operator,
+        tenant: &TenantId,
+    ) -> Result<Option<Tombstone>, StoreError> {
+        Ok(match self.config(operator, tenant).await? {
+            Some(Config::Tombstone(tombstone)) => Some(tombstone),
+            _ => None,
+        })
+    }
+
+    async fn config(&self, operator: &Operator, tenant: &TenantId) -> Result<Option<Config>, StoreError> {
         let item = self.0.item_at(tenant, item_key::TENANT).await?;
         item.map(|item| self.0.own(&operator.ward(tenant.clone()), item)).transpose()
+    }
+
+    /// Some of the tenants, and where to go on: for a function that no caller reaches. A record that does
+    /// not parse is an alarm, and hides no other.
+    ///
+    /// # Errors
+    /// If the table does not answer.
+    pub async fn page(
+        &self,
+        _bookkeeper: &Bookkeeper,
+        after: Option<TenantPlace>,
+    ) -> Result<(Vec<Tenant>, Option<TenantPlace>), StoreError> {
+        let page = self.scan(after.map(|place| place.0)).await?;
+        let tenants = page.items.unwrap_or_default().into_iter().filter_map(|item| {
+            let tenant = self.0.record(item);
+            if let Err(error) = &tenant {
+                tracing::error!(alert = "record_unread", "A tenant's record cannot be read: {error}");
+            }
+            tenant.ok()
+        });
+        Ok((tenants.collect(), page.last_evaluated_key.map(TenantPlace)))
+    }
+
+    /// A page of the records of tenants.
+    async fn scan(&self, start: Option<Item>) -> Result<ScanOutput, StoreError> {
+        self.0
+            .own_client()
+            .scan()
+            .table_name(&self.0.name)
+            .filter_expression("#s = :config AND attribute_not_exists(#d)")
+            .expression_attribute_names("#s", item_key::SORT)
+            .expression_attribute_names("#d", "deleted_at")
+            .expression_attribute_values(":config", AttributeValue::S(item_key::TENANT.to_owned()))
+            .set_exclusive_start_key(start)
+            .send()
+            .await
+            .map_err(|e| self.0.failed(e))
     }
 
     /// A page of all tenants, in no order, and where to go on. The one scan of the system: for
@@ -347,18 +470,7 @@ impl TenantStore {
         };
         let mut tenants: Vec<Tenant> = Vec::new();
         loop {
-            let page = self
-                .0
-                .own_client()
-                .scan()
-                .table_name(&self.0.name)
-                .filter_expression("#s = :config")
-                .expression_attribute_names("#s", item_key::SORT)
-                .expression_attribute_values(":config", AttributeValue::S(item_key::TENANT.to_owned()))
-                .set_exclusive_start_key(start)
-                .send()
-                .await
-                .map_err(|e| self.0.failed(e))?;
+            let page = self.scan(start).await?;
             for item in page.items.unwrap_or_default() {
                 tenants.push(self.0.record(item)?);
             }

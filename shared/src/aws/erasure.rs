@@ -1,0 +1,349 @@
+//! What a tenant has in the tables, to be counted and deleted: by whoever holds its deprovisioning, and, as
+//! far as it is past its retention, by whoever looks after that.
+
+use std::collections::HashMap;
+
+use aws_sdk_dynamodb::types::AttributeValue;
+
+use super::session::Access;
+use super::table::{Item, Page, StoreError, Table};
+use crate::conversation::Turn;
+use crate::deprovisioning::{Counts, Store};
+use crate::document::Document;
+use crate::ids::DocumentId;
+use crate::item_key::{self, PARTITION, SORT};
+use crate::meter::Ticket;
+use crate::scope::{Erasure, Expired, Operator, Subject};
+use crate::tenant::TenantId;
+
+/// The tables that hold something of a tenant which ends with it.
+#[derive(Clone, Debug)]
+pub struct TenantItems {
+    tenants: Table,
+    meters: Table,
+    conversations: Table,
+    documents: Table,
+    webhooks: Table,
+    bills: Table,
+}
+
+/// The names of the tables.
+#[derive(Clone, Debug)]
+#[expect(missing_docs, reason = "each is the name of the table of that name")]
+pub struct Names {
+    pub tenants: String,
+    pub meters: String,
+    pub conversations: String,
+    pub documents: String,
+    pub webhooks: String,
+    pub usage: String,
+}
+
+/// Where to go on deleting.
+#[derive(Clone, Debug, Default)]
+pub struct Onward(Option<String>);
+
+impl TenantItems {
+    /// In these tables.
+    pub fn new(access: &Access, names: Names) -> Self {
+        let table = |name| Table::new(access, name);
+        Self {
+            tenants: table(names.tenants),
+            meters: table(names.meters),
+            conversations: table(names.conversations),
+            documents: table(names.documents),
+            webhooks: table(names.webhooks),
+            bills: table(names.usage),
+        }
+    }
+
+    /// What there is of the items of one kind. Partitions are looked at as a whole: whatever is in them and
+    /// has no kind of its own counts with the last.
+    const fn partition(&self, store: Store) -> Option<(&Table, &'static [Store])> {
+        match store {
+            Store::Turns | Store::IdempotencyRecords => {
+                Some((&self.conversations, &[Store::Turns, Store::IdempotencyRecords]))
+            }
+            Store::Documents => Some((&self.documents, &[Store::Documents])),
+            Store::Webhooks => Some((&self.webhooks, &[Store::Webhooks])),
+            Store::Keys | Store::Issuers | Store::Settings => {
+                Some((&self.tenants, &[Store::Keys, Store::Issuers, Store::Settings]))
+            }
+            _ => None,
+        }
+    }
+
+    /// Counts what a tenant has in the table of `store`, all kinds of it, by a consistent read.
+    ///
+    /// # Errors
+    /// If the table does not answer.
+    pub async fn count(&self, erasure: &Erasure, store: Store) -> Result<Counts, StoreError> {
+        let tenant = erasure.tenant_id();
+        if store == Store::Meters {
+            return Ok(Counts::from([(store, u64::from(self.meter(tenant).await?.is_some()))]));
+        }
+        let Some((table, kinds)) = self.partition(store) else { return Ok(Counts::new()) };
+        let mut counts: Counts = kinds.iter().map(|kind| (*kind, 0)).collect();
+        let mut after = None;
+        loop {
+            let (sorts, next) = table.keys(tenant, "", after).await?;
+            for sort in sorts.iter().filter(|sort| ends_with_the_tenant(sort)) {
+                *counts.entry(kind(kinds, sort)).or_default() += 1;
+            }
+            after = next;
+            if after.is_none() {
+                break;
+            }
+        }
+        Ok(counts)
+    }
+
+    /// Deletes a page of what a tenant has in the table of `store`, all kinds of it. Brings where to go on, if
+    /// there may be more.
+    ///
+    /// # Errors
+    /// If the table does not answer; what was deleted until then stays so.
+    pub async fn delete(
+        &self,
+        erasure: &Erasure,
+        store: Store,
+        from: Onward,
+    ) -> Result<Option<Onward>, StoreError> {
+        let tenant = erasure.tenant_id();
+        let Some((table, _)) = self.partition(store) else { return Ok(None) };
+        let (mut sorts, next) = table.keys(tenant, "", from.0).await?;
+        sorts.retain(|sort| ends_with_the_tenant(sort));
+        // A claim is in no tenant's partition, and is found by its note there: so it goes first.
+        if store == Store::Keys {
+            for digest in sorts.iter().filter_map(|sort| sort.strip_prefix(item_key::CLAIMS)) {
+                self.delete_claim(tenant, digest).await?;
+            }
+        }
+        table.delete_all(tenant, &sorts).await?;
+        Ok(next.map(|sort| Onward(Some(sort))))
+    }
+
+    /// Deletes the claim that a note is of, if it is still this tenant's.
+    async fn delete_claim(&self, tenant: &TenantId, digest: &str) -> Result<(), StoreError> {
+        let key: Item = HashMap::from([
+            (PARTITION.to_owned(), AttributeValue::S(format!("{}{digest}", item_key::ISSUER_CLAIMS))),
+            (SORT.to_owned(), AttributeValue::S(item_key::ISSUER_CLAIM.to_owned())),
+        ]);
+        let delete = self
+            .tenants
+            .own_client()
+            .delete_item()
+            .table_name(&self.tenants.name)
+            .set_key(Some(key))
+            .condition_expression("#h = :t")
+            .expression_attribute_names("#h", item_key::CLAIM_HOLDER)
+            .expression_attribute_values(":t", AttributeValue::S(tenant.to_string()));
+        match delete.send().await.map_err(|e| self.tenants.failed(e)) {
+            // It is not there, or another's.
+            Ok(_) | Err(StoreError::Conflict) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn meter(&self, tenant: &TenantId) -> Result<Option<Item>, StoreError> {
+        let call = self.meters.client(tenant).get_item().table_name(&self.meters.name);
+        let call = call.set_key(Some(Self::meter_key(tenant))).consistent_read(true);
+        Ok(call.send().await.map_err(|e| self.meters.failed(e))?.item)
+    }
+
+    fn meter_key(tenant: &TenantId) -> Item {
+        HashMap::from([(PARTITION.to_owned(), AttributeValue::S(tenant.to_string()))])
+    }
+
+    /// The last ticket that a tenant's meter gave, if there is a meter.
+    ///
+    /// # Errors
+    /// If the table does not answer or the meter does not parse.
+    pub async fn last_ticket(&self, erasure: &Erasure) -> Result<Option<Ticket>, StoreError> {
+        let meter = self.meter(erasure.tenant_id()).await?;
+        let meter: Option<crate::meter::Meter> = meter.map(|item| self.meters.record(item)).transpose()?;
+        Ok(meter.map(|meter| Ticket(meter.seq)))
+    }
+
+    /// Deletes a tenant's meter, which gives no more tickets and waits for none.
+    ///
+    /// # Errors
+    /// [`StoreError::Conflict`] if it still does either. Otherwise if the table does not answer.
+    pub async fn delete_meter(&self, erasure: &Erasure) -> Result<(), StoreError> {
+        let delete = self
+            .meters
+            .client(erasure.tenant_id())
+            .delete_item()
+            .table_name(&self.meters.name)
+            .set_key(Some(Self::meter_key(erasure.tenant_id())))
+            .condition_expression("attribute_not_exists(#p) OR (#s = :gone AND size(#l) = :none)")
+            .expression_attribute_names("#p", PARTITION)
+            .expression_attribute_names("#s", "status")
+            .expression_attribute_names("#l", "leases")
+            .expression_attribute_values(":gone", AttributeValue::S("deprovisioning".to_owned()))
+            .expression_attribute_values(":none", AttributeValue::N("0".to_owned()));
+        delete.send().await.map_err(|e| self.meters.failed(e))?;
+        Ok(())
+    }
+
+    /// Lets the table forget a tenant's bills, and where its audit log ends, at `expires_at_s`. Says how many
+    /// lines the bills have.
+    ///
+    /// # Errors
+    /// If the table does not answer.
+    pub async fn expire_bills(&self, erasure: &Erasure, expires_at_s: i64) -> Result<u64, StoreError> {
+        let (mut lines, mut after) = (0, None);
+        loop {
+            let (sorts, next) = self.bills.keys(erasure.tenant_id(), "", after).await?;
+            for sort in &sorts {
+                let update = self
+                    .bills
+                    .client(erasure.tenant_id())
+                    .update_item()
+                    .table_name(&self.bills.name)
+                    .set_key(Some(Table::key(erasure.tenant_id(), sort)))
+                    .update_expression("SET #e = :e")
+                    .expression_attribute_names("#e", "expires_at_s")
+                    .expression_attribute_values(":e", AttributeValue::N(expires_at_s.to_string()));
+                update.send().await.map_err(|e| self.bills.failed(e))?;
+                lines += u64::from(sort.starts_with(item_key::USAGE));
+            }
+            after = next;
+            if after.is_none() {
+                return Ok(lines);
+            }
+        }
+    }
+
+    /// A page of the documents that are past their retention, and where to go on.
+    ///
+    /// # Errors
+    /// If the table does not answer or an item does not parse.
+    pub async fn expired_documents(
+        &self,
+        expired: &Expired,
+        from: Onward,
+    ) -> Result<(Vec<Document>, Option<Onward>), StoreError> {
+        let page = Page { prefix: item_key::DOCUMENTS, newest_first: false, limit: 500, after: from.0 };
+        let (mut documents, next) = self.documents.query::<Document>(expired.tenant_id(), page).await?;
+        documents.retain(|document| document.updated_at <= expired.until());
+        Ok((documents, next.map(|sort| Onward(Some(sort)))))
+    }
+
+    /// Deletes documents that are past their retention, unless they were stored anew meanwhile. Brings those
+    /// that were deleted.
+    ///
+    /// # Errors
+    /// If the table does not answer; what was deleted until then stays so.
+    pub async fn delete_expired_documents(
+        &self,
+        expired: &Expired,
+        documents: Vec<Document>,
+    ) -> Result<Vec<DocumentId>, StoreError> {
+        let mut deleted = Vec::new();
+        for document in documents {
+            let delete = self
+                .documents
+                .client(expired.tenant_id())
+                .delete_item()
+                .table_name(&self.documents.name)
+                .set_key(Some(Table::key(expired.tenant_id(), &item_key::document(&document.id))))
+                .condition_expression("#u <= :until")
+                .expression_attribute_names("#u", "updated_at")
+                .expression_attribute_values(
+                    ":until",
+                    AttributeValue::N(expired.until().as_millis().to_string()),
+                );
+            match delete.send().await.map_err(|e| self.documents.failed(e)) {
+                Ok(_) => deleted.push(document.id),
+                Err(StoreError::Conflict) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(deleted)
+    }
+
+    /// Deletes the turns of a page that are past their retention. Brings how many, and where to go on.
+    ///
+    /// # Errors
+    /// If the table does not answer or an item does not parse.
+    pub async fn delete_expired_turns(
+        &self,
+        expired: &Expired,
+        from: Onward,
+    ) -> Result<(u64, Option<Onward>), StoreError> {
+        let page = Page { prefix: item_key::TURNS, newest_first: false, limit: 500, after: from.0 };
+        let (mut turns, next) = self.conversations.query::<Turn>(expired.tenant_id(), page).await?;
+        turns.retain(|turn| turn.asked_at <= expired.until());
+        let sort = |turn: &Turn| item_key::turn(&turn.conversation_id, turn.asked_at, &turn.id);
+        let sorts: Vec<String> = turns.iter().map(sort).collect();
+        self.conversations.delete_all(expired.tenant_id(), &sorts).await?;
+        Ok((sorts.len() as u64, next.map(|sort| Onward(Some(sort)))))
+    }
+}
+
+/// What is kept of tenants that are deleted.
+#[derive(Clone, Debug)]
+pub struct KeptRecords {
+    ledger: Table,
+    bills: Table,
+}
+
+impl KeptRecords {
+    /// In the tables of those names.
+    pub fn new(access: &Access, ledger: String, bills: String) -> Self {
+        Self { ledger: Table::new(access, ledger), bills: Table::new(access, bills) }
+    }
+
+    /// Whether anything is kept under a tenant's id.
+    ///
+    /// # Errors
+    /// If a table does not answer.
+    pub async fn any(&self, _operator: &Operator, tenant: &TenantId) -> Result<bool, StoreError> {
+        let (records, _) = self.ledger.keys(tenant, "", None).await?;
+        let (lines, _) = self.bills.keys(tenant, "", None).await?;
+        Ok(!records.is_empty() || !lines.is_empty())
+    }
+}
+
+/// Whether an item ends with its tenant. The tenant's record and its deprovisionings do not: the one becomes
+/// the tombstone, the others say how.
+fn ends_with_the_tenant(sort: &str) -> bool {
+    sort != item_key::TENANT && !sort.starts_with(item_key::DEPROVISIONINGS)
+}
+
+/// Of these kinds of items, the one that is kept under that sort key.
+fn kind(kinds: &[Store], sort: &str) -> Store {
+    let starts = |kind: Store| match kind {
+        Store::Turns => sort.starts_with(item_key::TURNS),
+        Store::Keys => sort.starts_with(item_key::API_KEYS),
+        Store::Issuers => sort.starts_with(item_key::ISSUERS) || sort.starts_with(item_key::CLAIMS),
+        _ => true,
+    };
+    kinds.iter().copied().find(|kind| starts(*kind)).unwrap_or(Store::Settings)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whatever_is_in_a_partition_has_a_kind() {
+        let tenants = [Store::Keys, Store::Issuers, Store::Settings];
+        for (sort, expected) in [
+            ("KEY#abc", Store::Keys),
+            ("ISSUER#x", Store::Issuers),
+            ("CLAIM#x", Store::Issuers),
+            ("CLAIM", Store::Settings),
+            ("WEBHOOK", Store::Settings),
+            ("KEYS", Store::Settings),
+        ] {
+            assert_eq!(kind(&tenants, sort), expected);
+            assert!(ends_with_the_tenant(sort));
+        }
+        let conversations = [Store::Turns, Store::IdempotencyRecords];
+        assert_eq!(kind(&conversations, "CONV#x#1#y"), Store::Turns);
+        assert_eq!(kind(&conversations, "IDEM#x"), Store::IdempotencyRecords);
+        assert!(!ends_with_the_tenant("CONFIG") && !ends_with_the_tenant("DEPROVISIONING#x"));
+    }
+}
