@@ -565,8 +565,9 @@ async fn what_is_anothers_is_as_if_it_were_not() {
         let names: BTreeSet<String> =
             head.lines().filter_map(|l| Some(l.split_once(':')?.0.to_owned())).collect();
         let calls = stack.dynamodb_calls().await;
-        let mut calls: Vec<Value> =
-            calls.iter().map(|call| json!([call["operation"], call["tables"]])).collect();
+        // Not those of the exporter, which goes on with what was recorded before.
+        let own = calls.iter().filter(|call| !call["caller"].as_str().unwrap().contains("AuditExport"));
+        let mut calls: Vec<Value> = own.map(|call| json!([call["operation"], call["tables"]])).collect();
         // A write of the meter is made anew when its second has passed meanwhile, whoever asks for what.
         calls.dedup();
         (status(&answer), names, body_of(&answer), calls)

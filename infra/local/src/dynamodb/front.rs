@@ -216,13 +216,18 @@ impl Desk {
     /// Carries one call to its end.
     async fn carry(&self, parts: request::Parts, body: Bytes) -> Shown {
         let call = Call::read(&parts.headers, body.clone(), &self.front.partition_keys);
-        if let Some((code, answer)) = self.denied(&parts, &body, &call) {
-            let Call { operation, tables, keys, .. } = call;
-            self.front.journal.push(Entry { operation, tables, keys, error: Some(code), ..Entry::default() });
-            return Shown::Answer(answer);
-        }
+        let caller = match self.caller(&parts, &body, &call) {
+            Ok(caller) => caller,
+            Err(refused) => {
+                let (code, answer) = *refused;
+                let Call { operation, tables, keys, .. } = call;
+                let entry = Entry { operation, tables, keys, error: Some(code), ..Entry::default() };
+                self.front.journal.push(entry);
+                return Shown::Answer(answer);
+            }
+        };
         let fault = self.front.faults.decide(&call);
-        let mut entry = Entry { fault: fault.as_ref().map(Fault::name), ..Entry::default() };
+        let mut entry = Entry { caller, fault: fault.as_ref().map(Fault::name), ..Entry::default() };
         let done = match &fault {
             Some(fault) if refusal(fault, &call).is_some() => None,
             Some(Fault::Hang) => None,
@@ -272,18 +277,27 @@ impl Desk {
         shown
     }
 
-    /// The refusal of a call that is not signed, or that its signer's policies do not allow.
-    fn denied(&self, parts: &request::Parts, body: &[u8], call: &Call) -> Option<(String, Answer)> {
+    /// Who makes a call, as IAM names them; or its refusal, if it is not signed or its signer's policies do
+    /// not allow it.
+    fn caller(
+        &self,
+        parts: &request::Parts,
+        body: &[u8],
+        call: &Call,
+    ) -> Result<String, Box<(String, Answer)>> {
         let uri = parts.uri.path_and_query().map_or("/", |uri| uri.as_str());
         let (method, headers) = (&parts.method, &parts.headers);
         let signer = self.front.callers.signer("dynamodb", method, uri, headers, body, system_clock());
         let (code, message) = match signer {
-            Ok(caller) => ("AccessDeniedException", caller.refused(&call.intents)?),
+            Ok(caller) => match caller.refused(&call.intents) {
+                Some(message) => ("AccessDeniedException", message),
+                None => return Ok(caller.credentials.user_arn.clone()),
+            },
             Err(refusal) => (refusal.code(), refusal.to_string()),
         };
         tracing::warn!("DynamoDB refused {}: {message}", call.operation);
         let answer = refused(StatusCode::BAD_REQUEST, code, json!({ "message": message }));
-        Some((code.to_owned(), answer))
+        Err(Box::new((code.to_owned(), answer)))
     }
 
     /// Passes a call on to the tables.

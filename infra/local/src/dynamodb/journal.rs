@@ -13,6 +13,8 @@ const CAPACITY: usize = 100_000;
 pub struct Entry {
     /// Its number, from 1, in the order in which calls ended.
     pub n: u64,
+    /// Who made it, as IAM names them; nobody, if it was refused.
+    pub caller: String,
     /// The operation, such as `PutItem`.
     pub operation: String,
     /// The tables it named.

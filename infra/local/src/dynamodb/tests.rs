@@ -124,11 +124,11 @@ async fn calls_pass_and_are_remembered_with_what_they_consumed() {
     assert_eq!(
         stand.calls(),
         [
-            json!({"n": 1, "operation": "PutItem", "tables": ["bulkhead-notes"], "keys": ["a"],
+            json!({"n": 1, "caller": "arn:aws:iam::0:user/operator", "operation": "PutItem", "tables": ["bulkhead-notes"], "keys": ["a"],
                 "error": null, "fault": null, "consumed": {"bulkhead-notes": 1.0}}),
-            json!({"n": 2, "operation": "GetItem", "tables": ["bulkhead-notes"], "keys": ["a"],
+            json!({"n": 2, "caller": "arn:aws:iam::0:user/operator", "operation": "GetItem", "tables": ["bulkhead-notes"], "keys": ["a"],
                 "error": null, "fault": null, "consumed": {"bulkhead-notes": 0.5}}),
-            json!({"n": 3, "operation": "PutItem", "tables": ["bulkhead-notes"], "keys": ["a"],
+            json!({"n": 3, "caller": "arn:aws:iam::0:user/operator", "operation": "PutItem", "tables": ["bulkhead-notes"], "keys": ["a"],
                 "error": "ConditionalCheckFailedException", "fault": null, "consumed": {}}),
         ]
     );

@@ -49,9 +49,11 @@ fn every_route_leads_to_a_function_with_a_binary() {
     assert_eq!(
         routes,
         [
+            "DELETE /admin/tenants/{id} deprovisioning iam buffered",
             "DELETE /v1/documents/{id} ingestion tenant buffered",
             "DELETE /v1/issuers/{id} keys tenant buffered",
             "DELETE /v1/keys/{id} keys tenant buffered",
+            "GET /admin/deprovisionings/{id} deprovisioning iam buffered",
             "GET /admin/tenants provisioning iam buffered",
             "GET /admin/tenants/{id} provisioning iam buffered",
             "GET /admin/tenants/{id}/webhook-secret provisioning iam buffered",
