@@ -6,6 +6,8 @@
     reason = "this program speaks to a person at a terminal"
 )]
 
+use std::collections::BTreeSet;
+use std::fs::DirEntry;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
@@ -159,8 +161,7 @@ fn workspace() -> PathBuf {
 }
 
 /// Builds the functions beside this program, with the same profile. Named together with this package,
-/// they get the features that they were compiled with already. A function's package is named as its
-/// program.
+/// they get the features that they were compiled with already.
 fn build(workspace: &Path, functions: &[String]) -> Result<PathBuf, String> {
     let program =
         std::env::current_exe().map_err(|e| format!("this program does not know its own path: {e}"))?;
@@ -168,8 +169,9 @@ fn build(workspace: &Path, functions: &[String]) -> Result<PathBuf, String> {
     let mut cargo = local::cargo::command();
     cargo.arg("build").current_dir(workspace);
     cargo.args(["--package", "local"]);
-    for package in functions {
-        cargo.args(["--package", package]);
+    let packages: BTreeSet<String> = functions.iter().map(|program| package_of(workspace, program)).collect();
+    for package in packages {
+        cargo.args(["--package", &package]);
     }
     if folder.ends_with("release") {
         cargo.arg("--release");
@@ -180,6 +182,14 @@ fn build(workspace: &Path, functions: &[String]) -> Result<PathBuf, String> {
         Ok(_) => Err("the functions do not build; cargo says above why".to_owned()),
         Err(error) => Err(format!("cargo cannot be run ({error}); it is needed to build the functions")),
     }
+}
+
+/// The package that a function's program is of: the one of its name, or the one that has it beside its own.
+fn package_of(workspace: &Path, program: &str) -> String {
+    let beside = |package: &DirEntry| package.path().join(format!("src/bin/{program}.rs")).is_file();
+    let packages = std::fs::read_dir(workspace.join("functions")).into_iter().flatten().flatten();
+    let found = { packages }.find(beside);
+    found.map_or_else(|| program.to_owned(), |package| package.file_name().to_string_lossy().into_owned())
 }
 
 fn greet(stack: &Stack, started: Instant, offline: bool) {
@@ -203,4 +213,22 @@ fn greet(stack: &Stack, started: Instant, offline: bool) {
          curl -N {url}/v1/chat -H 'Authorization: Bearer {key}' -H 'Content-Type: application/json' \\\n  \
          -d '{{\"message\":\"How many days of annual leave are there?\",\"stream\":true}}'\n"
     );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_function_of_the_template_is_of_a_package() {
+        let workspace = workspace();
+        let programs = binaries(&workspace.join("infra/template.yaml")).unwrap();
+        assert!(programs.len() > 8, "{programs:?}");
+        for program in programs {
+            let manifest =
+                workspace.join("functions").join(package_of(&workspace, &program)).join("Cargo.toml");
+            assert!(manifest.is_file(), "{program}: {}", manifest.display());
+        }
+        assert_eq!(package_of(&workspace, "eraser"), "deprovisioning");
+    }
 }
