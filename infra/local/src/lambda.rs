@@ -75,7 +75,7 @@ pub struct Options {
 
 impl Options {
     /// The usual options: 16 processes at most, ended after five idle minutes; of those that are tenants'
-    /// own, 32 may be idle. A process takes about 25 MB; so many tenants that they do not fit share a
+    /// own, 32 may be idle. So many tenants that they do not fit share a
     /// machine with few cores anyway, and cold starts are what they meet on AWS too.
     #[must_use]
     pub fn new(binaries: PathBuf, logs: PathBuf, credentials: BTreeMap<String, Credentials>) -> Self {
