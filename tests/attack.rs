@@ -353,6 +353,10 @@ fn shapes(route: &str, attacker: &Target, victim: &Target) -> Vec<(String, Value
             at.map(|(path, _)| (format!("{path}/keys"), json!({}))).collect()
         }
         // Nothing of an operator's opens to a tenant's key.
+        "GET /admin/audit/verify" => {
+            let path = format!("/admin/audit/verify?tenant_id={}", victim.tenant.id);
+            vec![(path, Value::Null), ("/admin/audit/verify".to_owned(), Value::Null)]
+        }
         "GET /admin/usage" | "POST /admin/tenants" | "GET /admin/tenants" => {
             let path = route.split(' ').next_back().unwrap();
             vec![(path.to_owned(), json!({"tenant_id": victim.tenant.id})), (format!("/{path}"), Value::Null)]

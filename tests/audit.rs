@@ -458,6 +458,71 @@ async fn nothing_in_the_log_can_be_changed_or_hidden() {
     assert_eq!(kept.object_lock_mode(), Some(&ObjectLockMode::Compliance));
 }
 
+#[tokio::test]
+async fn an_operator_has_a_log_verified_while_it_grows_and_when_it_is_damaged() {
+    let stack = stack().await;
+    let acme = tenant(&stack, "acme").await;
+    let verify = async |query: &str| {
+        stack.admin(reqwest::Method::GET, &format!("/admin/audit/verify?{query}"), None).await
+    };
+    let verified = async |query: &str| verify(query).await.expect_status(StatusCode::OK).json();
+    // While records arrive and objects are added, a log is never called damaged.
+    for n in 0..20 {
+        acme.search("x", 1).await;
+        let healthy = verified("tenant_id=acme").await;
+        assert_eq!(healthy["status"], "healthy", "{n}: {healthy}");
+    }
+    // It counts what the log has, its own verifications included.
+    let log = Log::complete(&stack, "acme").await;
+    let healthy = verified("tenant_id=acme").await;
+    let anchor = healthy["head"].as_str().unwrap().to_owned();
+    assert_eq!(anchor, format!("acme:{}:{}", log.head.objects, log.head.last));
+    assert_eq!(
+        (&healthy["objects"], &healthy["records"]),
+        (&json!(log.head.objects), &json!(log.head.lines))
+    );
+    assert_eq!((&healthy["highest_ticket"], &healthy["open_tickets"]), (&json!(20), &json!(0)));
+    assert_eq!(healthy["objects_read"], healthy["objects"]);
+    assert_eq!(log.actions()["audit_verified"], 20);
+    assert_eq!(verified(&format!("tenant_id=acme&since={anchor}")).await["status"], "healthy");
+    // Bad input names the field; a tenant that never was has no log, and one that has done nothing has.
+    for (query, field) in [
+        ("", "tenant_id"),
+        ("tenant_id=", "tenant_id"),
+        ("tenant_id=Acme", "tenant_id"),
+        ("tenant_id=acme&since=yesterday", "since"),
+        ("tenant_id=globex&since=acme:1:00", "since"),
+        (&format!("tenant_id=globex&since={anchor}"), "since"),
+    ] {
+        let refused = verify(query).await.expect_error(400, "invalid_request");
+        assert_eq!(refused["param"], field, "{query}");
+    }
+    verify("tenant_id=globex").await.expect_error(404, "not_found");
+    tenant(&stack, "globex").await;
+    assert_eq!(verified("tenant_id=globex").await["status"], "healthy");
+    // Another log than the one of an earlier run.
+    let hash = "0".repeat(64);
+    for (since, problem) in [(format!("acme:1:{hash}"), "was"), (format!("acme:9999:{hash}"), "9999 objects")]
+    {
+        let found = verified(&format!("tenant_id=acme&since={since}")).await;
+        assert_eq!((&found["status"], &found["findings_total"]), (&json!("damaged"), &json!(1)), "{found}");
+        assert!(found["findings"][0]["problem"].as_str().unwrap().contains(problem), "{found}");
+    }
+    // What was never in the log and stands in its place: beside what nobody can change it is found.
+    let (s3, bucket) = (stack.s3(), stack.audit_bucket());
+    let copy = ByteStream::from(fetch(&stack, &log.keys[0]).await);
+    let stray = log.keys[0].replace(&format!("{:012}", 1), "000000999999");
+    s3.put_object().bucket(bucket).key(&stray).body(copy).send().await.unwrap();
+    let found = verified("tenant_id=acme").await;
+    assert_eq!(found["status"], "damaged", "{found}");
+    assert!(found["findings"].as_array().unwrap().iter().any(|f| f["place"] == stray), "{found}");
+    assert!(stack.logs().contains("chain_broken"));
+    assert_eq!(verified("tenant_id=globex").await["status"], "healthy");
+    // A store that does not answer is no damaged log.
+    stack.dynamodb_faults(json!({"rules": [{"mode": "error", "table": "usage"}]})).await;
+    verify("tenant_id=globex").await.expect_error(503, "unavailable");
+}
+
 /// Kills the exporter so often, at each of its steps in turn, while records arrive.
 async fn crashes(kills: usize) {
     const STEPS: [Option<(&str, &str, &str)>; 8] = [

@@ -74,6 +74,8 @@ pub enum Action {
     TenantProvisioned,
     /// An operator read the tenant's record.
     TenantRead,
+    /// An operator had the tenant's audit log verified.
+    AuditVerified,
     /// An operator asked for the tenant to be deleted. Nothing of it is admitted from here on.
     TenantDeprovisioned,
     /// All that the tenant had is deleted; the record holds the receipt.

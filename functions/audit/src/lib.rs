@@ -1,9 +1,11 @@
-//! A tenant's audit log, for the tenant: who did what, and who was shown what.
+//! A tenant's audit log: for the tenant who did what, and who was shown what; for operators, as a function
+//! of its own, whether it is complete and unaltered.
 
 mod cursor;
 mod export;
 mod read;
 mod scan;
+mod verify;
 
 use http::{Method, Response};
 use lambda_http::{Body, Error, Request};
@@ -11,6 +13,7 @@ use shared::api_key::Permission;
 use shared::aws::audit_objects::{AuditObjects, ObjectError};
 use shared::aws::chains::Chains;
 use shared::aws::ledger::Ledger;
+use shared::aws::tenants::TenantStore;
 use shared::aws::{self};
 use shared::clock::{Clock, Timestamp};
 use shared::error::ApiError;
@@ -24,6 +27,8 @@ pub struct Context {
     ledger: Ledger,
     chains: Chains,
     objects: AuditObjects,
+    tenants: TenantStore,
+    retention_days: u32,
     clock: Clock,
 }
 
@@ -34,7 +39,7 @@ impl Context {
     /// If a variable is absent; the error names it.
     pub async fn from_env() -> Result<Self, Error> {
         let config = aws::config().await;
-        let access = aws::Access::per_tenant(&config)?;
+        let access = aws::Access::from_env(&config);
         let clock = Clock::system();
         let ledger = Ledger::new(&access, env::text("AUDIT_TABLE")?);
         Ok(Self {
@@ -42,6 +47,8 @@ impl Context {
             chains: Chains::new(&access, env::text("USAGE_TABLE")?, ledger.clone()),
             ledger,
             objects: AuditObjects::new(&access, env::text("AUDIT_BUCKET")?),
+            tenants: TenantStore::new(&access, env::text("TENANTS_TABLE")?),
+            retention_days: env::parsed("AUDIT_RETENTION_DAYS")?,
             clock,
         })
     }
@@ -60,6 +67,7 @@ pub async fn handle(context: &Context, request: Request) -> Response<Body> {
         (&Method::GET, "/v1/audit") => context.run(request, read::handle).await,
         (&Method::POST, "/v1/audit/exports") => context.run(request, export::make).await,
         (&Method::GET, "/v1/audit/exports/{id}") => context.run(request, export::again).await,
+        (&Method::GET, "/admin/audit/verify") => verify::handle(context, request).await,
         _ => Err(ApiError::not_found()),
     })
     .await

@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use crate::{Context, Period, unavailable};
 
 /// Objects that are fetched at a time.
-const AHEAD: usize = 16;
+pub(crate) const AHEAD: usize = 16;
 
 /// How a scan ended.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -75,8 +75,8 @@ pub struct Options {
 
 impl Options {
     /// The usual options: 16 processes at most, ended after five idle minutes; of those that are tenants'
-    /// own, 32 may be idle. So many tenants that they do not fit share a
-    /// machine with few cores anyway, and cold starts are what they meet on AWS too.
+    /// own, 128 may be idle. A few tenants that are busy with all functions at once fit, at about 20 MB
+    /// a process; more tenants than that meet cold starts, as they do on AWS.
     #[must_use]
     pub fn new(binaries: PathBuf, logs: PathBuf, credentials: BTreeMap<String, Credentials>) -> Self {
         Self {
@@ -87,7 +87,7 @@ impl Options {
             region: crate::template::REGION.to_owned(),
             default_concurrency: 16,
             idle_timeout: Duration::from_secs(300),
-            idle_tenant_processes: 32,
+            idle_tenant_processes: 128,
         }
     }
 }

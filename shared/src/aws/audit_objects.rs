@@ -14,6 +14,7 @@ use aws_sdk_s3::types::{ChecksumAlgorithm, ObjectLockMode};
 
 use super::session::{Access, LINKS_HOLD};
 use crate::audit_log::{HEAD, Head, tenant_prefix};
+use crate::audit_verify::Kept;
 use crate::clock::Timestamp;
 use crate::scope::{Subject, Ward};
 
@@ -177,11 +178,28 @@ impl AuditObjects {
     /// # Errors
     /// [`ObjectError`].
     pub async fn read(&self, subject: &impl Subject, first: &First) -> Result<Vec<u8>, ObjectError> {
+        Ok(self.read_kept(subject, first).await?.1)
+    }
+
+    /// How long the bucket keeps an object, and its bytes. To whoever lacks the permission
+    /// `s3:GetObjectRetention` every object seems unlocked.
+    ///
+    /// # Errors
+    /// [`ObjectError`].
+    pub async fn read_kept(
+        &self,
+        subject: &impl Subject,
+        first: &First,
+    ) -> Result<(Kept, Vec<u8>), ObjectError> {
         own(subject, &first.key)?;
         let call = self.client(subject).get_object().bucket(&self.bucket).key(&first.key);
         let answer = call.version_id(&first.version).send().await.map_err(|e| self.failed(e))?;
+        let locked = answer.object_lock_mode == Some(ObjectLockMode::Compliance);
+        let until = answer.object_lock_retain_until_date.filter(|_| locked);
+        let until = until.and_then(|until| until.to_millis().ok());
+        let kept = until.map_or(Kept::Unlocked, |ms| Kept::Until(Timestamp::from_millis(ms)));
         let bytes = answer.body.collect().await.map_err(|e| self.unavailable("cut off", e.into()))?;
-        Ok(bytes.to_vec())
+        Ok((kept, bytes.to_vec()))
     }
 
     /// A link under which anybody can fetch an object for [`LINKS_HOLD`].

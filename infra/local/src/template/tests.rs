@@ -53,6 +53,7 @@ fn every_route_leads_to_a_function_with_a_binary() {
             "DELETE /v1/documents/{id} ingestion tenant buffered",
             "DELETE /v1/issuers/{id} keys tenant buffered",
             "DELETE /v1/keys/{id} keys tenant buffered",
+            "GET /admin/audit/verify audit iam buffered",
             "GET /admin/deprovisionings/{id} deprovisioning iam buffered",
             "GET /admin/tenants provisioning iam buffered",
             "GET /admin/tenants/{id} provisioning iam buffered",
