@@ -274,6 +274,7 @@ async fn a_tenant_is_deleted_with_all_that_it_had_and_nobody_else() {
     let kept = view["receipt"]["kept"].as_array().unwrap();
     assert!(kept.iter().any(|k| k["what"] == "audit_records" && k["until"].is_string()), "{kept:?}");
     assert!(kept.iter().any(|k| k["what"] == "bill_lines" && k["count"].as_u64() > Some(0)), "{kept:?}");
+    assert!(kept.iter().any(|k| k["what"] == "table_backups" && k["until"].is_string()), "{kept:?}");
     let record = exported(&stack, "acme").await;
     assert_eq!(record["receipt"], view["receipt"]);
     assert!(record["operator"].as_str().unwrap().starts_with("arn:"), "{record}");
@@ -565,18 +566,18 @@ type Point = (&'static str, &'static str, &'static str, u64);
 
 const SAGA: &str = "DEPROVISIONING#";
 /// Each step, by calls that it makes. A deprovisioning writes down how far it is when it is taken, once for
-/// each of the first two steps, and twice for each that deletes.
+/// the first step, and twice for each that follows: when it begins and when it is done.
 const POINTS: [(&str, &[Point]); 11] = [
     ("disable", &[("UpdateItem", "meters", "deprovisioning", 1), ("PutItem", "tenants", SAGA, 1)]),
     ("drain", &[("Query", "audit", "pending", 0), ("PutItem", "tenants", SAGA, 2)]),
-    ("vectors", &[("PutItem", "tenants", SAGA, 3), ("PutItem", "tenants", SAGA, 4)]),
-    ("conversations", &[("PutItem", "tenants", SAGA, 5), ("BatchWriteItem", "conversations", "", 0)]),
-    ("documents", &[("PutItem", "tenants", SAGA, 7), ("BatchWriteItem", "documents", "", 0)]),
-    ("uploads", &[("PutItem", "tenants", SAGA, 9), ("PutItem", "tenants", SAGA, 10)]),
-    ("secrets", &[("PutItem", "tenants", SAGA, 11), ("PutItem", "tenants", SAGA, 12)]),
+    ("vectors", &[("PutItem", "tenants", SAGA, 4), ("PutItem", "tenants", SAGA, 5)]),
+    ("conversations", &[("PutItem", "tenants", SAGA, 6), ("BatchWriteItem", "conversations", "", 0)]),
+    ("documents", &[("PutItem", "tenants", SAGA, 8), ("BatchWriteItem", "documents", "", 0)]),
+    ("uploads", &[("PutItem", "tenants", SAGA, 10), ("PutItem", "tenants", SAGA, 11)]),
+    ("secrets", &[("PutItem", "tenants", SAGA, 12), ("PutItem", "tenants", SAGA, 13)]),
     ("keys", &[("DeleteItem", "tenants", "issuer#", 0), ("BatchWriteItem", "tenants", "", 0)]),
-    ("meter", &[("DeleteItem", "meters", "", 0), ("PutItem", "tenants", SAGA, 16)]),
-    ("verify", &[("PutItem", "tenants", SAGA, 17)]),
+    ("meter", &[("DeleteItem", "meters", "", 0), ("PutItem", "tenants", SAGA, 17)]),
+    ("verify", &[("PutItem", "tenants", SAGA, 18)]),
     (
         "receipt",
         &[("UpdateItem", "usage", "expires_at_s", 0), ("TransactWriteItems", "tenants", "TENANT_DELETED", 0)],
@@ -683,6 +684,57 @@ async fn a_crash_at_any_step_ends_with_the_receipt_all_the_same() {
 #[ignore = "takes an hour: `cargo test --test deprovisioning fifty -- --ignored --nocapture`"]
 async fn fifty_crashes_at_each_step_leave_nothing() {
     crashes(50 * POINTS.len()).await;
+}
+
+/// What a store refuses for a while, in the place of the call that is meant: mode, call, and how often.
+const REFUSED: [(&str, Point, u64); 11] = [
+    ("cancel_conflict", ("TransactWriteItems", "tenants", "TENANT_DELETED", 0), 20),
+    ("error", ("TransactWriteItems", "tenants", "TENANT_DELETED", 0), 20),
+    ("throttle", ("TransactWriteItems", "tenants", "TENANT_DELETED", 0), 20),
+    ("error", ("PutItem", "tenants", SAGA, 9), 9),
+    // Of these one is the last ticket's, when the meter is about to go.
+    ("error", ("GetItem", "meters", "", 5), 9),
+    ("error", ("GetItem", "meters", "", 6), 9),
+    ("error", ("GetItem", "meters", "", 7), 9),
+    ("error", ("Query", "audit", "pending", 2), 9),
+    ("error", ("BatchWriteItem", "conversations", "", 0), 9),
+    ("error", ("DeleteItem", "meters", "", 0), 9),
+    ("error", ("UpdateItem", "usage", "expires_at_s", 0), 9),
+];
+
+#[tokio::test]
+async fn whatever_a_store_refuses_for_a_while_the_end_is_the_same() {
+    let stack = stack(5).await;
+    for (n, (mode, (operation, table, contains, skip), times)) in REFUSED.into_iter().enumerate() {
+        let what = format!("{mode} {operation} of {table}, {contains:?}, after {skip}");
+        let id = format!("r{n:04}");
+        let acme = tenant(&stack, &id).await;
+        furnish(&stack, &acme).await;
+        let rule = json!({"mode": mode, "operation": operation, "table": table, "contains": contains,
+            "skip": skip, "times": times});
+        stack.forget_dynamodb_calls().await;
+        stack.dynamodb_faults(json!({"rules": [rule]})).await;
+        let deprovisioning = delete(&stack, &id).await;
+        let began = Instant::now();
+        let view = loop {
+            let view = show(&stack, &deprovisioning).await;
+            if view["status"] == "completed" {
+                break view;
+            }
+            stack.invoke_for(None, "eraser", json!({"job": "deprovision"})).await;
+            assert!(began.elapsed() < PATIENCE, "{what}\n{view:#}");
+            sleep(Duration::from_millis(50)).await;
+        };
+        assert!(stack.dynamodb_calls().await.iter().any(|call| !call["fault"].is_null()), "no fault: {what}");
+        stack.clear_dynamodb_faults().await;
+        assert_eq!(deleted(&view), furnished(), "{what}");
+        assert_eq!(left(&stack, &id).await, Vec::<String>::new(), "{what}");
+        assert_eq!(exported(&stack, &id).await["receipt"], view["receipt"], "{what}");
+        let tickets = stack.items("audit", &id, "TICKET#").await.len();
+        let tombstone = &stack.items("tenants", &id, "CONFIG").await[0];
+        assert_eq!(tombstone["last_ticket"], tickets, "{what}: {tombstone}");
+        assert!(tombstone.get("company_name").is_none(), "{what}: {tombstone}");
+    }
 }
 
 // ---- size

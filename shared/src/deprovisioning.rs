@@ -19,6 +19,8 @@ use crate::random;
 use crate::scope::RequestId;
 use crate::tenant::TenantId;
 
+/// How long a look into every store is good for a receipt: half a minute.
+const LOOK_HOLDS_MS: u64 = 30_000;
 /// Random characters of an id: 131 bits.
 const TAIL: usize = 22;
 
@@ -240,6 +242,9 @@ pub struct Saga {
     pub started_at: Timestamp,
     /// The steps.
     pub steps: Vec<Progress>,
+    /// What the last look into every store found.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub found: Counts,
     /// The tenant's last ticket, once the meter is about to go.
     pub last_ticket: Ticket,
     /// The receipt, once there is one.
@@ -311,7 +316,7 @@ pub struct Kept {
     pub what: KeptWhat,
     /// How many of it.
     pub count: u64,
-    /// Until when; without it, until the id is given again.
+    /// Until when at least; without it, until the id is given again.
     #[serde(default, skip_serializing_if = "Option::is_none", with = "rfc3339::option")]
     pub until: Option<Timestamp>,
 }
@@ -324,6 +329,8 @@ pub enum KeptWhat {
     AuditRecords,
     /// Lines of the bills.
     BillLines,
+    /// Backups of the tables that have been emptied: point-in-time recovery goes so far back.
+    TableBackups,
     /// What stands in the place of the tenant's record, and this deprovisioning.
     Tombstone,
 }
@@ -352,6 +359,7 @@ impl Saga {
             epoch,
             started_at: now,
             steps: Step::ALL.map(blank).into(),
+            found: Counts::new(),
             last_ticket: Ticket(0),
             receipt: None,
             watched_until: None,
@@ -404,6 +412,7 @@ impl Saga {
         let left: Vec<Step> =
             found.iter().filter(|(_, count)| **count > 0).map(|(store, _)| store.step()).collect();
         left.iter().for_each(|step| self.reopen(*step));
+        self.found = found.clone();
         let verified = if left.is_empty() { StepState::Done } else { StepState::Pending };
         if let Some(progress) = self.step(Step::Verify) {
             progress.state = verified;
@@ -418,15 +427,22 @@ impl Saga {
         self.steps.iter().filter_map(|progress| progress.deleted.get(&store)).sum()
     }
 
-    /// Its receipt, after a look that found nothing.
-    pub fn receipt(&self, kept: Vec<Kept>, now: Timestamp) -> Receipt {
-        Receipt {
+    /// Its receipt, as of the last look; none if that is older than `LOOK_HOLDS_MS` or did not see every
+    /// store empty: then it has to be taken again.
+    pub fn receipt(&self, kept: Vec<Kept>, now: Timestamp) -> Option<Receipt> {
+        let verify = self.steps.iter().find(|progress| progress.step == Step::Verify)?;
+        let verified_at = verify.ended_at.filter(|at| now.millis_since(*at) <= LOOK_HOLDS_MS)?;
+        let stores = Store::ALL.map(|store| {
+            let found = *self.found.get(&store)?;
+            (found == 0).then(|| Emptied { store, deleted: self.deleted(store), found })
+        });
+        Some(Receipt {
             deprovisioning_id: self.id.clone(),
             started_at: self.started_at,
-            verified_at: now,
-            stores: Store::ALL.map(|store| Emptied { store, deleted: self.deleted(store), found: 0 }).into(),
+            verified_at,
+            stores: stores.into_iter().collect::<Option<_>>()?,
             kept,
-        }
+        })
     }
 
     /// What takes the place of the tenant's record.
@@ -510,11 +526,32 @@ mod tests {
         saga.begin(Step::Documents, &Counts::from([(Store::Documents, 4)]), NOW);
         saga.end(Step::Documents, NOW);
         assert_eq!(saga.next().unwrap().step, Step::Verify);
-        assert!(!saga.looked(&Counts::new(), NOW));
+        let empty: Counts = Store::ALL.map(|store| (store, 0)).into();
+        assert!(!saga.looked(&empty, NOW));
         assert_eq!(saga.next().unwrap().step, Step::Receipt);
-        let receipt = saga.receipt(Vec::new(), NOW);
-        assert_eq!(receipt.stores.len(), Store::ALL.len());
+        let later = NOW.plus_millis(29_000);
+        let receipt = saga.receipt(Vec::new(), later).unwrap();
+        assert_eq!((receipt.stores.len(), receipt.verified_at), (Store::ALL.len(), NOW));
         assert_eq!(saga.deleted(Store::Documents), 5);
         assert!(receipt.stores.iter().all(|store| store.found == 0));
+    }
+
+    #[test]
+    fn a_receipt_says_what_was_seen_and_when_or_nothing() {
+        let empty: Counts = Store::ALL.map(|store| (store, 0)).into();
+        let mut saga = saga();
+        assert_eq!(saga.receipt(Vec::new(), NOW), None, "nobody has looked");
+        saga.looked(&empty, NOW);
+        assert!(saga.receipt(Vec::new(), NOW).is_some());
+        assert_eq!(saga.receipt(Vec::new(), NOW.plus_millis(31_000)), None, "it is long ago");
+        for store in Store::ALL {
+            let mut partly = empty.clone();
+            partly.remove(&store);
+            saga.looked(&partly, NOW);
+            assert_eq!(saga.receipt(Vec::new(), NOW), None, "{store:?} was not looked at");
+            partly.insert(store, 1);
+            saga.looked(&partly, NOW);
+            assert_eq!(saga.receipt(Vec::new(), NOW), None, "{store:?} was not empty");
+        }
     }
 }

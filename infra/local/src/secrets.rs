@@ -25,6 +25,8 @@ use crate::iam::{Callers, Intent};
 use crate::serving::{replace_file, system_clock, unique_id};
 use crate::template::secret_arn;
 
+/// How long a secret that is deleted without a window is still listed.
+const LINGERS: Duration = Duration::seconds(1);
 const CURRENT: &str = "AWSCURRENT";
 const PREVIOUS: &str = "AWSPREVIOUS";
 const MAX_VALUE: usize = 65_536;
@@ -457,7 +459,17 @@ impl Secrets {
         if force {
             // Asked for by name, what is not there is answered like what was.
             let name = resolve(secrets, &id).unwrap_or(id);
-            let arn = secrets.remove(&name).map_or_else(|| secret_arn(&name), |secret| secret.arn);
+            let arn = match secrets.get_mut(&name) {
+                None => secret_arn(&name),
+                Some(secret) => {
+                    // The service deletes in the background: its values are gone, its name is for a moment.
+                    secret.versions.clear();
+                    let gone = now.saturating_add(LINGERS);
+                    secret.delete_at = Some(secret.delete_at.filter(|at| *at < gone).unwrap_or(gone));
+                    secret.deleted = Some(now);
+                    secret.arn.clone()
+                }
+            };
             return Ok(json!({"ARN": arn, "Name": name, "DeletionDate": seconds(now)}));
         }
         let name = resolve(secrets, &id)?;
@@ -783,6 +795,11 @@ mod tests {
         let force = json!({"SecretId": "b", "ForceDeleteWithoutRecovery": true});
         assert!(server.call("DeleteSecret", force.clone()).await.get("__type").is_none());
         assert!(server.call("DeleteSecret", force).await.get("__type").is_none());
+        let listed = server.call("ListSecrets", json!({"IncludePlannedDeletion": true})).await;
+        assert_eq!(listed["SecretList"][0]["Name"], "b", "it goes in the background");
+        let get = server.call("GetSecretValue", json!({"SecretId": "b"})).await;
+        assert_eq!(get["__type"], "InvalidRequestException");
+        server.seconds.fetch_add(1, Ordering::SeqCst);
         assert_eq!(
             server.call("DescribeSecret", json!({"SecretId": "b"})).await["__type"],
             "ResourceNotFoundException"

@@ -221,20 +221,22 @@ impl Deprovisionings {
     }
 
     /// Puts the tombstone in the place of the tenant's record, which has to be of the tombstone's epoch, and
-    /// the receipt into the deprovisioning and, as the tenant's last record, into the ledger: all or nothing.
+    /// the receipt into the deprovisioning, as `concluded` has it, and, as the tenant's last record, into the
+    /// ledger: all or nothing.
     ///
     /// # Errors
-    /// As [`Deprovisionings::save`].
+    /// As [`Deprovisionings::save`]; then what is held is as it was.
     pub async fn conclude(
         &self,
         hold: &mut Hold,
+        concluded: Saga,
         tombstone: &Tombstone,
         (ledger, record): (&Ledger, &Record),
         now: Timestamp,
     ) -> Result<(), StoreError> {
         let was = hold.saga.revision;
         let held_until_s = now.as_seconds() + HELD_S;
-        let saga = Saga { held_until_s, revision: was + 1, ..hold.saga.clone() };
+        let saga = Saga { held_until_s, revision: was + 1, ..concluded };
         let put = self.put_where(self.item(&saga)?, "revision", was)?;
         let bury = self.replacing(self.0.item(tombstone, item_key::TENANT)?, tombstone.last_epoch)?;
         self.transact(&saga.tenant_id, vec![put, bury, ledger.event_part(record)?]).await?;

@@ -3,15 +3,16 @@
 
 use std::collections::HashMap;
 
-use aws_sdk_dynamodb::types::AttributeValue;
+use aws_sdk_dynamodb::types::{AttributeValue, Delete, TransactWriteItem};
 
+use super::ledger::Ledger;
 use super::session::Access;
-use super::table::{Item, Page, StoreError, Table};
-use crate::conversation::Turn;
+use super::table::{Cancelled, Item, Page, StoreError, Table};
+use crate::clock::Timestamp;
 use crate::deprovisioning::{Counts, Store};
-use crate::document::Document;
 use crate::ids::DocumentId;
 use crate::item_key::{self, PARTITION, SORT};
+use crate::ledger::Record;
 use crate::meter::Ticket;
 use crate::scope::{Erasure, Expired, Operator, Subject};
 use crate::tenant::TenantId;
@@ -38,6 +39,9 @@ pub struct Names {
     pub webhooks: String,
     pub usage: String,
 }
+
+/// The most documents that are deleted, and named by one record, at once.
+pub const MOST_AT_ONCE: usize = 50;
 
 /// Where to go on deleting.
 #[derive(Clone, Debug, Default)]
@@ -73,29 +77,28 @@ impl TenantItems {
         }
     }
 
-    /// Counts what a tenant has in the table of `store`, all kinds of it, by a consistent read.
+    /// Counts a page of what a tenant has in the table of `store`, all kinds of it, by a consistent read.
+    /// Brings where to go on, if there may be more.
     ///
     /// # Errors
     /// If the table does not answer.
-    pub async fn count(&self, erasure: &Erasure, store: Store) -> Result<Counts, StoreError> {
+    pub async fn count(
+        &self,
+        erasure: &Erasure,
+        store: Store,
+        from: Onward,
+    ) -> Result<(Counts, Option<Onward>), StoreError> {
         let tenant = erasure.tenant_id();
         if store == Store::Meters {
-            return Ok(Counts::from([(store, u64::from(self.meter(tenant).await?.is_some()))]));
+            return Ok((Counts::from([(store, u64::from(self.meter(tenant).await?.is_some()))]), None));
         }
-        let Some((table, kinds)) = self.partition(store) else { return Ok(Counts::new()) };
+        let Some((table, kinds)) = self.partition(store) else { return Ok((Counts::new(), None)) };
         let mut counts: Counts = kinds.iter().map(|kind| (*kind, 0)).collect();
-        let mut after = None;
-        loop {
-            let (sorts, next) = table.keys(tenant, "", after).await?;
-            for sort in sorts.iter().filter(|sort| ends_with_the_tenant(sort)) {
-                *counts.entry(kind(kinds, sort)).or_default() += 1;
-            }
-            after = next;
-            if after.is_none() {
-                break;
-            }
+        let (sorts, next) = table.keys(tenant, "", from.0).await?;
+        for sort in sorts.iter().filter(|sort| ends_with_the_tenant(sort)) {
+            *counts.entry(kind(kinds, sort)).or_default() += 1;
         }
-        Ok(counts)
+        Ok((counts, next.map(|sort| Onward(Some(sort)))))
     }
 
     /// Deletes a page of what a tenant has in the table of `store`, all kinds of it. Brings where to go on, if
@@ -215,70 +218,98 @@ impl TenantItems {
         }
     }
 
-    /// A page of the documents that are past their retention, and where to go on.
+    /// A page of the documents that are past their retention, and where to go on. One that does not say how
+    /// old it is is an alarm, and hinders no other.
     ///
     /// # Errors
-    /// If the table does not answer or an item does not parse.
+    /// If the table does not answer.
     pub async fn expired_documents(
         &self,
         expired: &Expired,
         from: Onward,
-    ) -> Result<(Vec<Document>, Option<Onward>), StoreError> {
+    ) -> Result<(Vec<DocumentId>, Option<Onward>), StoreError> {
         let page = Page { prefix: item_key::DOCUMENTS, newest_first: false, limit: 500, after: from.0 };
-        let (mut documents, next) = self.documents.query::<Document>(expired.tenant_id(), page).await?;
-        documents.retain(|document| document.updated_at <= expired.until());
-        Ok((documents, next.map(|sort| Onward(Some(sort)))))
+        let (old, next) = self.documents.older(expired, page, "updated_at").await?;
+        let ids = old.iter().filter_map(|sort| sort.strip_prefix(item_key::DOCUMENTS)?.parse().ok());
+        Ok((ids.collect(), next.map(|sort| Onward(Some(sort)))))
     }
 
-    /// Deletes documents that are past their retention, unless they were stored anew meanwhile. Brings those
-    /// that were deleted.
+    /// Deletes documents that are past their retention, at most [`MOST_AT_ONCE`], and enters the record of
+    /// that into the ledger: all of it or nothing. Says whether it did; if not, one of them is gone or was
+    /// stored anew meanwhile.
     ///
     /// # Errors
-    /// If the table does not answer; what was deleted until then stays so.
+    /// If a table does not answer; then it may be done.
     pub async fn delete_expired_documents(
         &self,
         expired: &Expired,
-        documents: Vec<Document>,
-    ) -> Result<Vec<DocumentId>, StoreError> {
-        let mut deleted = Vec::new();
-        for document in documents {
-            let delete = self
-                .documents
-                .client(expired.tenant_id())
-                .delete_item()
+        documents: &[DocumentId],
+        (ledger, record): (&Ledger, &Record),
+    ) -> Result<bool, StoreError> {
+        let mut parts = vec![ledger.event_part(record)?];
+        for id in documents {
+            let until = AttributeValue::N(expired.until().as_millis().to_string());
+            let delete = Delete::builder()
                 .table_name(&self.documents.name)
-                .set_key(Some(Table::key(expired.tenant_id(), &item_key::document(&document.id))))
+                .set_key(Some(Table::key(expired.tenant_id(), &item_key::document(id))))
                 .condition_expression("#u <= :until")
                 .expression_attribute_names("#u", "updated_at")
-                .expression_attribute_values(
-                    ":until",
-                    AttributeValue::N(expired.until().as_millis().to_string()),
-                );
-            match delete.send().await.map_err(|e| self.documents.failed(e)) {
-                Ok(_) => deleted.push(document.id),
-                Err(StoreError::Conflict) => {}
-                Err(error) => return Err(error),
-            }
+                .expression_attribute_values(":until", until)
+                .build()
+                .map_err(|e| self.documents.corrupt(e))?;
+            parts.push(TransactWriteItem::builder().delete(delete).build());
         }
-        Ok(deleted)
+        match self.documents.transact(expired.tenant_id(), parts).await {
+            Ok(()) => Ok(true),
+            Err(Cancelled::Conditions(_)) => Ok(false),
+            Err(Cancelled::Failed(error)) => Err(error),
+        }
     }
 
     /// Deletes the turns of a page that are past their retention. Brings how many, and where to go on.
     ///
     /// # Errors
-    /// If the table does not answer or an item does not parse.
+    /// If the table does not answer.
     pub async fn delete_expired_turns(
         &self,
         expired: &Expired,
         from: Onward,
     ) -> Result<(u64, Option<Onward>), StoreError> {
         let page = Page { prefix: item_key::TURNS, newest_first: false, limit: 500, after: from.0 };
-        let (mut turns, next) = self.conversations.query::<Turn>(expired.tenant_id(), page).await?;
-        turns.retain(|turn| turn.asked_at <= expired.until());
-        let sort = |turn: &Turn| item_key::turn(&turn.conversation_id, turn.asked_at, &turn.id);
-        let sorts: Vec<String> = turns.iter().map(sort).collect();
-        self.conversations.delete_all(expired.tenant_id(), &sorts).await?;
-        Ok((sorts.len() as u64, next.map(|sort| Onward(Some(sort)))))
+        let (old, next) = self.conversations.older(expired, page, "asked_at").await?;
+        self.conversations.delete_all(expired.tenant_id(), &old).await?;
+        Ok((old.len() as u64, next.map(|sort| Onward(Some(sort)))))
+    }
+}
+
+impl Table {
+    /// Of a page of a tenant's items, the sort keys of those whose time, in attribute `at`, is past their
+    /// retention; and where to go on. Nothing else of the items is brought.
+    async fn older(
+        &self,
+        expired: &Expired,
+        page: Page<'_>,
+        at: &str,
+    ) -> Result<(Vec<String>, Option<String>), StoreError> {
+        let mut old = Vec::new();
+        let (items, next) = self.projected(expired.tenant_id(), page, at).await?;
+        for item in items {
+            let sort = item.get(SORT).and_then(|sort| sort.as_s().ok());
+            let time = item.get(at).and_then(|at| at.as_n().ok()?.parse().ok());
+            match (sort, time) {
+                (Some(sort), Some(ms)) if Timestamp::from_millis(ms) <= expired.until() => {
+                    old.push(sort.clone());
+                }
+                (Some(_), Some(_)) => {}
+                _ => tracing::error!(
+                    alert = "record_unread",
+                    tenant.id = %expired.tenant_id(),
+                    table = self.name,
+                    "An item does not say how old it is, and is never past its retention"
+                ),
+            }
+        }
+        Ok((old, next))
     }
 }
 

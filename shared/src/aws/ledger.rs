@@ -71,6 +71,15 @@ pub struct Overdue {
     pub since: Timestamp,
 }
 
+/// How many records wait to be exported.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Waiting {
+    /// All of them.
+    pub all: u64,
+    /// Those of tickets, which are on no bill yet.
+    pub tickets: u64,
+}
+
 /// Where a list goes on.
 #[derive(Clone, Debug)]
 pub struct Place(Item);
@@ -366,6 +375,41 @@ impl Ledger {
             Ok((sort.ok_or_else(|| self.0.missing())?, self.0.record(item)?))
         });
         records.collect()
+    }
+
+    /// How many of a tenant's records wait to be exported, whatever they hold: one that does not parse waits
+    /// as well. As [`Ledger::pending`], what was written in the last moments may be missing.
+    ///
+    /// # Errors
+    /// If the table does not answer.
+    pub async fn waiting(&self, subject: &impl Subject) -> Result<Waiting, StoreError> {
+        let (mut waiting, mut after) = (Waiting::default(), None);
+        loop {
+            let answer = self
+                .0
+                .client(subject.tenant_id())
+                .query()
+                .table_name(&self.0.name)
+                .index_name(item_key::PENDING_INDEX)
+                .key_condition_expression("#t = :t")
+                .projection_expression("#s")
+                .expression_attribute_names("#t", PARTITION)
+                .expression_attribute_names("#s", SORT)
+                .expression_attribute_values(":t", AttributeValue::S(subject.tenant_id().to_string()))
+                .set_exclusive_start_key(after)
+                .send()
+                .await
+                .map_err(|e| self.0.failed(e))?;
+            for item in answer.items.unwrap_or_default() {
+                let sort = item.get(SORT).and_then(|sort| sort.as_s().ok());
+                waiting.all += 1;
+                waiting.tickets += u64::from(sort.is_some_and(|sort| sort.starts_with(item_key::TICKETS)));
+            }
+            after = answer.last_evaluated_key;
+            if after.is_none() {
+                return Ok(waiting);
+            }
+        }
     }
 
     /// The part of a transaction that takes a record out of those that wait, and lets the table forget

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use aws_sdk_dynamodb::Client;
 use aws_sdk_dynamodb::error::{ProvideErrorMetadata, SdkError};
+use aws_sdk_dynamodb::operation::query::builders::QueryFluentBuilder;
 use aws_sdk_dynamodb::operation::transact_write_items::TransactWriteItemsError;
 use aws_sdk_dynamodb::types::{
     AttributeValue, DeleteRequest, Put, ReturnValuesOnConditionCheckFailure, TransactWriteItem, WriteRequest,
@@ -261,8 +262,22 @@ impl Table {
         tenant: &TenantId,
         page: Page<'_>,
     ) -> Result<(Vec<Item>, Option<String>), StoreError> {
-        let answer = self
-            .client(tenant)
+        self.page(self.paged(tenant, page)).await
+    }
+
+    /// As [`Table::items`], with the sort key and one attribute of each alone.
+    pub(super) async fn projected(
+        &self,
+        tenant: &TenantId,
+        page: Page<'_>,
+        attribute: &str,
+    ) -> Result<(Vec<Item>, Option<String>), StoreError> {
+        let query = self.paged(tenant, page).projection_expression("#s, #a");
+        self.page(query.expression_attribute_names("#a", attribute)).await
+    }
+
+    fn paged(&self, tenant: &TenantId, page: Page<'_>) -> QueryFluentBuilder {
+        self.client(tenant)
             .query()
             .table_name(&self.name)
             .key_condition_expression("#p = :p AND begins_with(#s, :s)")
@@ -274,9 +289,10 @@ impl Table {
             .limit(page.limit)
             .set_exclusive_start_key(page.after.map(|sort| Self::key(tenant, &sort)))
             .consistent_read(true)
-            .send()
-            .await
-            .map_err(|e| self.failed(e))?;
+    }
+
+    async fn page(&self, query: QueryFluentBuilder) -> Result<(Vec<Item>, Option<String>), StoreError> {
+        let answer = query.send().await.map_err(|e| self.failed(e))?;
         let next = answer.last_evaluated_key.and_then(|key| key.get(SORT)?.as_s().ok().cloned());
         Ok((answer.items.unwrap_or_default(), next))
     }

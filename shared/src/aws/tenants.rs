@@ -16,10 +16,11 @@ use crate::clock::Timestamp;
 use crate::deprovisioning::Tombstone;
 use crate::ids::IssuerId;
 use crate::issuer::{Issuer, Provenance};
-use crate::item_key::{self, PARTITION};
+use crate::item_key::{self, PARTITION, SORT};
 use crate::ledger::Record;
 use crate::meter::Meter;
 use crate::placement::Claim;
+use crate::random;
 use crate::scope::{Bookkeeper, Operator, Subject, Ward};
 use crate::tenant::{Tenant, TenantId, TenantStatus};
 
@@ -75,6 +76,15 @@ impl<'de> Deserialize<'de> for Config {
 /// Where a list of tenants goes on.
 #[derive(Clone, Debug)]
 pub struct TenantPlace(Item);
+
+impl TenantPlace {
+    /// Somewhere among them: whoever may not come to the end begins elsewhere each time.
+    pub fn anywhere(rng: &mut impl CryptoRng) -> Self {
+        let text = |text: &str| AttributeValue::S(text.to_owned());
+        let somebody = text(&random::base62(8, rng).to_lowercase());
+        Self(Item::from([(PARTITION.to_owned(), somebody), (SORT.to_owned(), text(item_key::TENANT))]))
+    }
+}
 
 impl Claimed {
     /// The books of the tenant that the key names, if there is one: a key that turns out not to be
@@ -441,7 +451,7 @@ impl TenantStore {
             .scan()
             .table_name(&self.0.name)
             .filter_expression("#s = :config AND attribute_not_exists(#d)")
-            .expression_attribute_names("#s", item_key::SORT)
+            .expression_attribute_names("#s", SORT)
             .expression_attribute_names("#d", "deleted_at")
             .expression_attribute_values(":config", AttributeValue::S(item_key::TENANT.to_owned()))
             .set_exclusive_start_key(start)

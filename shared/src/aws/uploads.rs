@@ -40,18 +40,14 @@ impl Uploads {
         self.access.of(erasure.tenant_id()).s3(settings).clone()
     }
 
-    /// How many versions and delete markers a tenant has.
+    /// How many versions and delete markers a page of a tenant's has. Brings where to go on, if there may be
+    /// more.
     ///
     /// # Errors
     /// [`ObjectError`].
-    pub async fn count(&self, erasure: &Erasure) -> Result<u64, ObjectError> {
-        let (mut count, mut from) = (0, Some(Onward::default()));
-        while let Some(place) = from {
-            let (versions, next) = self.page(erasure, place).await?;
-            count += versions.len() as u64;
-            from = next;
-        }
-        Ok(count)
+    pub async fn count(&self, erasure: &Erasure, from: Onward) -> Result<(u64, Option<Onward>), ObjectError> {
+        let (versions, next) = self.page(erasure, from).await?;
+        Ok((versions.len() as u64, next))
     }
 
     /// Deletes a page of a tenant's versions and delete markers. Brings where to go on, if there may be more.

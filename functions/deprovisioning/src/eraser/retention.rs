@@ -5,9 +5,11 @@ use futures_util::StreamExt;
 use lambda_runtime::Error;
 use serde::Serialize;
 use shared::aws::StoreError;
-use shared::aws::erasure::Onward;
+use shared::aws::erasure::{MOST_AT_ONCE, Onward};
+use shared::aws::tenants::TenantPlace;
 use shared::ids::DocumentId;
 use shared::ledger::Record;
+use shared::random::entropy;
 use shared::scope::{Expired, RequestId};
 use shared::tenant::{Tenant, TenantStatus};
 use shared::vectors::VectorError;
@@ -15,8 +17,6 @@ use tokio::time::Instant;
 
 use super::{AT_ONCE, Context};
 
-/// The most documents that one record names, as of a request that stores them.
-const MOST_NAMED: usize = 100;
 /// What the records of such deletions say where others name a request.
 const REQUEST: &str = "retention";
 
@@ -41,13 +41,17 @@ enum Failed {
     Vectors(#[from] VectorError),
 }
 
-/// Deletes what is past its retention, of every tenant.
+/// Deletes what is past its retention, of every tenant. It begins somewhere among them, so that when time is
+/// up it is not the same ones every day for whom there was none.
 pub(super) async fn run(context: &Context, until: Instant) -> Result<Retained, Error> {
     let mut all = Retained::default();
-    let mut after = None;
+    let (mut after, mut first, mut again) = (Some(TenantPlace::anywhere(&mut entropy())), None, false);
     loop {
         let (tenants, next) = context.tenants.page(&context.bookkeeper, after).await?;
-        let mut looked = futures_util::stream::iter(tenants)
+        // From the beginning, as far as where it began.
+        let ends = tenants.iter().position(|tenant| again && Some(&tenant.tenant_id) == first.as_ref());
+        first = first.or_else(|| tenants.first().map(|tenant| tenant.tenant_id.clone()));
+        let mut looked = futures_util::stream::iter(tenants.into_iter().take(ends.unwrap_or(usize::MAX)))
             .filter(|tenant| std::future::ready(tenant.status != TenantStatus::Deprovisioning))
             .map(async |tenant: Tenant| {
                 let deleting = Box::pin(tenant_of(context, &tenant));
@@ -76,9 +80,10 @@ pub(super) async fn run(context: &Context, until: Instant) -> Result<Retained, E
             }
         }
         after = next;
-        if after.is_none() {
+        if ends.is_some() || (after.is_none() && again) {
             break;
         }
+        again |= after.is_none();
     }
     let Retained { tenants, documents, turns, left } = all;
     tracing::info!(tenants, documents, turns, left, "Retention looked after");
@@ -88,35 +93,47 @@ pub(super) async fn run(context: &Context, until: Instant) -> Result<Retained, E
 /// Deletes one tenant's: how many documents and turns.
 async fn tenant_of(context: &Context, tenant: &Tenant) -> Result<(u64, u64), Failed> {
     let expired = context.bookkeeper.expired(tenant, context.clock.now());
+    // What fails for the documents keeps no turn.
+    let (documents, turns) = tokio::join!(documents(context, &expired, tenant), turns(context, &expired));
+    Ok((documents?, turns?))
+}
+
+async fn documents(context: &Context, expired: &Expired, tenant: &Tenant) -> Result<u64, Failed> {
     // The passages first, as where a document is deleted: a crash in between leaves a document without
     // passages, which goes tomorrow, never passages that nothing names.
-    context.cells.delete_expired(&expired, &context.vector_root_key, &tenant.cell).await?;
+    context.cells.delete_expired(expired, &context.vector_root_key, &tenant.cell).await?;
     let (mut documents, mut from) = (0, Some(Onward::default()));
     while let Some(place) = from {
-        let (page, next) = context.items.expired_documents(&expired, place).await?;
-        let mut page = page.into_iter().peekable();
-        while page.peek().is_some() {
-            let some = page.by_ref().take(MOST_NAMED).collect();
-            let deleted = context.items.delete_expired_documents(&expired, some).await?;
-            documents += deleted.len() as u64;
-            note(context, &expired, deleted).await?;
+        let (page, next) = context.items.expired_documents(expired, place).await?;
+        for some in page.chunks(MOST_AT_ONCE) {
+            if delete(context, expired, some).await? {
+                documents += some.len() as u64;
+                continue;
+            }
+            // One of them is gone or was stored anew: the others still go.
+            for one in some {
+                documents += u64::from(delete(context, expired, std::slice::from_ref(one)).await?);
+            }
         }
         from = next;
     }
+    Ok(documents)
+}
+
+/// Deletes documents, and says so on record: both or neither.
+async fn delete(context: &Context, expired: &Expired, some: &[DocumentId]) -> Result<bool, StoreError> {
+    let request = RequestId::from(REQUEST.to_owned());
+    let record = Record::expired(expired, some.to_vec(), request, context.clock.now());
+    let noted = (context.books.ledger(), &record);
+    context.items.delete_expired_documents(expired, some, noted).await
+}
+
+async fn turns(context: &Context, expired: &Expired) -> Result<u64, Failed> {
     let (mut turns, mut from) = (0, Some(Onward::default()));
     while let Some(place) = from {
-        let (deleted, next) = context.items.delete_expired_turns(&expired, place).await?;
+        let (deleted, next) = context.items.delete_expired_turns(expired, place).await?;
         turns += deleted;
         from = next;
     }
-    Ok((documents, turns))
-}
-
-async fn note(context: &Context, expired: &Expired, documents: Vec<DocumentId>) -> Result<(), StoreError> {
-    if documents.is_empty() {
-        return Ok(());
-    }
-    let request = RequestId::from(REQUEST.to_owned());
-    let record = Record::expired(expired, documents, request, context.clock.now());
-    context.books.ledger().note(&record).await
+    Ok(turns)
 }

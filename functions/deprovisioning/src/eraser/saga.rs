@@ -24,8 +24,12 @@ const LATE_MS: u64 = 3_600_000;
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// The longest that a request is under way which API Gateway has let in, and by how much two clocks differ.
 const LONGEST_REQUEST_S: i64 = 120 + 8;
-/// The most records that wait for the audit log and are counted.
-const MOST_WAITING: i32 = 1_000;
+/// How long nothing may be seen to wait for the audit log, before it is believed that nothing does: the index
+/// that says so follows its table, within a second as a rule.
+const QUIET_MS: u64 = 2_000;
+/// How far point-in-time recovery goes back, in days, and the tables that have it and are emptied: tenants,
+/// meters, conversations, documents, webhooks.
+const BACKUPS: (u32, u64) = (35, 5);
 
 /// How far a deprovisioning came.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,6 +42,17 @@ pub(super) enum Came {
     Held,
     /// Not yet to its receipt, and there is no more time.
     Waiting,
+}
+
+/// What came of deleting what a step deletes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Deleted {
+    /// It is done.
+    All,
+    /// An earlier step has to be done again.
+    Reopened,
+    /// There is no more time.
+    NoTime,
 }
 
 /// Why a deprovisioning did not go on.
@@ -100,13 +115,25 @@ async fn work(context: &Context, hold: &mut Hold, until: Instant) -> Result<Came
                 return Ok(Came::Watched);
             }
             if !looked(context, hold).await? {
+                // Lines that a late record has added go with the others.
+                if let Some(until) = kept_until(&hold.saga) {
+                    context.items.expire_bills(hold.erasure(), until.as_seconds()).await?;
+                }
                 return Ok(Came::Closed);
             }
             continue;
         };
         match step {
-            Step::Disable => disable(context, hold).await?,
+            Step::Disable => {
+                hold.saga.begin(step, &Counts::new(), context.clock.now());
+                disable(context, hold).await?;
+            }
             Step::Drain => {
+                if state == StepState::Pending {
+                    // It may take as long as a request: whoever watches sees it begin.
+                    hold.saga.begin(step, &Counts::new(), context.clock.now());
+                    save(context, hold).await?;
+                }
                 if !drain(context, hold, until).await? {
                     return Ok(Came::Waiting);
                 }
@@ -126,16 +153,20 @@ async fn work(context: &Context, hold: &mut Hold, until: Instant) -> Result<Came
                 if state == StepState::Pending {
                     // Counted, and the count written down, before anything is deleted.
                     let found = count(context, hold, step).await?;
+                    // Whatever fails is asked before anything is changed: what is in hand is written down
+                    // when this ends.
+                    let last = match step {
+                        Step::Meter => context.items.last_ticket(hold.erasure()).await?,
+                        _ => None,
+                    };
                     hold.saga.begin(step, &found, context.clock.now());
-                    if step == Step::Meter
-                        && let Some(last) = context.items.last_ticket(hold.erasure()).await?
-                    {
-                        hold.saga.last_ticket = last;
-                    }
+                    hold.saga.last_ticket = last.unwrap_or(hold.saga.last_ticket);
                     save(context, hold).await?;
                 }
-                if !delete(context, hold, step).await? {
-                    continue;
+                match delete(context, hold, step, until).await? {
+                    Deleted::All => {}
+                    Deleted::Reopened => continue,
+                    Deleted::NoTime => return Ok(Came::Waiting),
                 }
             }
         }
@@ -157,10 +188,12 @@ async fn disable(context: &Context, hold: &Hold) -> Result<(), Failed> {
 
 /// Waits until what was admitted has ended: each ticket has its record then, and its charge is on the bill.
 /// So nobody writes for the tenant any more. A request holds its lease for longer than Lambda lets it live;
-/// and a turn enters with the record of its ticket or not at all. Says whether that is so.
+/// and a turn enters with the record of its ticket or not at all. Says whether that is so. Records without a
+/// ticket are on no bill, and are not waited for: there may always be one more.
 async fn drain(context: &Context, hold: &mut Hold, until: Instant) -> Result<bool, Failed> {
     let mut quiet_since: Option<Timestamp> = None;
     loop {
+        let now = context.clock.now();
         let ended = match context.books.meters().read(hold.erasure()).await {
             Ok(meter) if meter.leases.is_empty() => true,
             Ok(meter) => {
@@ -170,12 +203,10 @@ async fn drain(context: &Context, hold: &mut Hold, until: Instant) -> Result<boo
             Err(StoreError::Missing { .. }) => true,
             Err(error) => return Err(error.into()),
         };
-        if ended {
-            let quiet = *quiet_since.get_or_insert(context.clock.now());
-            let oldest = context.books.ledger().pending(hold.erasure(), "", 1).await?;
-            if oldest.first().is_none_or(|(_, record)| record.time > quiet) {
-                return Ok(true);
-            }
+        let quiet = ended && context.books.ledger().waiting(hold.erasure()).await?.tickets == 0;
+        quiet_since = quiet.then(|| quiet_since.unwrap_or(now));
+        if quiet_since.is_some_and(|since| now.millis_since(since) >= QUIET_MS) {
+            return Ok(true);
         }
         if Instant::now() + LOOK_EVERY >= until {
             return Ok(false);
@@ -185,59 +216,102 @@ async fn drain(context: &Context, hold: &mut Hold, until: Instant) -> Result<boo
     }
 }
 
-/// What there is to delete at a step.
-async fn count(context: &Context, hold: &Hold, step: Step) -> Result<Counts, Failed> {
-    let erasure = hold.erasure();
+/// What there is to delete at a step, page by page: it may be much, and nobody else is to begin meanwhile.
+async fn count(context: &Context, hold: &mut Hold, step: Step) -> Result<Counts, Failed> {
     Ok(match step {
         Step::Vectors => {
             let mut found = Counts::from([(Store::Collections, 0), (Store::Passages, 0)]);
             for cell in cells(context, hold) {
-                if let Some(passages) = context.cells.count(erasure, &context.vector_root_key, &cell).await? {
+                keep(context, hold).await?;
+                let counted = context.cells.count(hold.erasure(), &context.vector_root_key, &cell).await?;
+                if let Some(passages) = counted {
                     *found.entry(Store::Collections).or_default() += 1;
                     *found.entry(Store::Passages).or_default() += passages;
                 }
             }
             found
         }
-        Step::Conversations => context.items.count(erasure, Store::Turns).await?,
-        Step::Documents => context.items.count(erasure, Store::Documents).await?,
-        Step::Uploads => Counts::from([(Store::Uploads, context.uploads.count(erasure).await?)]),
-        Step::Secrets => Counts::from([(Store::Secrets, context.secrets.names(erasure).await?.len() as u64)]),
+        Step::Conversations => count_items(context, hold, Store::Turns).await?,
+        Step::Documents => count_items(context, hold, Store::Documents).await?,
+        Step::Uploads => {
+            let (mut count, mut from) = (0, Some(uploads::Onward::default()));
+            while let Some(place) = from {
+                keep(context, hold).await?;
+                let (some, next) = context.uploads.count(hold.erasure(), place).await?;
+                count += some;
+                from = next;
+            }
+            Counts::from([(Store::Uploads, count)])
+        }
+        Step::Secrets => {
+            Counts::from([(Store::Secrets, context.secrets.names(hold.erasure()).await?.len() as u64)])
+        }
         Step::Keys => {
-            let mut found = context.items.count(erasure, Store::Keys).await?;
-            found.extend(context.items.count(erasure, Store::Webhooks).await?);
+            let mut found = count_items(context, hold, Store::Keys).await?;
+            found.extend(count_items(context, hold, Store::Webhooks).await?);
             found
         }
-        Step::Meter => context.items.count(erasure, Store::Meters).await?,
+        Step::Meter => count_items(context, hold, Store::Meters).await?,
         Step::Disable | Step::Drain | Step::Verify | Step::Receipt => Counts::new(),
     })
 }
 
-/// Deletes all that a step deletes. Says whether it is done; if not, an earlier step has to be done again.
-async fn delete(context: &Context, hold: &mut Hold, step: Step) -> Result<bool, Failed> {
+async fn count_items(context: &Context, hold: &mut Hold, store: Store) -> Result<Counts, Failed> {
+    let (mut counts, mut from) = (Counts::new(), Some(erasure::Onward::default()));
+    while let Some(place) = from {
+        keep(context, hold).await?;
+        let (some, next) = context.items.count(hold.erasure(), store, place).await?;
+        for (store, count) in some {
+            *counts.entry(store).or_default() += count;
+        }
+        from = next;
+    }
+    Ok(counts)
+}
+
+/// Deletes all that a step deletes.
+async fn delete(context: &Context, hold: &mut Hold, step: Step, until: Instant) -> Result<Deleted, Failed> {
     match step {
         Step::Vectors => {
             for cell in cells(context, hold) {
                 keep(context, hold).await?;
                 context.cells.drop_collection(hold.erasure(), &context.vector_root_key, &cell).await?;
             }
+            Ok(Deleted::All)
         }
-        Step::Conversations => delete_items(context, hold, Store::Turns).await?,
-        Step::Documents => delete_items(context, hold, Store::Documents).await?,
+        Step::Conversations => delete_items(context, hold, Store::Turns, until).await,
+        Step::Documents => delete_items(context, hold, Store::Documents, until).await,
         Step::Uploads => {
             let mut from = Some(uploads::Onward::default());
             while let Some(place) = from {
+                if Instant::now() >= until {
+                    return Ok(Deleted::NoTime);
+                }
                 keep(context, hold).await?;
                 from = context.uploads.delete(hold.erasure(), place).await?;
             }
+            Ok(Deleted::All)
         }
-        Step::Secrets => context.secrets.delete(hold.erasure()).await?,
-        Step::Keys => {
-            delete_items(context, hold, Store::Keys).await?;
-            delete_items(context, hold, Store::Webhooks).await?;
+        Step::Secrets => {
+            context.secrets.delete(hold.erasure()).await?;
+            // They are deleted in the background, and listed until then: counted again they would be more
+            // than there were.
+            while !context.secrets.names(hold.erasure()).await?.is_empty() {
+                if Instant::now() + LOOK_EVERY >= until {
+                    return Ok(Deleted::NoTime);
+                }
+                keep(context, hold).await?;
+                tokio::time::sleep(LOOK_EVERY).await;
+                context.secrets.delete(hold.erasure()).await?;
+            }
+            Ok(Deleted::All)
         }
+        Step::Keys => match delete_items(context, hold, Store::Keys, until).await? {
+            Deleted::All => delete_items(context, hold, Store::Webhooks, until).await,
+            other => Ok(other),
+        },
         Step::Meter => match context.items.delete_meter(hold.erasure()).await {
-            Ok(()) => {}
+            Ok(()) => Ok(Deleted::All),
             Err(StoreError::Conflict) => {
                 tracing::error!(
                     alert = "meter_in_use",
@@ -247,13 +321,12 @@ async fn delete(context: &Context, hold: &mut Hold, step: Step) -> Result<bool, 
                 hold.saga.reopen(Step::Disable);
                 hold.saga.reopen(Step::Drain);
                 save(context, hold).await?;
-                return Ok(false);
+                Ok(Deleted::Reopened)
             }
-            Err(error) => return Err(error.into()),
+            Err(error) => Err(error.into()),
         },
-        Step::Disable | Step::Drain | Step::Verify | Step::Receipt => {}
+        Step::Disable | Step::Drain | Step::Verify | Step::Receipt => Ok(Deleted::All),
     }
-    Ok(true)
 }
 
 /// Where there may be a collection of the tenant: where its record says, and wherever else one was made for
@@ -262,13 +335,21 @@ fn cells(context: &Context, hold: &Hold) -> BTreeSet<String> {
     context.cells.names().chain([hold.saga.cell.as_str()]).map(str::to_owned).collect()
 }
 
-async fn delete_items(context: &Context, hold: &mut Hold, store: Store) -> Result<(), Failed> {
+async fn delete_items(
+    context: &Context,
+    hold: &mut Hold,
+    store: Store,
+    until: Instant,
+) -> Result<Deleted, Failed> {
     let mut from = Some(erasure::Onward::default());
     while let Some(place) = from {
+        if Instant::now() >= until {
+            return Ok(Deleted::NoTime);
+        }
         keep(context, hold).await?;
         from = context.items.delete(hold.erasure(), store, place).await?;
     }
-    Ok(())
+    Ok(Deleted::All)
 }
 
 /// Takes a fresh look into every store. Says whether anything was there: then it is deleted, and looked for
@@ -288,9 +369,8 @@ async fn looked(context: &Context, hold: &mut Hold) -> Result<bool, Failed> {
         keep(context, hold).await?;
         found.extend(count(context, hold, step).await?);
     }
-    found.retain(|_, count| *count > 0);
     let late = hold.saga.receipt.is_some();
-    if !found.is_empty() {
+    if found.values().any(|count| *count > 0) {
         let tenant = &hold.saga.tenant_id;
         if late {
             tracing::error!(alert = "written_late", tenant.id = %tenant, ?found, "Something was written after the receipt");
@@ -303,33 +383,46 @@ async fn looked(context: &Context, hold: &mut Hold) -> Result<bool, Failed> {
     Ok(left)
 }
 
-/// Writes the receipt.
+/// Writes the receipt; if the last look is too long ago, has it taken again first.
 async fn conclude(context: &Context, hold: &mut Hold) -> Result<(), Failed> {
-    let now = context.clock.now();
     let erasure = hold.erasure();
-    let until = now.plus_days(context.audit_retention_days);
+    let until = context.clock.now().plus_days(context.audit_retention_days);
     let bills = context.items.expire_bills(erasure, until.as_seconds()).await?;
     let head = context.chains.read(erasure).await?.head;
-    let waiting = context.books.ledger().pending(erasure, "", MOST_WAITING).await?.len() as u64;
+    let waiting = context.books.ledger().waiting(erasure).await?.all;
+    let epoch = context.deprovisionings.present_epoch(erasure).await?.max(hold.saga.epoch);
+    let now = context.clock.now();
+    let (days, tables) = BACKUPS;
     let kept = vec![
         // With the one that this receipt is in.
         Kept { what: KeptWhat::AuditRecords, count: head.lines + waiting + 1, until: Some(until) },
         Kept { what: KeptWhat::BillLines, count: bills, until: Some(until) },
+        Kept { what: KeptWhat::TableBackups, count: tables, until: Some(now.plus_days(days)) },
         Kept { what: KeptWhat::Tombstone, count: 1, until: None },
     ];
-    let epoch = context.deprovisionings.present_epoch(erasure).await?.max(hold.saga.epoch);
-    let receipt = hold.saga.receipt(kept, now);
-    let record = Record::deleted(&hold.saga, receipt.clone());
-    let tombstone = hold.saga.tombstone(epoch, now);
-    hold.saga.begin(Step::Receipt, &Counts::new(), now);
-    hold.saga.end(Step::Receipt, now);
-    hold.saga.receipt = Some(receipt);
-    hold.saga.watched_until = Some(watched_until(context, now));
+    let Some(receipt) = hold.saga.receipt(kept, now) else {
+        hold.saga.reopen(Step::Verify);
+        return save(context, hold).await;
+    };
+    // Only what the transaction has made true is held to be so: what is held is written down if it fails.
+    let mut concluded = hold.saga.clone();
+    concluded.begin(Step::Receipt, &Counts::new(), now);
+    concluded.end(Step::Receipt, now);
+    concluded.receipt = Some(receipt.clone());
+    concluded.watched_until = Some(watched_until(context, now));
+    let record = Record::deleted(&concluded, receipt);
+    let tombstone = concluded.tombstone(epoch, now);
     let done = (context.books.ledger(), &record);
-    context.deprovisionings.conclude(hold, &tombstone, done, now).await?;
+    context.deprovisionings.conclude(hold, concluded, &tombstone, done, now).await?;
     let Saga { id, tenant_id, .. } = &hold.saga;
     tracing::info!(tenant.id = %tenant_id, deprovisioning.id = %id, "Tenant deleted");
     Ok(())
+}
+
+/// Until when the bills are kept, as the receipt says.
+fn kept_until(saga: &Saga) -> Option<Timestamp> {
+    let kept = &saga.receipt.as_ref()?.kept;
+    kept.iter().find(|kept| kept.what == KeptWhat::BillLines)?.until
 }
 
 /// Until when API Gateway may let requests in by a decision that it remembers, and they be under way.
