@@ -39,11 +39,26 @@ const TENANTS: [&str; 3] = ["acme1", "acme-1", "globex"];
 /// A document's id that all of them use.
 const SHARED: &str = "handbook";
 
+/// Headers whose values are of the request and not of what it asks for.
+const OF_EACH_REQUEST: [&str; 7] = [
+    "date",
+    "x-request-id",
+    "x-amzn-requestid",
+    "x-ratelimit-remaining-requests",
+    "x-ratelimit-reset-requests",
+    "x-ratelimit-remaining-tokens",
+    "x-ratelimit-reset-tokens",
+];
+/// The functions that streams and schedules drive, as the callers of the stores' calls name them.
+const BY_THEMSELVES: [&str; 4] = ["AuditExport", "Reconciler", "TenantWebhooks", "Eraser"];
+
 /// A tenant, and what only it may see.
 struct Target {
     tenant: Tenant,
     /// A word of its documents that it tells nobody, and one that attackers search for.
     canaries: Vec<String>,
+    /// A name of a user and an id of a document that it tells nobody: they stand in its audit log and books alone.
+    names: Vec<String>,
     bait: String,
     /// Ids of its own, that attackers know.
     document: String,
@@ -245,13 +260,13 @@ fn shapes(route: &str, attacker: &Target, victim: &Target) -> Vec<(String, Value
         bodies.into_iter().map(|body| (path.to_owned(), body)).collect()
     };
     let query = |path: &str, name: &str, ids: &[&String]| -> Vec<(String, Value)> {
-        let disguised = ids.iter().flat_map(|id| disguises(id));
-        disguised.map(|id| (format!("{path}?{name}={}", id.replace(['?', ' '], "")), Value::Null)).collect()
+        ids.iter().flat_map(|id| in_query(path, name, id)).collect()
     };
     let at = |prefix: &str, ids: &[&String]| -> Vec<(String, Value)> {
-        let disguised = ids.iter().flat_map(|id| disguises(id));
+        let disguised = ids.iter().flat_map(|id| disguises(id)).chain([String::new()]);
         disguised.map(|id| (format!("{prefix}/{id}"), Value::Null)).collect()
     };
+    let own = |prefix: &str, id: &str| (format!("{prefix}/{id}"), Value::Null);
     let in_field = |path: &str, base: Value, field: &str, id: &str| -> Vec<(String, Value)> {
         let bodies = json_disguises(id).into_iter().map(|value| {
             let mut body = base.clone();
@@ -274,10 +289,19 @@ fn shapes(route: &str, attacker: &Target, victim: &Target) -> Vec<(String, Value
                 body[field] = value;
                 all.push(("/v1/documents".to_owned(), body));
             }
+            // One among several.
+            for id in json_disguises(&victim.document) {
+                let second = json!({"id": id, "title": own_word, "content": own_word});
+                all.push(("/v1/documents".to_owned(), json!({"documents": [base, second]})));
+            }
             all
         }
         "GET /v1/documents" => query("/v1/documents", "cursor", &cursors),
-        "GET /v1/documents/{id}" => at("/v1/documents", &[&victim.document, &shared]),
+        "GET /v1/documents/{id}" => {
+            let mut all = at("/v1/documents", &[&victim.document, &shared]);
+            all.push(own("/v1/documents", &attacker.document));
+            all
+        }
         "DELETE /v1/documents/{id}" => at("/v1/documents", &[&victim.document]),
         "POST /v1/search" => {
             let base = json!({"query": victim.bait, "top_k": 50});
@@ -313,6 +337,9 @@ fn shapes(route: &str, attacker: &Target, victim: &Target) -> Vec<(String, Value
             all.extend(query("/v1/audit", "chunk", &[&victim.chunk]));
             all.extend(query("/v1/audit", "user", &[&"canary-user".to_owned()]));
             all.push((format!("/v1/audit?tenant_id={}", victim.tenant.id), Value::Null));
+            let period = "from=2020-01-01T00:00:00Z&to=2100-01-01T00:00:00Z";
+            all.push((format!("/v1/audit?{period}&limit=100&document={}", victim.document), Value::Null));
+            all.push((format!("/v1/audit?{period}&limit=100"), Value::Null));
             all
         }
         "POST /v1/audit/exports" => {
@@ -321,7 +348,12 @@ fn shapes(route: &str, attacker: &Target, victim: &Target) -> Vec<(String, Value
             all.extend(in_field("/v1/audit/exports", base, "tenant_id", &victim.tenant.id));
             all
         }
-        "GET /v1/audit/exports/{id}" => at("/v1/audit/exports", &[&victim.export]),
+        "GET /v1/audit/exports/{id}" => {
+            let mut all = at("/v1/audit/exports", &[&victim.export]);
+            all.push(own("/v1/audit/exports", &attacker.export));
+            all.extend(query(&format!("/v1/audit/exports/{}", attacker.export), "cursor", &cursors));
+            all
+        }
         "GET /v1/keys" => {
             let mut all = query("/v1/keys", "cursor", &cursors);
             all.extend(query("/v1/keys", "cursor", &[&victim.tenant.key_id().to_owned()]));
@@ -345,9 +377,18 @@ fn shapes(route: &str, attacker: &Target, victim: &Target) -> Vec<(String, Value
             let mut all = in_field("/v1/issuers", base.clone(), "audience", &audience(&victim.tenant.id));
             all.extend(in_field("/v1/issuers", base.clone(), "issuer_id", &victim.issuer));
             all.extend(in_field("/v1/issuers", base, "tenant_id", &victim.tenant.id));
+            let place = format!("https://{}.example/keys", victim.tenant.id);
+            let elsewhere = json!({"issuer": LOGIN, "audience": own_word, "jwks_url": place});
+            all.extend(in_field("/v1/issuers", elsewhere.clone(), "jwks_url", &place));
+            all.extend(in_field("/v1/issuers", elsewhere, "audience", &audience(&victim.tenant.id)));
             all
         }
-        "GET /v1/issuers/{id}" | "DELETE /v1/issuers/{id}" => at("/v1/issuers", &[&victim.issuer]),
+        "GET /v1/issuers/{id}" => {
+            let mut all = at("/v1/issuers", &[&victim.issuer]);
+            all.push(own("/v1/issuers", &attacker.issuer));
+            all
+        }
+        "DELETE /v1/issuers/{id}" => at("/v1/issuers", &[&victim.issuer]),
         "POST /admin/tenants/{id}/keys" => {
             let at = at("/admin/tenants", &[&victim.tenant.id]).into_iter();
             at.map(|(path, _)| (format!("{path}/keys"), json!({}))).collect()
@@ -379,18 +420,122 @@ fn shapes(route: &str, attacker: &Target, victim: &Target) -> Vec<(String, Value
     }
 }
 
+/// A query in which a parameter is an id, as it is and in disguise.
+fn in_query(path: &str, name: &str, id: &str) -> Vec<(String, Value)> {
+    let disguised = disguises(id).into_iter().chain([String::new()]);
+    disguised.map(|id| (format!("{path}?{name}={}", id.replace(['?', ' '], "")), Value::Null)).collect()
+}
+
+/// What the contract says of a route: the names by which it takes anything from a client.
+struct Named {
+    query: BTreeSet<String>,
+    headers: BTreeSet<String>,
+    fields: BTreeSet<String>,
+}
+
+impl Named {
+    fn of(contract: &Value, route: &str) -> Self {
+        let (method, path) = route.split_once(' ').unwrap();
+        let of_path = resolved(contract, &contract["paths"][path]);
+        let operation = &of_path[method.to_lowercase().as_str()];
+        assert!(operation.is_object(), "{route} is not in the contract");
+        let mut named = Self { query: BTreeSet::new(), headers: BTreeSet::new(), fields: BTreeSet::new() };
+        let parameters = [&of_path["parameters"], &operation["parameters"]];
+        for parameter in parameters.iter().filter_map(|list| list.as_array()).flatten() {
+            let parameter = resolved(contract, parameter);
+            let name = parameter["name"].as_str().unwrap().to_owned();
+            match parameter["in"].as_str().unwrap() {
+                "query" => named.query.extend([name]),
+                "header" => named.headers.extend([name]),
+                "path" => assert!(path.contains(&format!("{{{name}}}")), "{route}: {name}"),
+                other => panic!("{route} takes {name} in the {other}, where nothing attacks it"),
+            }
+        }
+        let body = resolved(contract, &operation["requestBody"]);
+        named.add_fields(contract, &body["content"]["application/json"]["schema"]);
+        assert!(body.is_null() || !named.fields.is_empty(), "{route} takes a body without fields");
+        named
+    }
+
+    fn add_fields(&mut self, contract: &Value, schema: &Value) {
+        let schema = resolved(contract, schema);
+        self.fields
+            .extend(schema["properties"].as_object().into_iter().flatten().map(|(name, _)| name.clone()));
+        for kind in ["oneOf", "anyOf", "allOf"] {
+            schema[kind].as_array().into_iter().flatten().for_each(|one| self.add_fields(contract, one));
+        }
+    }
+}
+
+/// What a place of the contract says, or what it refers to.
+fn resolved<'a>(contract: &'a Value, place: &'a Value) -> &'a Value {
+    match place["$ref"].as_str() {
+        Some(at) => resolved(contract, contract.pointer(at.strip_prefix('#').unwrap()).unwrap()),
+        None => place,
+    }
+}
+
+fn contract() -> Value {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../infra/openapi.yaml");
+    serde_yaml_ng::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
+}
+
+/// The requests to a route in which something by which the victim's is known stands in the place of each
+/// parameter and of each field of the contract, whatever that is meant for. So no place is left out.
+fn everywhere(contract: &Value, route: &str, attacker: &Target, victim: &Target) -> Vec<(String, Value)> {
+    let named = Named::of(contract, route);
+    for header in &named.headers {
+        let forged = forged_headers(victim).into_iter().flatten().any(|(name, _)| name == *header);
+        assert!(forged, "no attempt forges {header}, which {route} takes");
+    }
+    let (_, path) = route.split_once(' ').unwrap();
+    // What is read may be one's own; what is changed, the victim's.
+    let whose = if route.starts_with("GET ") { attacker } else { victim };
+    let id: &str = match path.split('/').nth(2).unwrap() {
+        "documents" => &whose.document,
+        "audit" => &whose.export,
+        "issuers" => &whose.issuer,
+        "keys" => whose.tenant.key_id(),
+        _ => &whose.tenant.id,
+    };
+    let path = path.replace("{id}", id);
+    let key = victim.tenant.key_id().to_owned();
+    let mut known =
+        vec![&victim.tenant.id, &victim.document, &victim.conversation, &victim.export, &victim.issuer, &key];
+    known.push(&victim.chunk);
+    known.extend(&victim.cursors);
+    let mut all = Vec::new();
+    for (name, id) in named.query.iter().flat_map(|name| known.iter().map(move |id| (name, id))) {
+        all.extend(in_query(&path, name, id));
+    }
+    let whole = shapes(route, attacker, victim).into_iter().map(|(_, body)| body).find(Value::is_object);
+    for (name, id) in named.fields.iter().flat_map(|name| known.iter().map(move |id| (name, id))) {
+        let mut body = whole.clone().unwrap_or_else(|| json!({}));
+        body[name.as_str()] = json!(id);
+        all.push((path.clone(), body.clone()));
+        body[name.as_str()] = json!([id]);
+        all.push((path.clone(), body));
+    }
+    all
+}
+
 /// Everything that one tenant may send to get at another, made once and not for each attempt.
 struct Arsenal {
-    /// Of each route, what `shapes` says.
-    shapes: Vec<Vec<(String, Value)>>,
+    /// Of each route, what `shapes` says, and what `everywhere` does.
+    shapes: Vec<[Vec<(String, Value)>; 2]>,
     headers: Vec<Vec<(String, String)>>,
     keys: Vec<Option<String>>,
 }
 
 impl Arsenal {
-    fn new(routes: &[(String, RouteAuth)], attacker: &Target, victim: &Target) -> Self {
+    fn new(contract: &Value, routes: &[(String, RouteAuth)], attacker: &Target, victim: &Target) -> Self {
         Self {
-            shapes: routes.iter().map(|(route, _)| shapes(route, attacker, victim)).collect(),
+            shapes: routes
+                .iter()
+                .map(|(route, _)| {
+                    [shapes(route, attacker, victim), everywhere(contract, route, attacker, victim)]
+                })
+                .collect(),
             headers: forged_headers(victim),
             keys: forged_keys(attacker, victim, &forged_tokens(attacker, victim)),
         }
@@ -409,6 +554,11 @@ async fn target(stack: &Stack, id: &str) -> Target {
     let document = word("document");
     tenant.store(SHARED, &title, &format!("The {bait} of the vault is {text}.")).await;
     tenant.store(&document, &title, &format!("The {bait} of the cellar is {text}.")).await;
+    // Names that nobody is told: what shows one has shown a record of the log, or a row of the books.
+    let (hidden, reader) = (word("hidden"), word("reader"));
+    tenant.store(&hidden, &title, "Nothing to see.").await;
+    let read = tenant.as_user(&reader).get(&format!("/v1/documents/{SHARED}")).await;
+    read.expect_status(reqwest::StatusCode::OK);
     let theirs = tenant.as_user("canary-user");
     let asked = json!({"message": format!("What is the {bait} of the vault? {user}")});
     let answer = theirs.chat(asked).await.expect_status(reqwest::StatusCode::OK).json();
@@ -425,6 +575,7 @@ async fn target(stack: &Stack, id: &str) -> Target {
     }
     Target {
         canaries: vec![text, title, user],
+        names: vec![hidden, reader],
         bait,
         document,
         conversation: answer["conversation_id"].as_str().unwrap().to_owned(),
@@ -460,13 +611,13 @@ async fn nobody_is_shown_a_byte_of_anothers() {
         targets.push(target(&stack, id).await);
     }
     let targets = Arc::new(targets);
-    let routes = routes();
+    let (contract, routes) = (contract(), routes());
     let address = stack.url().strip_prefix("http://").unwrap().to_owned();
     let mut arsenals = BTreeMap::new();
     for attacker in 0..targets.len() {
         for victim in (0..targets.len()).filter(|victim| *victim != attacker) {
             let (own, other) = (&targets[attacker], &targets[victim]);
-            let arsenal = Arsenal::new(&routes, own, other);
+            let arsenal = Arsenal::new(&contract, &routes, own, other);
             arsenals.insert((attacker, victim), arsenal);
         }
     }
@@ -482,7 +633,9 @@ async fn nobody_is_shown_a_byte_of_anothers() {
         let place = n % routes.len();
         let (route, auth) = &routes[place];
         attacked.insert(place);
-        let (path, body) = arsenal.shapes[place].choose(&mut rng).unwrap().clone();
+        let [by_hand, everywhere] = &arsenal.shapes[place];
+        let chosen = if rng.random_bool(0.6) { by_hand } else { everywhere };
+        let (path, body) = chosen.choose(&mut rng).or_else(|| by_hand.choose(&mut rng)).unwrap().clone();
         let keys = &arsenal.keys;
         // Mostly the attacker's own key: behind a refused one nothing is tried.
         let key =
@@ -502,7 +655,7 @@ async fn nobody_is_shown_a_byte_of_anothers() {
             assert!((200..500).contains(&status), "{attempt:?}\n{shown}");
             assert!(opens || status >= 400, "it opened: {attempt:?}\n{shown}");
             let others = targets.iter().enumerate().filter(|(n, _)| *n != attacker).map(|(_, other)| other);
-            for word in others.flat_map(|other| &other.canaries) {
+            for word in others.flat_map(|other| other.canaries.iter().chain(&other.names)) {
                 assert!(!shown.contains(word.as_str()), "{word}: {attempt:?}\n{shown}");
             }
             status
@@ -566,27 +719,40 @@ async fn what_is_anothers_is_as_if_it_were_not() {
         };
         let answer = attempt.send(&address).await;
         let head = String::from_utf8_lossy(&answer).split("\r\n\r\n").next().unwrap().to_owned();
-        let names: BTreeSet<String> =
-            head.lines().filter_map(|l| Some(l.split_once(':')?.0.to_owned())).collect();
+        // All that they say, but for what differs from one request to the next whatever it asks for.
+        let headers: BTreeSet<(String, String)> = head
+            .lines()
+            .filter_map(|line| line.split_once(": "))
+            .map(|(name, value)| {
+                let differs = OF_EACH_REQUEST.contains(&name.to_lowercase().as_str());
+                (name.to_owned(), if differs { String::new() } else { value.to_owned() })
+            })
+            .collect();
         let calls = stack.dynamodb_calls().await;
-        // Not those of the exporter, which goes on with what was recorded before.
-        let own = calls.iter().filter(|call| !call["caller"].as_str().unwrap().contains("AuditExport"));
+        // Not those of functions that no request reaches: they go on with what was recorded before, or are
+        // due just then.
+        let driven = |caller: &str| BY_THEMSELVES.iter().any(|function| caller.contains(function));
+        let own = calls.iter().filter(|call| !driven(call["caller"].as_str().unwrap()));
         let mut calls: Vec<Value> = own.map(|call| json!([call["operation"], call["tables"]])).collect();
         // A write of the meter is made anew when its second has passed meanwhile, whoever asks for what.
-        calls.dedup();
-        (status(&answer), names, body_of(&answer), calls)
+        calls.dedup_by(|later, earlier| later == earlier && later[1] == json!([Stack::table("meters")]));
+        (status(&answer), headers, body_of(&answer), calls)
     };
     // Warm: the authorizer's decision is kept, the meter known.
     acme.tenant.get("/v1/documents").await;
-    for (method, prefix, id) in [
-        ("GET", "/v1/documents/", &globex.document),
-        ("DELETE", "/v1/documents/", &globex.document),
-        ("GET", "/v1/audit/exports/", &globex.export),
-        ("GET", "/v1/issuers/", &globex.issuer),
-        ("DELETE", "/v1/issuers/", &globex.issuer),
+    let key = globex.tenant.key_id().to_owned();
+    for (method, prefix, id, rest) in [
+        ("GET", "/v1/documents/", &globex.document, ""),
+        ("DELETE", "/v1/documents/", &globex.document, ""),
+        ("GET", "/v1/audit/exports/", &globex.export, ""),
+        ("GET", "/v1/issuers/", &globex.issuer, ""),
+        ("DELETE", "/v1/issuers/", &globex.issuer, ""),
+        ("DELETE", "/v1/keys/", &key, ""),
+        ("POST", "/v1/keys/", &key, "/rotate"),
     ] {
-        let foreign = probe(method, format!("{prefix}{id}"), Value::Null).await;
-        let absent = probe(method, format!("{prefix}{}", nobody(id)), Value::Null).await;
+        let body = if rest.is_empty() { Value::Null } else { json!({"grace_seconds": 0}) };
+        let foreign = probe(method, format!("{prefix}{id}{rest}"), body.clone()).await;
+        let absent = probe(method, format!("{prefix}{}{rest}", nobody(id)), body).await;
         assert_eq!(foreign, absent, "{method} {prefix}");
         assert_eq!(foreign.0, 404, "{method} {prefix}");
     }

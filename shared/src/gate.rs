@@ -25,11 +25,11 @@ use crate::env::{self, EnvError};
 use crate::error::{ApiError, Code};
 use crate::idempotency::{IdempotencyKey, Stored};
 use crate::ids::{DocumentId, IssuerId};
-use crate::ledger::{Action, Denial, Entry, Record};
+use crate::ledger::{Action, Asked, Denial, Entry, Record};
 use crate::meter::{Asker, Charged, Ended, Lease, Limit, Meter, Refusal, Ticket, Want, Work, Write};
 use crate::random::entropy;
 use crate::retry::Backoff;
-use crate::scope::{Caller, Evidence, Isolation, ScopeError, Subject, TenantScope};
+use crate::scope::{Caller, Evidence, Isolation, RequestNote, ScopeError, Subject, TenantScope, Ward};
 use crate::tenant::{Tenant, TenantId, TenantStatus, Tier};
 use crate::units::{NanoUsd, Tokens};
 use crate::valve::Shed;
@@ -557,13 +557,7 @@ impl Gate {
         {
             self.denials.deny(&ward, denial, asked.clone()).await;
         }
-        if note.foreign() > 0 {
-            let now = self.books.clock.now();
-            let record = Record::isolation_alert(ward.tenant_id().clone(), note.foreign(), now, asked);
-            if let Err(error) = self.books.ledger.note(&record).await {
-                tracing::error!("An isolation alert could not be entered into the ledger: {error}");
-            }
-        }
+        self.alarm(&ward, &note, asked).await;
         if note.standing().is_none() {
             let known = match self.known(ward.tenant_id()) {
                 Some(state) => Ok(state),
@@ -575,6 +569,24 @@ impl Gate {
             }
         }
         result
+    }
+
+    /// Enters into the ledger what of other tenants has been met since a request was let in: for work that
+    /// goes on after [`Gate::enter`] has answered.
+    pub async fn look_back(&self, scope: &TenantScope) {
+        self.alarm(&scope.ward(), scope.note(), scope.asked()).await;
+    }
+
+    async fn alarm(&self, ward: &Ward, note: &RequestNote, asked: Asked) {
+        let foreign = note.take_foreign();
+        if foreign == 0 {
+            return;
+        }
+        let now = self.books.clock.now();
+        let record = Record::isolation_alert(ward.tenant_id().clone(), foreign, now, asked);
+        if let Err(error) = self.books.ledger.note(&record).await {
+            tracing::error!("An isolation alert could not be entered into the ledger: {error}");
+        }
     }
 
     /// Makes sure that a caller who is answered without an admission would be let in now, whatever API

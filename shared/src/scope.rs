@@ -504,9 +504,9 @@ impl RequestNote {
         self.noted().standing
     }
 
-    /// How many records of other tenants the stores answered with.
-    pub fn foreign(&self) -> u64 {
-        self.noted().foreign
+    /// How many records of other tenants the stores have answered with since this was last asked.
+    pub fn take_foreign(&self) -> u64 {
+        std::mem::take(&mut self.noted().foreign)
     }
 
     fn noted(&self) -> MutexGuard<'_, Noted> {

@@ -30,7 +30,7 @@ use crate::ids::DocumentId;
 use crate::placement::{Offer, Terms};
 use crate::random;
 use crate::retry::Backoff;
-use crate::scope::{Erasure, Expired, Operator, Subject, TenantScope, VectorToken};
+use crate::scope::{Erasure, Expired, ForeignRecord, Operator, Subject, TenantScope, VectorToken};
 use crate::secret::Secret;
 use crate::tenant::{EmbeddingModel, TenantId};
 
@@ -627,9 +627,7 @@ impl Collection<'_> {
         let text = |name: &'static str| {
             point.payload.get(name).and_then(Value::as_str).cloned().ok_or(VectorError::Malformed(name))
         };
-        // One that names no tenant is nobody's.
-        let tenant = point.payload.get("tenant_id").and_then(Value::as_str);
-        if self.scope.owns(tenant.map_or("", String::as_str), "the vector store").is_err() {
+        if self.owns(&point.payload).is_err() {
             return Ok(None);
         }
         let stored_at = point.payload.get(STORED_AT).and_then(Value::as_integer);
@@ -646,7 +644,13 @@ impl Collection<'_> {
         }))
     }
 
-    /// The ids of the passages that are stored of a document.
+    /// The second look at a point. One that names no tenant is nobody's.
+    fn owns(&self, payload: &HashMap<String, Value>) -> Result<(), ForeignRecord> {
+        let tenant = payload.get("tenant_id").and_then(Value::as_str);
+        self.scope.owns(tenant.map_or("", String::as_str), "the vector store")
+    }
+
+    /// The ids of the passages that are stored of a document, as far as they are the tenant's.
     ///
     /// # Errors
     /// If the store fails.
@@ -658,7 +662,7 @@ impl Collection<'_> {
                 .filter(of_document(document))
                 .limit(1_000)
                 .with_payload(qdrant_client::qdrant::with_payload_selector::SelectorOptions::Include(
-                    vec!["chunk_id".to_owned()].into(),
+                    vec!["chunk_id".to_owned(), "tenant_id".to_owned()].into(),
                 ))
                 .with_vectors(false);
             if let Some(from) = offset.take() {
@@ -672,6 +676,9 @@ impl Collection<'_> {
             .await?
             .into_inner();
             for point in answer.result {
+                if self.owns(&point.payload).is_err() {
+                    continue;
+                }
                 let id = point.payload.get("chunk_id").and_then(Value::as_str).cloned();
                 ids.push(id.ok_or(VectorError::Malformed("chunk_id"))?);
             }

@@ -197,8 +197,5 @@ async fn pending(
     let from = item_key::pending(period.from, "");
     let page = context.ledger.pending(scope, &from, MOST_PENDING as i32).await?;
     let inside = page.into_iter().filter(|(_, record)| record.time < period.to);
-    Ok(inside
-        .filter(|(_, record)| scope.owns(record.tenant_id.as_str(), "the ledger").is_ok())
-        .map(|(sort, record)| WireRecord::new(sort, record))
-        .collect())
+    Ok(inside.map(|(sort, record)| WireRecord::new(sort, record)).collect())
 }

@@ -205,6 +205,7 @@ async fn finish(
     if settled.is_err() {
         context.idempotency.give_back(scope, key.as_ref()).await;
     }
+    context.gate.look_back(scope).await;
     settled
 }
 

@@ -15,6 +15,12 @@ use time::OffsetDateTime;
 
 use crate::sigv4::{self, Credentials, Refusal};
 
+/// The condition keys that the services here set, or would if a call were about them.
+const KEYS: [&str; 4] = ["aws:TagKeys", "dynamodb:Attributes", "dynamodb:LeadingKeys", "s3:prefix"];
+const PRINCIPAL_TAG: &str = "aws:PrincipalTag/";
+/// Those that end with the name of a tag.
+const TAGS: [&str; 2] = [PRINCIPAL_TAG, "aws:RequestTag/"];
+
 /// A policy document.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Policy(Vec<Statement>);
@@ -194,12 +200,8 @@ impl Trust {
     /// # Errors
     /// What of it is not known here.
     pub fn parse(document: &Value) -> Result<Self, String> {
-        let statements = match document.get("Statement") {
-            Some(Value::Array(statements)) => statements.clone(),
-            Some(one) => vec![one.clone()],
-            None => return Err("has no Statement".to_owned()),
-        };
-        let one = |mut statement: Value| {
+        let one = |statement: &Value| {
+            let mut statement = statement.clone();
             let fields = statement.as_object_mut().ok_or("has a Statement that is no object")?;
             let principal = fields.remove("Principal").ok_or("has a statement without Principal")?;
             if principal.as_object().is_none_or(|principal| principal.len() != 1) {
@@ -212,7 +214,7 @@ impl Trust {
             }
             Ok((who, Statement::parse(&statement)?))
         };
-        statements.into_iter().map(one).collect::<Result<_, String>>().map(Self)
+        statements(document)?.into_iter().map(one).collect::<Result<_, String>>().map(Self)
     }
 
     fn allows(&self, caller: &Caller, intent: &Intent) -> bool {
@@ -290,21 +292,24 @@ impl Policy {
     /// # Errors
     /// What of it is not known here.
     pub fn parse(document: &Value) -> Result<Self, String> {
-        let fields = document.as_object().ok_or("is not a policy document")?;
-        if fields.get("Version").and_then(Value::as_str) != Some("2012-10-17") {
-            return Err("has another Version than 2012-10-17".to_owned());
-        }
-        if let Some(other) =
-            fields.keys().find(|name| !["Version", "Id", "Statement"].contains(&name.as_str()))
-        {
-            return Err(format!("has `{other}`, which is not known to the local stack"));
-        }
-        let statements = match fields.get("Statement") {
-            Some(Value::Array(statements)) => statements.iter().map(Statement::parse).collect(),
-            Some(one) => Statement::parse(one).map(|one| vec![one]),
-            None => Err("has no Statement".to_owned()),
-        };
-        statements.map(Self)
+        statements(document)?.into_iter().map(Statement::parse).collect::<Result<_, _>>().map(Self)
+    }
+}
+
+/// The statements of a document, whose other fields are understood.
+fn statements(document: &Value) -> Result<Vec<&Value>, String> {
+    const KNOWN: [&str; 3] = ["Version", "Id", "Statement"];
+    let fields = document.as_object().ok_or("is not a policy document")?;
+    if fields.get("Version").and_then(Value::as_str) != Some("2012-10-17") {
+        return Err("has another Version than 2012-10-17".to_owned());
+    }
+    if let Some(other) = fields.keys().find(|name| !KNOWN.contains(&name.as_str())) {
+        return Err(format!("has `{other}`, which is not known to the local stack"));
+    }
+    match fields.get("Statement") {
+        Some(Value::Array(statements)) => Ok(statements.iter().collect()),
+        Some(one) => Ok(vec![one]),
+        None => Err("has no Statement".to_owned()),
     }
 }
 
@@ -317,10 +322,14 @@ impl Statement {
         }
         let list = |name: &str| texts(fields.get(name)).ok_or(format!("has a statement without {name}"));
         let mut conditions = Vec::new();
-        for (operator, keys) in fields.get("Condition").and_then(Value::as_object).into_iter().flatten() {
-            let keys = keys.as_object().ok_or("has a Condition that is no object")?;
-            conditions.extend(Condition::parse(operator, keys)?);
+        if let Some(condition) = fields.get("Condition") {
+            for (operator, keys) in condition.as_object().ok_or("has a Condition that is no object")? {
+                let keys = keys.as_object().ok_or("has a Condition that is no object")?;
+                conditions.extend(Condition::parse(operator, keys)?);
+            }
         }
+        let resources = list("Resource")?;
+        resources.iter().try_for_each(|resource| known_variables(resource))?;
         Ok(Self {
             allows: match fields.get("Effect").and_then(Value::as_str) {
                 Some("Allow") => true,
@@ -328,7 +337,7 @@ impl Statement {
                 _ => return Err("has a statement without Effect".to_owned()),
             },
             actions: list("Action")?,
-            resources: list("Resource")?,
+            resources,
             conditions,
         })
     }
@@ -365,19 +374,26 @@ impl Condition {
             _ => return Err(format!("has the condition operator {operator}, which is not known")),
         };
         let one = |(key, values): (&String, &Value)| {
+            // A key that no call here sets would count as absent, and that satisfies some operators.
+            if !KEYS.contains(&key.as_str()) && !TAGS.iter().any(|tag| key.starts_with(tag)) {
+                return Err(format!("has the condition key {key}, which is not known to the local stack"));
+            }
             let values = texts(Some(values)).ok_or(format!("has no values for the condition key {key}"))?;
+            values.iter().try_for_each(|value| known_variables(value))?;
             Ok(Self { set, test, if_exists, key: key.clone(), values })
         };
         keys.iter().map(one).collect()
     }
 
     fn holds(&self, intent: &Intent, tags: &BTreeMap<String, String>) -> bool {
-        let tag = |key: &str| tags.get(key.strip_prefix("aws:PrincipalTag/")?).map(|tag| vec![tag.clone()]);
+        let tag = |key: &str| tags.get(key.strip_prefix(PRINCIPAL_TAG)?).map(|tag| vec![tag.clone()]);
         let present = intent.context.get(&self.key).cloned().or_else(|| tag(&self.key));
+        // No value at all is no key.
+        let present = present.filter(|values| !values.is_empty());
         if self.test == Test::Null {
             return self.values.iter().any(|value| (value == "true") == present.is_none());
         }
-        let Some(present) = present.filter(|values| !values.is_empty()) else {
+        let Some(present) = present else {
             let negated = matches!(self.test, Test::NotEquals | Test::NotLike);
             return self.if_exists || self.set == Set::All || (negated && self.set == Set::One);
         };
@@ -408,13 +424,27 @@ fn texts(value: Option<&Value>) -> Option<Vec<String>> {
     }
 }
 
-/// A pattern with the values of its variables; none if one has no value, or is not known here.
+/// Refuses a pattern with a variable that has no value here: what it stands in would apply to nothing, and
+/// that opens where the statement denies or the operator is a negated one.
+fn known_variables(pattern: &str) -> Result<(), String> {
+    let known = |part: &str| {
+        let variable = part.split_once('}').map(|(variable, _)| variable);
+        variable
+            .is_some_and(|variable| variable.strip_prefix(PRINCIPAL_TAG).is_some_and(|tag| !tag.is_empty()))
+    };
+    if pattern.split("${").skip(1).all(known) {
+        return Ok(());
+    }
+    Err(format!("has `{pattern}`, with a variable that is not known to the local stack"))
+}
+
+/// A pattern with the values of its variables; none if one has no value.
 fn filled(pattern: &str, tags: &BTreeMap<String, String>) -> Option<String> {
     let mut parts = pattern.split("${");
     let mut text = parts.next().unwrap_or_default().to_owned();
     for part in parts {
         let (variable, rest) = part.split_once('}')?;
-        text.push_str(tags.get(variable.strip_prefix("aws:PrincipalTag/")?)?);
+        text.push_str(tags.get(variable.strip_prefix(PRINCIPAL_TAG)?)?);
         text.push_str(rest);
     }
     Some(text)
@@ -443,6 +473,9 @@ fn matches(pattern: &str, text: &str) -> bool {
     }
     pattern.iter().skip(p).all(|c| *c == '*')
 }
+
+#[cfg(test)]
+mod sessions;
 
 #[cfg(test)]
 mod tests {
@@ -541,10 +574,10 @@ mod tests {
         assert!(holds(json!({"StringLike": {key: "a*"}}), &["ab"]));
         assert!(!holds(json!({"StringNotLike": {key: "a*"}}), &["ab"]));
         assert!(holds(json!({"ForAnyValue:StringEquals": {key: "a"}}), &["b", "a"]));
-        assert!(!holds(json!({"StringEquals": {"absent": "a"}}), &["a"]));
-        assert!(holds(json!({"StringEqualsIfExists": {"absent": "a"}}), &["a"]));
-        assert!(holds(json!({"StringNotEquals": {"absent": "a"}}), &["a"]));
-        assert!(holds(json!({"Null": {"absent": true}}), &["a"]));
+        assert!(!holds(json!({"StringEquals": {"s3:prefix": "a"}}), &["a"]));
+        assert!(holds(json!({"StringEqualsIfExists": {"s3:prefix": "a"}}), &["a"]));
+        assert!(holds(json!({"StringNotEquals": {"s3:prefix": "a"}}), &["a"]));
+        assert!(holds(json!({"Null": {"s3:prefix": true}}), &["a"]));
     }
 
     #[test]
@@ -560,12 +593,20 @@ mod tests {
             ("Effect", json!("Maybe")),
             ("Action", json!(7)),
             ("Condition", json!({"DateLessThan": {"aws:CurrentTime": "x"}})),
-            ("Condition", json!({"ForSomeValues:StringEquals": {"k": "x"}})),
-            ("Condition", json!({"NullIfExists": {"k": "x"}})),
+            ("Condition", json!({"ForSomeValues:StringEquals": {"s3:prefix": "x"}})),
+            ("Condition", json!({"NullIfExists": {"s3:prefix": "x"}})),
+            ("Condition", json!("none")),
+            ("Condition", json!([{"StringEquals": {"s3:prefix": "x"}}])),
+            ("Condition", json!({"StringNotEquals": {"aws:SourceVpc": "x"}})),
+            ("Condition", json!({"StringEquals": {"S3:Prefix": "x"}})),
+            ("Condition", json!({"StringNotEquals": {"s3:prefix": "${aws:username}"}})),
+            ("Resource", json!("table/${aws:userid}")),
+            ("Resource", json!("table/${aws:PrincipalTag/tenant_id")),
         ] {
             assert!(statement(name, value.clone()).is_err(), "{name}: {value}");
         }
         assert!(statement("Sid", json!("x")).is_ok());
+        assert!(statement("Condition", json!({"StringEquals": {"s3:prefix": "x"}})).is_ok());
         assert!(Policy::parse(&json!({"Statement": []})).is_err(), "an old language");
     }
 

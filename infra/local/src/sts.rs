@@ -400,5 +400,10 @@ mod tests {
             statement[name] = value;
             assert!(parse(statement.clone()).is_err(), "{statement}");
         }
+        for (name, value) in [("Version", json!("2008-10-17")), ("Statements", json!([]))] {
+            let mut document = json!({"Version": "2012-10-17", "Statement": sound});
+            document[name] = value;
+            assert!(Trust::parse(&document).is_err(), "{document}");
+        }
     }
 }

@@ -37,12 +37,8 @@ impl ConversationStore {
             limit: i32::try_from(MOST_TURNS).unwrap_or(i32::MAX),
             after: None,
         };
-        let (mut turns, _) = self.0.query::<Turn>(scope.tenant_id(), page).await?;
-        turns.retain(|turn| {
-            scope.owns(turn.tenant_id.as_str(), "conversations").is_ok()
-                && turn.user_id.as_ref() == scope.user_id()
-                && turn.is_kept(scope.limits(), now)
-        });
+        let (mut turns, _) = self.0.query::<Turn>(scope, page).await?;
+        turns.retain(|turn| turn.user_id.as_ref() == scope.user_id() && turn.is_kept(scope.limits(), now));
         Ok(turns)
     }
 

@@ -126,11 +126,8 @@ impl DocumentStore {
             limit: i32::from(limit),
             after: after.as_ref().map(item_key::document),
         };
-        let (mut documents, next) = self.0.query::<Document>(scope.tenant_id(), page).await?;
-        documents.retain(|document| {
-            scope.owns(document.tenant_id.as_str(), "documents").is_ok()
-                && document.is_kept(scope.limits(), now)
-        });
+        let (mut documents, next) = self.0.query::<Document>(scope, page).await?;
+        documents.retain(|document| document.is_kept(scope.limits(), now));
         let next = next.and_then(|sort| sort.strip_prefix(item_key::DOCUMENTS)?.parse().ok());
         Ok((documents, next))
     }

@@ -292,7 +292,7 @@ impl Table {
         at: &str,
     ) -> Result<(Vec<String>, Option<String>), StoreError> {
         let mut old = Vec::new();
-        let (items, next) = self.projected(expired.tenant_id(), page, at).await?;
+        let (items, next) = self.projected(expired, page, at).await?;
         for item in items {
             let sort = item.get(SORT).and_then(|sort| sort.as_s().ok());
             let time = item.get(at).and_then(|at| at.as_n().ok()?.parse().ok());

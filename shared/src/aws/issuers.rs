@@ -84,9 +84,7 @@ impl IssuerStore {
         // More than there may be: of two who register at the same time, neither knows of the other.
         let limit = i32::try_from(2 * MOST_ISSUERS).unwrap_or(i32::MAX);
         let page = Page { prefix: item_key::ISSUERS, newest_first: false, limit, after: None };
-        let (mut issuers, _) = self.0.query::<Issuer>(scope.tenant_id(), page).await?;
-        issuers.retain(|issuer| scope.owns(issuer.tenant_id.as_str(), "tenants").is_ok());
-        Ok(issuers)
+        Ok(self.0.query(scope, page).await?.0)
     }
 
     /// An issuer of a tenant.

@@ -107,8 +107,7 @@ impl KeyStore {
             after.map(str::parse).transpose().map_err(|_| StoreError::InvalidCursor)?;
         let after = after.as_ref().map(item_key::api_key);
         let page = Page { prefix: item_key::API_KEYS, newest_first: false, limit: limit.into(), after };
-        let (mut keys, next) = self.0.query::<KeyRecord>(scope.tenant_id(), page).await?;
-        keys.retain(|key| scope.owns(key.tenant_id.as_str(), "tenants").is_ok());
+        let (keys, next) = self.0.query::<KeyRecord>(scope, page).await?;
         let next = next.and_then(|sort| sort.strip_prefix(item_key::API_KEYS)?.parse().ok());
         Ok((keys, next))
     }
@@ -149,7 +148,7 @@ impl KeyStore {
                 limit: i32::from(MOST_KEYS) + 1,
                 after: None,
             };
-            let (keys, _) = self.0.query::<KeyRecord>(tenant, page).await?;
+            let (keys, _) = self.0.query::<KeyRecord>(subject, page).await?;
             if keys.iter().any(|key| is_same(key, addition.key)) {
                 // An answer was lost.
                 return Ok(Added::Yes);

@@ -239,13 +239,12 @@ impl Ledger {
         after: Option<String>,
     ) -> Result<(Vec<Kept>, Option<String>), StoreError> {
         let page = Page { prefix: item_key::TICKETS, newest_first: true, limit: 1_000, after };
-        let (items, next) = self.0.items(subject.tenant_id(), page).await?;
-        let own = |item: &Item| self.0.look(subject, item).is_ok();
+        let (items, next) = self.0.items(subject, page).await?;
         let kept = |item: Item| {
             let pending = item.contains_key(item_key::PENDING);
             Ok(Kept { record: self.0.record(item)?, pending })
         };
-        Ok((items.into_iter().filter(own).map(kept).collect::<Result<_, StoreError>>()?, next))
+        Ok((items.into_iter().map(kept).collect::<Result<_, StoreError>>()?, next))
     }
 
     /// Whether a limit has refused requests of a tenant since `since`. Of very many events in that time,
@@ -260,7 +259,7 @@ impl Ledger {
         since: Timestamp,
     ) -> Result<bool, StoreError> {
         let page = Page { prefix: item_key::EVENTS, newest_first: true, limit: 500, after: None };
-        let (events, _): (Vec<Record>, _) = self.0.query(subject.tenant_id(), page).await?;
+        let (events, _): (Vec<Record>, _) = self.0.query(subject, page).await?;
         let mut of_late = events.iter().take_while(|event| event.time >= since);
         Ok(of_late.any(|event| event.outcome == Outcome::Refused && event.limit.as_deref() == Some(limit)))
     }

@@ -12,13 +12,15 @@ use std::fmt;
 #[cfg(any(feature = "dynamodb", feature = "objects", feature = "secrets"))]
 use std::sync::OnceLock;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use aws_config::SdkConfig;
 use aws_config::identity::IdentityCache;
 use aws_credential_types::Credentials;
 use aws_credential_types::provider::error::CredentialsError;
 use aws_credential_types::provider::{ProvideCredentials, SharedCredentialsProvider, future};
+use aws_sdk_sts::error::{ProvideErrorMetadata, SdkError};
+use aws_sdk_sts::operation::assume_role::AssumeRoleError;
 use aws_sdk_sts::types::Tag;
 
 use crate::env::{self, EnvError};
@@ -31,6 +33,13 @@ const LIFETIME: Duration = Duration::from_secs(3_600);
 /// A session with less than this left is replaced, so that whatever begins with one ends with it: the
 /// longest request, and links that are given away ([`LINKS_HOLD`]).
 const LEFT_AT_LEAST: Duration = Duration::from_secs(1_200);
+/// With at least this left a session still serves while STS does not answer: the longest request and a margin.
+/// Links that are given away then end earlier than they say.
+const LEFT_IN_NEED: Duration = Duration::from_secs(300);
+/// How long STS is waited for while there is a session that still serves, and for how long it is not asked again
+/// once it has not answered.
+const PATIENCE: Duration = Duration::from_secs(1);
+const REST: Duration = Duration::from_secs(10);
 /// How long a link may hold that is signed with a session.
 pub const LINKS_HOLD: Duration = Duration::from_secs(900);
 /// Sessions remembered. An instance that sees more tenants than this opens some of them again.
@@ -92,8 +101,10 @@ impl Access {
         if let Some(session) = known.get(tenant) {
             return Arc::clone(session);
         }
-        if known.len() >= REMEMBERED {
-            known.clear();
+        if known.len() >= REMEMBERED
+            && let Some(any) = known.keys().next().cloned()
+        {
+            known.remove(&any);
         }
         let session = Arc::new(Session::new(role.config(&self.0.own.config, tenant)));
         known.insert(tenant.clone(), Arc::clone(&session));
@@ -109,8 +120,13 @@ impl Access {
 impl TenantRole {
     /// The function's configuration with the tenant's credentials, and a cache of its own for them.
     fn config(&self, own: &SdkConfig, tenant: &TenantId) -> SdkConfig {
-        let credentials =
-            TenantCredentials { sts: self.sts.clone(), role: self.arn.clone(), tenant: tenant.clone() };
+        let credentials = TenantCredentials {
+            sts: self.sts.clone(),
+            role: self.arn.clone(),
+            tenant: tenant.clone(),
+            own: own.clone(),
+            last: Mutex::default(),
+        };
         own.to_builder()
             .credentials_provider(SharedCredentialsProvider::new(credentials))
             // The cache takes up to half off again at random, lest all instances ask at once.
@@ -164,6 +180,16 @@ struct TenantCredentials {
     sts: aws_sdk_sts::Client,
     role: String,
     tenant: TenantId,
+    /// The function's own configuration, which knows the time.
+    own: SdkConfig,
+    last: Mutex<Option<Last>>,
+}
+
+/// The credentials that were given last.
+struct Last {
+    credentials: Credentials,
+    /// Until when STS is not asked, since it has not answered.
+    rests_until: Option<SystemTime>,
 }
 
 impl fmt::Debug for TenantCredentials {
@@ -173,6 +199,53 @@ impl fmt::Debug for TenantCredentials {
 }
 
 impl TenantCredentials {
+    /// New credentials; those of before while STS does not answer and they still serve.
+    async fn provide(&self) -> Result<Credentials, CredentialsError> {
+        let Some((last, rests)) = self.last() else { return self.renew().await };
+        if rests {
+            return Ok(last);
+        }
+        let error = match tokio::time::timeout(PATIENCE, self.renew()).await {
+            Ok(Ok(given)) => return Ok(given),
+            // That is an answer: nobody is to act for the tenant any more.
+            Ok(Err(error)) if is_denied(&error) => return Err(error),
+            Ok(Err(error)) => error,
+            Err(_) => CredentialsError::provider_timed_out(PATIENCE),
+        };
+        tracing::warn!(
+            tenant.id = %self.tenant,
+            "STS does not answer; the session of before still serves: {error}"
+        );
+        self.rest();
+        Ok(last)
+    }
+
+    /// The credentials of before, if they still serve, and whether STS is left alone for now.
+    fn last(&self) -> Option<(Credentials, bool)> {
+        let (now, last) = (self.now(), self.last.lock().unwrap_or_else(PoisonError::into_inner));
+        let last = last.as_ref()?;
+        let serves = last.credentials.expiry().is_some_and(|end| now + LEFT_IN_NEED <= end);
+        serves.then(|| (last.credentials.clone(), last.rests_until.is_some_and(|until| now < until)))
+    }
+
+    fn now(&self) -> SystemTime {
+        self.own.time_source().unwrap_or_default().now()
+    }
+
+    fn rest(&self) {
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(last) = last.as_mut() {
+            last.rests_until = Some(self.now() + REST);
+        }
+    }
+
+    async fn renew(&self) -> Result<Credentials, CredentialsError> {
+        let credentials = self.assume().await?;
+        let last = Last { credentials: credentials.clone(), rests_until: None };
+        self.last.lock().unwrap_or_else(PoisonError::into_inner).replace(last);
+        Ok(credentials)
+    }
+
     async fn assume(&self) -> Result<Credentials, CredentialsError> {
         let tag = Tag::builder().key(TENANT_TAG).value(self.tenant.as_str()).build();
         let call = self
@@ -191,11 +264,22 @@ impl TenantCredentials {
     }
 }
 
+/// Whether STS has answered that the session may not be had.
+fn is_denied(error: &CredentialsError) -> bool {
+    let source = std::error::Error::source(error);
+    let refusal = source.and_then(|source| source.downcast_ref::<SdkError<AssumeRoleError>>());
+    refusal.is_some_and(|refusal| refusal.code() == Some("AccessDenied"))
+}
+
 impl ProvideCredentials for TenantCredentials {
     fn provide_credentials<'a>(&'a self) -> future::ProvideCredentials<'a>
     where
         Self: 'a,
     {
-        future::ProvideCredentials::new(self.assume())
+        future::ProvideCredentials::new(self.provide())
+    }
+
+    fn fallback_on_interrupt(&self) -> Option<Credentials> {
+        Some(self.last()?.0)
     }
 }

@@ -245,13 +245,14 @@ impl Table {
         Ok(answer.item)
     }
 
-    /// A page of one tenant's records, and the sort key to go on after if there are more.
+    /// A page of one tenant's records, and the sort key to go on after if there are more. What is another's
+    /// is not among them.
     pub(super) async fn query<T: DeserializeOwned>(
         &self,
-        tenant: &TenantId,
+        subject: &impl Subject,
         page: Page<'_>,
     ) -> Result<(Vec<T>, Option<String>), StoreError> {
-        let (items, next) = self.items(tenant, page).await?;
+        let (items, next) = self.items(subject, page).await?;
         let records = items.into_iter().map(|item| self.record(item));
         Ok((records.collect::<Result<_, _>>()?, next))
     }
@@ -259,21 +260,21 @@ impl Table {
     /// As [`Table::query`], with everything that the items hold.
     pub(super) async fn items(
         &self,
-        tenant: &TenantId,
+        subject: &impl Subject,
         page: Page<'_>,
     ) -> Result<(Vec<Item>, Option<String>), StoreError> {
-        self.page(self.paged(tenant, page)).await
+        self.page(subject, self.paged(subject.tenant_id(), page)).await
     }
 
-    /// As [`Table::items`], with the sort key and one attribute of each alone.
+    /// As [`Table::items`], with the keys and one attribute of each alone.
     pub(super) async fn projected(
         &self,
-        tenant: &TenantId,
+        subject: &impl Subject,
         page: Page<'_>,
         attribute: &str,
     ) -> Result<(Vec<Item>, Option<String>), StoreError> {
-        let query = self.paged(tenant, page).projection_expression("#s, #a");
-        self.page(query.expression_attribute_names("#a", attribute)).await
+        let query = self.paged(subject.tenant_id(), page).projection_expression("#p, #s, #a");
+        self.page(subject, query.expression_attribute_names("#a", attribute)).await
     }
 
     fn paged(&self, tenant: &TenantId, page: Page<'_>) -> QueryFluentBuilder {
@@ -291,10 +292,16 @@ impl Table {
             .consistent_read(true)
     }
 
-    async fn page(&self, query: QueryFluentBuilder) -> Result<(Vec<Item>, Option<String>), StoreError> {
+    async fn page(
+        &self,
+        subject: &impl Subject,
+        query: QueryFluentBuilder,
+    ) -> Result<(Vec<Item>, Option<String>), StoreError> {
         let answer = query.send().await.map_err(|e| self.failed(e))?;
         let next = answer.last_evaluated_key.and_then(|key| key.get(SORT)?.as_s().ok().cloned());
-        Ok((answer.items.unwrap_or_default(), next))
+        let mut items = answer.items.unwrap_or_default();
+        items.retain(|item| self.look(subject, item).is_ok());
+        Ok((items, next))
     }
 
     /// The keys of a page of one tenant's items, and the sort key to go on after if there are more. An

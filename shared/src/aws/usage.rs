@@ -77,8 +77,8 @@ impl UsageStore {
         let (mut bill, mut after) = (Bill::default(), None);
         loop {
             let page = Page { prefix: &prefix, newest_first: false, limit: 200, after };
-            let (items, next) = self.0.items(subject.tenant_id(), page).await?;
-            for item in items.into_iter().filter(|item| self.0.look(subject, item).is_ok()) {
+            let (items, next) = self.0.items(subject, page).await?;
+            for item in items {
                 let item: BTreeMap<String, serde_json::Value> = self.0.record(item)?;
                 let (model, sums) = self.line(&prefix, &item)?;
                 bill.0.insert((month, model), sums);

@@ -43,7 +43,7 @@ impl WebhookStore {
     pub async fn noted(&self, ward: &Ward, period: Period) -> Result<Vec<Message>, StoreError> {
         let prefix = item_key::webhooks(period);
         let page = Page { prefix: &prefix, newest_first: false, limit: 100, after: None };
-        Ok(self.0.query(ward.tenant_id(), page).await?.0)
+        Ok(self.0.query(ward, page).await?.0)
     }
 
     /// Notes a message, unless one for its threshold was noted before; says whether it is noted now.

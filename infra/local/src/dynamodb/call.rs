@@ -232,9 +232,9 @@ fn parts<'a>(operation: &str, request: &'a Value) -> Vec<Part<'a>> {
             .collect(),
         "BatchWriteItem" => map(request.get("RequestItems"))
             .flat_map(|(table, writes)| {
-                list(Some(writes)).map(|write| {
-                    let put = write.pointer("/PutRequest/Item");
-                    let item = put.or_else(|| write.pointer("/DeleteRequest/Key"));
+                // DynamoDB refuses a write of both kinds; what is asked about here are both.
+                list(Some(writes)).flat_map(|write| map(Some(write))).map(|(kind, write)| {
+                    let item = write.get(if kind == "PutRequest" { "Item" } else { "Key" });
                     Part { action: None, table: table.clone(), item, query: None, fields: &Value::Null }
                 })
             })
@@ -242,22 +242,29 @@ fn parts<'a>(operation: &str, request: &'a Value) -> Vec<Part<'a>> {
         "TransactGetItems" | "TransactWriteItems" => list(request.get("TransactItems"))
             .flat_map(|action| map(Some(action)))
             .filter_map(|(kind, action)| {
-                let item = action.get("Item").or_else(|| action.get("Key"));
                 let table = table_name(action.get("TableName")?)?;
-                Some(Part { action: Some(part_action(kind)), table, item, query: None, fields: action })
+                let kind = part_action(kind);
+                let item = named_item(kind, action);
+                Some(Part { action: Some(kind), table, item, query: None, fields: action })
             })
             .collect(),
         _ => request
             .get("TableName")
             .and_then(table_name)
             .map(|table| {
-                let item = request.get("Item").or_else(|| request.get("Key"));
+                let item = named_item(operation, request);
                 let query = (operation == "Query").then_some(request);
                 Part { action: None, table, item, query, fields: request }
             })
             .into_iter()
             .collect(),
     }
+}
+
+/// The item or key that an action is about. One that stands in the other's field is none: DynamoDB does not
+/// read it.
+fn named_item<'a>(action: &str, fields: &'a Value) -> Option<&'a Value> {
+    fields.get(if action == "PutItem" { "Item" } else { "Key" })
 }
 
 /// The action of a part of a transaction. What is not known has a name that no policy allows.
@@ -394,6 +401,26 @@ mod tests {
             (call.tables, call.keys),
             (vec!["notes".into(), "other".into()], vec!["a".into(), "7".into()])
         );
+    }
+
+    #[test]
+    fn what_a_call_does_not_read_names_nothing() {
+        let (own, other) = (json!({"pk": {"S": "own"}}), json!({"pk": {"S": "other"}}));
+        let both = json!({"TableName": "notes", "Item": own, "Key": other});
+        for operation in ["GetItem", "UpdateItem", "DeleteItem"] {
+            assert_eq!(read(operation, &both.to_string()).keys, ["other"], "{operation}");
+        }
+        assert_eq!(read("PutItem", &both.to_string()).keys, ["own"]);
+        for (kind, key) in
+            [("Put", "own"), ("Update", "other"), ("Delete", "other"), ("ConditionCheck", "other")]
+        {
+            let call = read("TransactWriteItems", &json!({"TransactItems": [{kind: both}]}).to_string());
+            assert_eq!(call.keys, [key], "{kind}");
+        }
+        let write = json!({"PutRequest": {"Item": own}, "DeleteRequest": {"Key": other}});
+        let mut call = read("BatchWriteItem", &json!({"RequestItems": {"notes": [write]}}).to_string());
+        call.keys.sort();
+        assert_eq!(call.keys, ["other", "own"]);
     }
 
     #[test]

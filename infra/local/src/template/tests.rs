@@ -85,6 +85,50 @@ fn every_route_leads_to_a_function_with_a_binary() {
     assert_eq!(template.function(&authorizer.function).unwrap().binary, "authorizer");
 }
 
+/// A decision that API Gateway still hands out carries vector tokens that outlive whatever begins with it.
+#[test]
+fn decisions_are_kept_for_less_long_than_what_they_carry() {
+    const CLOCKS: Duration = Duration::from_secs(2 * 30);
+    let raw = yaml::read(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../template.yaml")).unwrap();
+    let kept_s = raw.pointer("/Parameters/AuthorizerCacheSeconds/MaxValue").unwrap().as_u64().unwrap();
+    let template = stack();
+    let of_tenants = template.api.routes.iter().filter(|route| route.auth != RouteAuth::Iam);
+    let longest = of_tenants.map(|route| template.function(&route.function).unwrap().timeout).max().unwrap();
+    let lifetime = Duration::from_secs(shared::vector_token::LIFETIME_SECONDS.try_into().unwrap());
+    assert!(Duration::from_secs(kept_s) + longest + CLOCKS <= lifetime, "{kept_s} {longest:?} {lifetime:?}");
+}
+
+/// Every line with a field `alert` is an alarm, whichever function wrote it.
+#[test]
+fn every_functions_alerts_are_counted() {
+    let raw = yaml::read(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../template.yaml")).unwrap();
+    let resources = raw["Resources"].as_object().unwrap();
+    let of_kind = |kind: &'static str| {
+        resources
+            .iter()
+            .filter(move |(_, resource)| resource["Type"] == kind)
+            .map(|(id, it)| (id, &it["Properties"]))
+    };
+    let counts = serde_json::json!([{"MetricNamespace": {"Ref": "AWS::StackName"}, "MetricName": "Alerts",
+        "MetricValue": "1", "DefaultValue": 0}]);
+    let counted: Vec<&Value> = of_kind("AWS::Logs::MetricFilter")
+        .filter(|(_, filter)| filter["FilterPattern"] == "{ $.alert = \"*\" }")
+        .filter(|(_, filter)| filter["MetricTransformations"] == counts)
+        .map(|(_, filter)| &filter["LogGroupName"])
+        .collect();
+    let mut functions = 0;
+    for (id, function) in of_kind("AWS::Serverless::Function") {
+        let logs = &function["LoggingConfig"]["LogGroup"];
+        assert!(logs.is_object(), "{id} names no log group of the template");
+        assert!(counted.contains(&logs), "{id}: nobody counts the alerts in its log");
+        functions += 1;
+    }
+    assert_eq!(functions, stack().functions.len());
+    let (_, alarm) =
+        of_kind("AWS::CloudWatch::Alarm").find(|(_, alarm)| alarm["MetricName"] == "Alerts").unwrap();
+    assert_eq!((&alarm["Namespace"], &alarm["Threshold"]), (&counts[0]["MetricNamespace"], &Value::from(0)));
+}
+
 #[test]
 fn tenants_routes_lead_to_processes_of_their_own_and_no_other_does() {
     const CELLS: (&str, &str) = ("QdrantCells", "default=http://x:1");
@@ -227,7 +271,7 @@ fn parameters_are_checked() {
     let cells = ("QdrantCells", "a=http://x:1,b=https://y:2");
     assert!(real(&[cells]).is_ok());
     assert!(problem(&[cells, ("LogLevel", "loud")]).contains("not one of the allowed values"));
-    assert!(problem(&[cells, ("AuthorizerCacheSeconds", "3601")]).contains("out of range"));
+    assert!(problem(&[cells, ("AuthorizerCacheSeconds", "301")]).contains("out of range"));
     assert!(problem(&[cells, ("Typo", "1")]).contains("is not declared"));
     let template = real(&[cells, ("AuthorizerCacheSeconds", "0")]).unwrap();
     assert_eq!(template.api.authorizers["tenant"].ttl, Duration::ZERO);
