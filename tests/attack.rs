@@ -213,7 +213,8 @@ fn lasting(tenant: &str) -> Value {
     claims
 }
 
-/// Tokens for the victim's audience that the victim's issuer has not signed, and one of its own that was cut.
+/// Tokens for the victim's audience that the victim's issuer has not signed, and one of its own that was cut. The
+/// first is for the attacker's audience too, and may let in to the attacker's own tenant.
 fn forged_tokens(attacker: &Target, victim: &Target) -> Vec<String> {
     let theirs = lasting(&victim.tenant.id);
     let both = json!([audience(&attacker.tenant.id), audience(&victim.tenant.id)]);
@@ -222,9 +223,9 @@ fn forged_tokens(attacker: &Target, victim: &Target) -> Vec<String> {
     let genuine = token_of(&victim.signer, &victim.tenant.id);
     let head = |alg: &str| json!({"alg": alg, "typ": "JWT", "kid": victim.signer.public()["kid"]});
     vec![
+        attacker.signer.token(&for_both),
         attacker.signer.token(&theirs),
         attacker.signer.token_with(&head("RS256"), &theirs),
-        attacker.signer.token(&for_both),
         format!("{}.", unsigned(&head("none"), &theirs)),
         signed_with_public(&victim.signer.public(), &theirs),
         victim.signer.token_with(&head("ES256"), &theirs),
@@ -232,7 +233,7 @@ fn forged_tokens(attacker: &Target, victim: &Target) -> Vec<String> {
     ]
 }
 
-/// Keys that are not quite one's own. All but the first must open nothing.
+/// Keys that are not quite one's own. All but the first, and the first of the tokens, must open nothing.
 fn forged_keys(attacker: &Target, victim: &Target, tokens: &[String]) -> Vec<Option<String>> {
     let (own, other) = (&attacker.tenant.key, &victim.tenant.key);
     let renamed = own.replacen(&format!("_{}_", attacker.tenant.id), &format!("_{}_", victim.tenant.id), 1);
@@ -394,6 +395,19 @@ fn shapes(route: &str, attacker: &Target, victim: &Target) -> Vec<(String, Value
             at.map(|(path, _)| (format!("{path}/keys"), json!({}))).collect()
         }
         // Nothing of an operator's opens to a tenant's key.
+        "GET /admin/tenants/{id}/keys" => {
+            let at = at("/admin/tenants", &[&victim.tenant.id]).into_iter();
+            at.map(|(path, body)| (format!("{path}/keys"), body)).collect()
+        }
+        "DELETE /admin/tenants/{id}/keys/{key_id}" => {
+            let keys = format!("/admin/tenants/{}/keys", victim.tenant.id);
+            at(&keys, &[&victim.tenant.key_id().to_owned()])
+        }
+        "GET /admin/issuer-claim" | "DELETE /admin/issuer-claim" => {
+            let names = format!("issuer={LOGIN}&audience={}", audience(&victim.tenant.id));
+            let path = format!("/admin/issuer-claim?{names}&tenant_id={}", victim.tenant.id);
+            vec![(path, Value::Null), ("/admin/issuer-claim".to_owned(), Value::Null)]
+        }
         "GET /admin/audit/verify" => {
             let path = format!("/admin/audit/verify?tenant_id={}", victim.tenant.id);
             vec![(path, Value::Null), ("/admin/audit/verify".to_owned(), Value::Null)]
@@ -525,19 +539,23 @@ struct Arsenal {
     shapes: Vec<[Vec<(String, Value)>; 2]>,
     headers: Vec<Vec<(String, String)>>,
     keys: Vec<Option<String>>,
+    /// Of these, what may let the attacker in to its own tenant.
+    own: Vec<Option<String>>,
 }
 
 impl Arsenal {
     fn new(contract: &Value, routes: &[(String, RouteAuth)], attacker: &Target, victim: &Target) -> Self {
+        let tokens = forged_tokens(attacker, victim);
+        let keys = forged_keys(attacker, victim, &tokens);
+        let bearer = |credential: &String| Some(format!("Bearer {credential}"));
+        let shapes = routes.iter().map(|(route, _)| {
+            [shapes(route, attacker, victim), everywhere(contract, route, attacker, victim)]
+        });
         Self {
-            shapes: routes
-                .iter()
-                .map(|(route, _)| {
-                    [shapes(route, attacker, victim), everywhere(contract, route, attacker, victim)]
-                })
-                .collect(),
+            own: std::iter::once(&attacker.tenant.key).chain(tokens.first()).map(bearer).collect(),
+            shapes: shapes.collect(),
             headers: forged_headers(victim),
-            keys: forged_keys(attacker, victim, &forged_tokens(attacker, victim)),
+            keys,
         }
     }
 }
@@ -640,7 +658,7 @@ async fn nobody_is_shown_a_byte_of_anothers() {
         // Mostly the attacker's own key: behind a refused one nothing is tried.
         let key =
             if rng.random_bool(0.85) { keys[0].clone() } else { keys.choose(&mut rng).unwrap().clone() };
-        let opens = key == keys[0] && *auth != RouteAuth::Iam;
+        let opens = arsenal.own.contains(&key) && *auth != RouteAuth::Iam;
         let mut headers = arsenal.headers.choose(&mut rng).unwrap().clone();
         headers.extend(key.map(|key| ("authorization".to_owned(), key)));
         headers.push(("content-type".to_owned(), "application/json".to_owned()));

@@ -488,7 +488,9 @@ async fn wait_for_alerts(stack: &Stack, expected: usize) {
 #[tokio::test]
 async fn a_request_in_anothers_process_is_refused_and_raises_the_alarm() {
     let stack = Stack::start().await;
-    let mut own = event("GET", "/v1/usage", json!({"x-amz-tenant-id": "globex"}));
+    let authorization = format!("Bearer {}", stack.tenant("acme").key);
+    let headers = json!({"x-amz-tenant-id": "globex", "authorization": authorization});
+    let mut own = event("GET", "/v1/usage", headers);
     own["requestContext"]["authorizer"] = decision(&stack, &stack.tenant("acme")).await;
     let answered = stack.invoke_for(Some("acme"), "bulkhead-usage", own.clone()).await.json();
     assert_eq!(answered["statusCode"], 200, "{answered}");
@@ -536,7 +538,8 @@ async fn without_tenant_isolation_tenants_share_a_process_and_nothing_else() {
     }
     assert!(!stack.logs().contains("isolation_alert"));
 
-    let mut own = event("GET", "/v1/usage", json!({}));
+    let headers = json!({"authorization": format!("Bearer {}", acme.key)});
+    let mut own = event("GET", "/v1/usage", headers);
     own["requestContext"]["authorizer"] = decision(&stack, &acme).await;
     let answered = stack.invoke_for(None, "bulkhead-usage", own).await.json();
     assert_eq!(answered["statusCode"], 200, "{answered}");

@@ -219,6 +219,40 @@ async fn what_is_no_genuine_token_lets_nobody_in() {
 }
 
 #[tokio::test]
+async fn the_user_is_who_the_registered_claim_names() {
+    let stack = stack().await;
+    let acme = stack.tenant("acme");
+    let signer = Signer::ed25519("e");
+    let named = "https://acme.example/employee";
+    for (audience, claim) in [("by-number", named), ("by-address", "email")] {
+        let body = json!({"issuer": ISSUER, "audience": audience, "keys": [signer.public()]});
+        register(&acme, &with(body, "user_claim", claim)).await;
+    }
+    let of = |audience: &str| claims(ISSUER, audience, "sub-of-nobody");
+    let number = signer.token(&with(of("by-number"), named, "E-7"));
+    let address = with(of("by-address"), "email", "ann@acme.example");
+    let address = signer.token(&with(address, "email_verified", true));
+    for (token, user) in [(&number, "E-7"), (&address, "ann@acme.example")] {
+        let hers = bearer(&stack, token);
+        let answer = hers.chat(json!({"message": "Hello?"})).await.expect_status(StatusCode::OK).json();
+        let goes_on = json!({"message": "And?", "conversation_id": answer["conversation_id"]});
+        acme.as_user(user).chat(goes_on.clone()).await.expect_status(StatusCode::OK);
+        acme.as_user("sub-of-nobody").chat(goes_on).await.expect_error(404, "not_found");
+    }
+    // Nobody is named where the claim is not there, is no text, or is an address that nobody has checked.
+    for bad in [
+        of("by-number"),
+        with(of("by-number"), named, 7),
+        with(of("by-number"), named, ""),
+        with(of("by-address"), "email", "bob@acme.example"),
+        with(with(of("by-address"), "email", "bob@acme.example"), "email_verified", "true"),
+    ] {
+        chat(&stack, &signer.token(&bad)).await.expect_error(401, "invalid_key");
+    }
+    stack.stop().await;
+}
+
+#[tokio::test]
 async fn a_token_ends_though_its_decision_is_cached() {
     let stack = stack().await;
     let acme = stack.tenant("acme");
@@ -257,10 +291,18 @@ async fn tokens_of_an_issuer_for_an_audience_are_one_tenants() {
         let hits = json!(user.search("The word of", 10).await).to_string();
         assert!(hits.contains(own) && !hits.contains(other), "{hits}");
     }
-    // One that is for both is for neither.
-    let both = claims(ISSUER, AUDIENCE, "ann");
-    let both = signer.token(&with(both, "aud", json!([AUDIENCE, "globex-assistant"])));
-    chat(&stack, &both).await.expect_error(401, "invalid_key");
+    // One that is for both is whose claim is the earlier, however it is written; the other learns of it.
+    for (n, aud) in [[AUDIENCE, "globex-assistant"], ["globex-assistant", AUDIENCE]].iter().enumerate() {
+        let both = with(with(ann(), "aud", json!(aud)), "jti", n);
+        let hits = json!(bearer(&stack, &signer.token(&both)).search("The word of", 10).await).to_string();
+        assert!(hits.contains("larkspur") && !hits.contains("foxglove"), "{hits}");
+    }
+    let denied = async |tenant: &str| {
+        let events = stack.items("audit", tenant, "EVENT#").await;
+        events.iter().filter(|event| event["action"] == "auth_denied").count()
+    };
+    assert!(denied("globex").await > 0);
+    assert_eq!(denied("acme").await, 0);
 
     // What is another's is as if it were not.
     let path = format!("/v1/issuers/{id}");
@@ -280,6 +322,139 @@ async fn tokens_of_an_issuer_for_an_audience_are_one_tenants() {
     // The items that say whose they are are no tenants.
     let tenants = stack.admin(Method::GET, "/admin/tenants", None).await.json();
     assert_eq!(tenants["tenants"].as_array().unwrap().len(), 2, "{tenants}");
+    stack.stop().await;
+}
+
+#[tokio::test]
+async fn a_later_claim_takes_nothing_from_an_earlier_one() {
+    let stack = stack().await;
+    let (acme, globex) = (stack.tenant("acme"), stack.tenant("globex"));
+    let (real, false_one) = (Signer::p256("p"), Signer::p256("p"));
+    let body = |audience: &str, signer: &Signer| json!({"issuer": ISSUER, "audience": audience, "keys": [signer.public()]});
+    register(&globex, &body("globex-assistant", &real)).await;
+    // What identity providers put into every token beside the audience proper.
+    let userinfo = format!("{ISSUER}/userinfo");
+    let spoiler = register(&acme, &body(&userinfo, &false_one)).await;
+    let token = |n: usize| {
+        let claims = claims(ISSUER, "globex-assistant", "ann");
+        real.token(&with(with(claims, "aud", json!([userinfo, "globex-assistant"])), "jti", n))
+    };
+    chat(&stack, &token(0)).await.expect_status(StatusCode::OK);
+    // Nor does one that its holder has given up, or that is the same tenant's.
+    acme.delete(&format!("/v1/issuers/{spoiler}")).await.expect_status(StatusCode::NO_CONTENT);
+    chat(&stack, &token(1)).await.expect_status(StatusCode::OK);
+    register(&acme, &body(&userinfo, &false_one)).await;
+    register(&globex, &body("globex-other", &real)).await;
+    let own = with(claims(ISSUER, "", "ann"), "aud", json!(["globex-other", "globex-assistant"]));
+    chat(&stack, &real.token(&own)).await.expect_status(StatusCode::OK);
+    let records = stack.items("audit", "globex", "TICKET#").await;
+    assert_eq!(records.iter().filter(|record| record["action"] == "llm_call").count(), 3);
+
+    // Who was first stays so: to remove an issuer and to register it again is no way to fall behind.
+    let first = globex.get("/v1/issuers").await.json()["issuers"].as_array().unwrap().clone();
+    let first = first.iter().find(|issuer| issuer["audience"] == "globex-assistant").unwrap().clone();
+    let path = format!("/v1/issuers/{}", first["issuer_id"].as_str().unwrap());
+    globex.delete(&path).await.expect_status(StatusCode::NO_CONTENT);
+    register(&globex, &body("globex-assistant", &real)).await;
+    chat(&stack, &token(2)).await.expect_status(StatusCode::OK);
+    stack.stop().await;
+}
+
+#[tokio::test]
+async fn an_operator_frees_what_the_wrong_tenant_has_claimed() {
+    let stack = stack().await;
+    let (acme, globex) = (stack.tenant("acme"), stack.tenant("globex"));
+    let signer = Signer::p256("p");
+    let body = json!({"issuer": ISSUER, "audience": "globex-assistant", "keys": [signer.public()]});
+    let squatter = register(&acme, &body).await;
+    globex.post("/v1/issuers", &body).await.expect_error(409, "conflict");
+    let token = |n: usize| signer.token(&with(claims(ISSUER, "globex-assistant", "ann"), "jti", n));
+    let cached = token(0);
+    chat(&stack, &cached).await.expect_status(StatusCode::OK);
+
+    let escaped = ISSUER.replace(':', "%3A").replace('/', "%2F");
+    let path = format!("/admin/issuer-claim?issuer={escaped}&audience=globex-assistant");
+    let claim = stack.admin(Method::GET, &path, None).await.expect_status(StatusCode::OK).json();
+    assert_eq!((&claim["tenant_id"], &claim["issuer_id"]), (&json!("acme"), &json!(squatter)), "{claim}");
+    for (query, param) in [
+        ("", "issuer"),
+        ("?audience=x", "issuer"),
+        ("?issuer=x", "audience"),
+        (&*format!("?issuer={}&audience=x", "x".repeat(513)), "issuer"),
+        ("?issuer=x&audience=x", "tenant_id"),
+        ("?issuer=x&audience=x&tenant_id=NOBODY", "tenant_id"),
+    ] {
+        let answer = stack.admin(Method::DELETE, &format!("/admin/issuer-claim{query}"), None).await;
+        assert_eq!(answer.expect_error(400, "invalid_request")["param"], param, "{query}");
+    }
+    // What is not as the operator believes stays as it is.
+    for of in ["globex", "nobody"] {
+        let answer = stack.admin(Method::DELETE, &format!("{path}&tenant_id={of}"), None).await;
+        answer.expect_error(404, "not_found");
+    }
+    stack.admin(Method::GET, &format!("{path}x"), None).await.expect_error(404, "not_found");
+    acme.delete(&path).await.expect_error(403, "invalid_key");
+    chat(&stack, &token(1)).await.expect_status(StatusCode::OK);
+
+    let release = format!("{path}&tenant_id=acme");
+    // One that stops before the meter knows is finished by its repeat.
+    stack
+        .dynamodb_faults(
+            json!({"rules": [{"mode": "kill_before", "operation": "UpdateItem", "table": "meters",
+            "contains": "SET #s = :s, #e = :e", "times": 1, "function": "provisioning"}]}),
+        )
+        .await;
+    let killed = stack.admin(Method::DELETE, &release, None).await;
+    stack.clear_dynamodb_faults().await;
+    assert!(killed.status.is_server_error(), "{}", killed.text);
+    stack.admin(Method::DELETE, &release, None).await.expect_error(404, "not_found");
+    chat(&stack, &cached).await.expect_error(401, "invalid_key");
+    acme.get(&format!("/v1/issuers/{squatter}")).await.expect_error(404, "not_found");
+    assert!(stack.items("tenants", "acme", "CLAIM#").await.is_empty());
+    register(&globex, &body).await;
+    acme.post("/v1/issuers", &body).await.expect_error(409, "conflict");
+    chat(&stack, &token(2)).await.expect_status(StatusCode::OK);
+    let events = stack.items("audit", "acme", "EVENT#").await;
+    let released = events.iter().filter(|event| event["action"] == "issuer_removed");
+    let released: Vec<&Value> = released.collect();
+    assert_eq!(released.len(), 1, "{events:?}");
+    assert!(released[0]["operator"].is_string() && released[0]["keys"] == json!([squatter]), "{released:?}");
+
+    // A claim without an issuer, too.
+    let id = globex.get("/v1/issuers").await.json()["issuers"][0]["issuer_id"].as_str().unwrap().to_owned();
+    globex.delete(&format!("/v1/issuers/{id}")).await.expect_status(StatusCode::NO_CONTENT);
+    let names = ["--issuer", ISSUER, "--audience", "globex-assistant"];
+    let shown = stack.bulkhead(&[&["issuers", "show"][..], &names].concat()).await;
+    let shown = String::from_utf8(shown.stdout).unwrap();
+    assert!(shown.contains("globex") && !shown.contains("issuer_id"), "{shown}");
+    let freed = stack.bulkhead(&[&["issuers", "release", "globex"][..], &names].concat()).await;
+    assert!(freed.status.success(), "{freed:?}");
+    register(&acme, &body).await;
+    stack.stop().await;
+}
+
+#[tokio::test]
+async fn a_tenant_has_no_more_issuers_than_it_may_however_many_are_registered_at_once() {
+    let stack = stack().await;
+    let acme = stack.tenant("acme");
+    let signer = Signer::ed25519("e");
+    let body = |n: usize| json!({"issuer": ISSUER, "audience": format!("a-{n}"), "keys": [signer.public()]});
+    for n in 0..14 {
+        register(&acme, &body(n)).await;
+    }
+    let registering = (14..34).map(|n| {
+        let (acme, body) = (acme.clone(), body(n));
+        tokio::spawn(async move { acme.post("/v1/issuers", &body).await.status.as_u16() })
+    });
+    let mut statuses = Vec::new();
+    for registered in registering.collect::<Vec<_>>() {
+        statuses.push(registered.await.unwrap());
+    }
+    assert!(statuses.iter().all(|status| [201, 409, 503].contains(status)), "{statuses:?}");
+    let there = acme.get("/v1/issuers").await.json()["issuers"].as_array().unwrap().len();
+    let created = statuses.iter().filter(|status| **status == 201).count();
+    assert!(there <= 20 && there == 14 + created && created > 0, "{there} there, {statuses:?}");
+    assert_eq!(stack.items("tenants", "acme", "ISSUER#").await.len(), there);
     stack.stop().await;
 }
 
@@ -391,6 +566,49 @@ async fn an_address_that_misbehaves_lets_nobody_in_and_hinders_nobody_else() {
     assert_eq!(elsewhere.asked(), 0);
     // Whoever has a key never waits for an issuer.
     acme.ask("Hello?").await;
+    stack.stop().await;
+}
+
+#[tokio::test]
+async fn one_tenants_silent_issuers_do_not_take_the_time_of_anothers() {
+    const SILENT: usize = 12;
+    let stack = stack().await;
+    let (acme, globex) = (stack.tenant("acme"), stack.tenant("globex"));
+    let signer = Signer::p256("p");
+    let good = KeyServer::start(vec![signer.public()]).await;
+    register(&globex, &with(at(&good), "audience", "globex")).await;
+    let mut silent = Vec::new();
+    for n in 0..SILENT {
+        let server = KeyServer::start(Vec::new()).await;
+        server.publish(Publishing::Late(Duration::from_secs(20), Vec::new()));
+        register(&acme, &with(at(&server), "audience", format!("a-{n}"))).await;
+        silent.push(server);
+    }
+    // Unsigned tokens do: they could be genuine, so their keys are asked for.
+    let made_up = |n: usize, user: &str| {
+        let head = json!({"alg": "ES256", "typ": "JWT", "kid": "p"});
+        format!("{}.AAAA", unsigned(&head, &claims(ISSUER, &format!("a-{n}"), user)))
+    };
+    tokio::join!(
+        async {
+            for n in 0..SILENT {
+                chat(&stack, &made_up(n, "eve")).await.expect_error(503, "unavailable");
+            }
+        },
+        async {
+            for n in 0..10 {
+                let token = signer.token(&with(claims(ISSUER, "globex", "zoe"), "jti", n));
+                chat(&stack, &token).await.expect_status(StatusCode::OK);
+            }
+        }
+    );
+    // One after the other they meet the same few processes, each of which waits for two or three of them.
+    let asked: usize = silent.iter().map(KeyServer::asked).sum();
+    assert!(asked <= 8, "{asked} of {SILENT} addresses were waited for");
+    let denied = stack.items("audit", "acme", "EVENT#").await;
+    let denied =
+        denied.iter().filter(|event| event["action"] == "auth_denied" && event["error"] == "unavailable");
+    assert!(denied.count() > 0, "it is on record whose issuers could not be asked");
     stack.stop().await;
 }
 

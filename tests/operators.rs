@@ -102,6 +102,19 @@ async fn set_holds_for_the_next_request() {
 }
 
 #[tokio::test]
+async fn a_raised_limit_holds_for_the_next_request_of_one_that_was_refused() {
+    let stack = Stack::start().await;
+    let acme = stack.tenant("acme");
+    well(&stack, &["tenants", "set", "acme", "--limit", "requests_per_minute=3"]).await;
+    for _ in 0..3 {
+        acme.get("/v1/documents").await.expect_status(StatusCode::OK);
+    }
+    acme.get("/v1/documents").await.expect_error(429, "rate_limit_exceeded");
+    well(&stack, &["tenants", "set", "acme", "--limit", "requests_per_minute=100"]).await;
+    acme.get("/v1/documents").await.expect_status(StatusCode::OK);
+}
+
+#[tokio::test]
 async fn suspend_and_restore_hold_for_the_next_request() {
     let stack = Stack::start().await;
     let acme = stack.tenant("acme");

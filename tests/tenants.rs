@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use local::identity::Identity;
+use local::template::RouteAuth;
 use qdrant_client::Qdrant;
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
@@ -486,6 +487,55 @@ async fn an_empty_tenant_moves_and_leaves_nothing_behind() {
     assert_eq!((&last["action"], &last["changed"]), (&json!("tenant_restored"), &json!(["cell", "status"])));
 }
 
+/// The operators' routes of the contract, about a tenant `acme`.
+fn operators_routes() -> Vec<(Method, String)> {
+    let template = tests::template();
+    let routes = template.api.routes.iter().filter(|route| route.auth == RouteAuth::Iam);
+    let filled = |path: &str| {
+        let id = if path.contains("deprovisionings") { "dep_acme_0000000000000000000000" } else { "acme" };
+        path.replace("{id}", id).replace("{key_id}", "000000000000")
+    };
+    routes.map(|route| (route.method.clone(), filled(&route.path))).collect()
+}
+
+#[tokio::test]
+async fn what_is_no_request_of_an_operator_is_refused_by_name_and_does_nothing() {
+    let stack = empty().await;
+    stack.provision(body("acme")).await;
+    let before = items(&stack, "acme").await;
+    for (method, path) in operators_routes() {
+        if method == Method::POST || method == Method::PATCH {
+            for raw in [&b"{"[..], b"", b"null", b"[]", b"\"x\"", b"7", b"\xff\xfe", b"{\"a\":\"\xff\"}"] {
+                let answer = stack.admin_raw(method.clone(), &path, raw.to_vec()).await;
+                assert_eq!(answer.expect_error(400, "invalid_request")["param"], "body", "{path}: {raw:?}");
+            }
+            let unknown = json!({"colour": "red"}).to_string();
+            let answer = stack.admin_raw(method.clone(), &path, unknown.into_bytes()).await;
+            assert_eq!(answer.expect_error(400, "invalid_request")["param"], "colour", "{path}");
+        }
+    }
+    for (path, param) in [
+        ("/admin/tenants?limit=0", "limit"),
+        ("/admin/tenants?limit=-1", "limit"),
+        ("/admin/tenants?limit=101", "limit"),
+        ("/admin/tenants?limit=ten", "limit"),
+        ("/admin/tenants?cursor=ACME", "cursor"),
+        ("/admin/tenants?cursor=a%23b", "cursor"),
+        ("/admin/tenants/acme/keys?limit=1e2", "limit"),
+        ("/admin/tenants/acme/keys?cursor=x", "cursor"),
+        ("/admin/usage?month=2026-13", "month"),
+        ("/admin/usage?month=now", "month"),
+        ("/admin/usage?limit=0", "limit"),
+        ("/admin/audit/verify", "tenant_id"),
+        ("/admin/audit/verify?tenant_id=ACME", "tenant_id"),
+        ("/admin/issuer-claim", "issuer"),
+    ] {
+        let answer = stack.admin(Method::GET, path, None).await;
+        assert_eq!(answer.expect_error(400, "invalid_request")["param"], param, "{path}");
+    }
+    assert_eq!(items(&stack, "acme").await, before);
+}
+
 #[tokio::test]
 async fn a_signature_opens_what_it_was_made_for_for_five_minutes() {
     let stack = empty().await;
@@ -493,14 +543,16 @@ async fn a_signature_opens_what_it_was_made_for_for_five_minutes() {
     let soon = Duration::from_secs(0);
     let send = async |request: reqwest::RequestBuilder| Answer::read(request.send().await.unwrap()).await;
     let late = Duration::from_secs(301);
-    for (method, path, wanted) in [
-        (Method::POST, "/admin/tenants", body("acme")),
-        (Method::GET, "/admin/tenants", Value::Null),
-        (Method::GET, "/admin/tenants/acme", Value::Null),
-        (Method::PATCH, "/admin/tenants/acme", json!({"status": "suspended"})),
-        (Method::GET, "/admin/usage", Value::Null),
-    ] {
-        let signed = |key, ago| stack.signed_before(key, ago, method.clone(), path, &wanted);
+    let routes = operators_routes();
+    assert!(routes.len() >= 14, "{routes:?}");
+    for (method, path) in routes {
+        let wanted = match method.as_str() {
+            "POST" if path == "/admin/tenants" => body("acme"),
+            "PATCH" => json!({"status": "suspended"}),
+            "POST" => json!({}),
+            _ => Value::Null,
+        };
+        let signed = |key, ago| stack.signed_before(key, ago, method.clone(), &path, &wanted);
         send(signed(&operator, late)).await.expect_error(403, "invalid_key");
         let mut other = operator.clone();
         other.credentials.secret_access_key.push('x');

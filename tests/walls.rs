@@ -19,6 +19,7 @@ use rand::RngExt;
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 use shared::random::entropy;
+use tests::tokens::{Signer, claims};
 use tests::{Options, Stack, Tenant};
 use tokio::task::JoinSet;
 
@@ -79,6 +80,22 @@ async fn a_decision_about_another_key_is_not_acted_upon() {
         tenant.get("/v1/documents").await.expect_status(StatusCode::OK);
     }
     stack.poison_decision(&acme, &globex).await;
+    // Tokens too: neither another tenant's decision, nor that of another user of the same issuer.
+    let signer = Signer::p256("p");
+    let issuer = "https://login.example";
+    let app = json!({"issuer": issuer, "audience": "globex-app", "keys": [signer.public()]});
+    globex.post("/v1/issuers", &app).await.expect_status(StatusCode::CREATED);
+    let token =
+        |user: &str| stack.tenant_with_key("globex", &signer.token(&claims(issuer, "globex-app", user)));
+    let (ann, bob) = (token("ann"), token("bob"));
+    for user in [&ann, &bob] {
+        user.get("/v1/documents").await.expect_status(StatusCode::OK);
+    }
+    for (presented, about) in [(&ann, &bob), (&ann, &globex), (&bob, &acme)] {
+        stack.poison_decision(presented, about).await;
+        presented.get("/v1/documents/handbook").await.expect_error(401, "invalid_key");
+        presented.post("/v1/search", &json!({"query": "vault"})).await.expect_error(401, "invalid_key");
+    }
     let body = |what: &str| json!({what: "What is said about the vault?"});
     for (method, path, body) in [
         (Method::GET, "/v1/documents", Value::Null),
@@ -96,7 +113,7 @@ async fn a_decision_about_another_key_is_not_acted_upon() {
         assert!(!answer.text.contains(&secret), "{method} {path}: {}", answer.text);
         answer.expect_error(401, "invalid_key");
     }
-    assert!(stack.logs().contains("the gateway answered a key with the decision about another"));
+    assert!(stack.logs().contains("the gateway answered a key or token with the decision about another"));
     assert!(stack.logs().contains("isolation_alert"));
     // The other is not touched, and nothing of this is in its books.
     globex.get("/v1/documents/handbook").await.expect_status(StatusCode::OK);

@@ -406,8 +406,9 @@ impl Gate {
                         self.books.meters.write(scope, &state.end(&collected)).await?;
                         continue;
                     }
-                    let lasting = matches!(refusal, Refusal::Limit { limit: Limit::Requests, .. });
-                    if fresh || lasting {
+                    // What is remembered may be from before the tenant's limits were raised, and they hold from
+                    // the next request on. A flood is not asked for: the breaker answers it.
+                    if fresh {
                         self.remember(scope, &state);
                         return Err(Denied::Refused(refusal));
                     }

@@ -393,6 +393,11 @@ impl JwksUrl {
         &self.0
     }
 
+    /// Its host: what of it may be logged.
+    pub fn host(&self) -> &str {
+        self.parts().map_or("", |(_, host)| host)
+    }
+
     /// Checks that it may be registered.
     ///
     /// # Errors

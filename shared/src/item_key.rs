@@ -58,8 +58,16 @@ pub fn claim_note(provenance: Provenance<'_>) -> String {
     format!("{CLAIMS}{}", provenance.digest())
 }
 
+/// Table `tenants`: that an operator's request with that idempotency key, given as its hash, has made a key.
+pub fn made(hash: &str) -> String {
+    format!("MADE#{hash}")
+}
+
 /// Table `tenants`: how many keys were ever made.
 pub const KEYS: &str = "KEYS";
+
+/// Table `tenants`: how many issuers were ever registered.
+pub const ISSUERS_MADE: &str = "ISSUERS";
 
 /// Table `tenants`: the attribute of an issuer's claim that names its tenant.
 pub const CLAIM_HOLDER: &str = "holder";

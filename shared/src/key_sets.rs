@@ -4,14 +4,14 @@
 //! reaches, in time, in size and in how often it is made.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
-use reqwest::dns::{Addrs, Name, Resolve, Resolving};
-
 use crate::clock::{Clock, Timestamp};
+use crate::internet::{self, Guarded};
 use crate::issuer::{JwksUrl, PublicKey, Reach, published};
+use crate::tenant::{Tenant, TenantId};
 
 /// How long a fetch may take, from the look-up of the name to the last byte.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -25,10 +25,18 @@ const USABLE_MS: u64 = 60 * 60_000;
 /// How long it takes until a name that is not among the keys is worth another fetch.
 const PAUSE_MS: u64 = 30_000;
 /// How long an address that failed is left alone: an issuer that answers slowly must not take the time of
-/// others' requests.
+/// others' requests. It doubles with each further failure, so often at most.
 const RETRY_MS: u64 = 10_000;
+const MOST_DOUBLINGS: u32 = 4;
+/// How long the issuers of one tenant may keep a process waiting, all together: so much at once, and again over
+/// a minute. Whatever addresses they have, the time of others' requests is not theirs.
+const WAITING_MS: i64 = 4_000;
+const WAITING_OVER_MS: i64 = 60_000;
 /// Sets that are remembered. An instance that sees more than this fetches some of them again.
 const REMEMBERED: usize = 128;
+/// Tenants whose waiting is remembered. Beyond that those are forgotten who may keep a process waiting as long
+/// as anybody, and then all.
+const WAITED_FOR: usize = 512;
 
 /// The keys cannot be told: neither that a token is genuine, nor that it is not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -42,6 +50,28 @@ pub struct KeySets {
     /// Made when it is first needed: a process that sees keys alone never pays for it.
     http: OnceLock<reqwest::Client>,
     known: Mutex<HashMap<JwksUrl, Arc<Known>>>,
+    waiting: Mutex<HashMap<TenantId, Waiting>>,
+}
+
+/// How long a tenant's issuers may still keep a process waiting. Pure.
+#[derive(Clone, Copy, Debug)]
+struct Waiting {
+    left_ms: i64,
+    at: Timestamp,
+}
+
+impl Waiting {
+    const fn new(now: Timestamp) -> Self {
+        Self { left_ms: WAITING_MS, at: now }
+    }
+
+    /// As it is now: what was used comes back over the minute.
+    fn now(self, now: Timestamp) -> Self {
+        let passed_ms = i64::try_from(now.millis_since(self.at)).unwrap_or(i64::MAX).min(2 * WAITING_OVER_MS);
+        let left_ms = self.left_ms.saturating_add(passed_ms * WAITING_MS / WAITING_OVER_MS);
+        // What is not a whole millisecond yet is not lost.
+        if left_ms == self.left_ms { self } else { Self { left_ms: left_ms.min(WAITING_MS), at: now } }
+    }
 }
 
 /// One address. The lock is held while it is asked, so that it is asked once by all who wait.
@@ -60,6 +90,8 @@ struct Remembered {
     sought_at: Option<Timestamp>,
     /// When a fetch last failed, if none has succeeded since.
     failed_at: Option<Timestamp>,
+    /// How many have failed since one succeeded.
+    failures: u32,
 }
 
 impl Remembered {
@@ -70,7 +102,8 @@ impl Remembered {
     /// Whether the address is to be asked before a key of that name is taken.
     fn is_due(&self, kid: Option<&str>, now: Timestamp) -> bool {
         let over = |at: Option<Timestamp>, ms| at.is_none_or(|at| now.millis_since(at) >= ms);
-        over(self.failed_at, RETRY_MS)
+        let left_alone_ms = RETRY_MS << self.failures.saturating_sub(1).min(MOST_DOUBLINGS);
+        over(self.failed_at, left_alone_ms)
             && (over(self.fetched_at, FRESH_MS) || (!self.holds(kid) && over(self.sought_at, PAUSE_MS)))
     }
 
@@ -78,13 +111,14 @@ impl Remembered {
     fn note(&mut self, kid: Option<&str>, fetched: Option<Vec<PublicKey>>, now: Timestamp) {
         let Some(keys) = fetched else {
             self.failed_at = Some(now);
+            self.failures = self.failures.saturating_add(1);
             return;
         };
         // The first fetch is for whatever key; only later ones can be in vain.
         if self.fetched_at.is_some() && !self.holds(kid) {
             self.sought_at = Some(now);
         }
-        (self.keys, self.fetched_at, self.failed_at) = (keys.into(), Some(now), None);
+        (self.keys, self.fetched_at, self.failed_at, self.failures) = (keys.into(), Some(now), None, 0);
     }
 
     /// The keys, as long as they can be relied on. Where the address does not answer, a name that is not
@@ -102,27 +136,56 @@ impl Remembered {
 impl KeySets {
     /// None yet.
     pub fn new(reach: Reach, clock: Clock) -> Self {
-        Self { reach, clock, http: OnceLock::new(), known: Mutex::default() }
+        Self { reach, clock, http: OnceLock::new(), known: Mutex::default(), waiting: Mutex::default() }
     }
 
-    /// The keys at an address, for a token that names that key.
+    /// The keys at an address of a tenant's issuer, for a token that names that key.
     ///
     /// # Errors
-    /// [`Unreachable`].
-    pub async fn at(&self, url: &JwksUrl, kid: Option<&str>) -> Result<Arc<[PublicKey]>, Unreachable> {
+    /// [`Unreachable`]; also where the tenant's issuers have kept this process waiting long enough.
+    pub async fn at(
+        &self,
+        tenant: &Tenant,
+        url: &JwksUrl,
+        kid: Option<&str>,
+    ) -> Result<Arc<[PublicKey]>, Unreachable> {
         let known = self.known(url);
         let mut set = known.set.lock().await;
-        if set.is_due(kid, self.clock.now()) {
+        let began = self.clock.now();
+        if set.is_due(kid, began) {
+            if self.waiting(&tenant.tenant_id, began, 0) <= 0 {
+                tracing::warn!(tenant.id = %tenant.tenant_id, "A tenant's issuers have been waited for long enough");
+                return if set.holds(kid) { set.keys(kid, began) } else { Err(Unreachable) };
+            }
             let fetched = match tokio::time::timeout(PATIENCE, self.fetch(url)).await {
                 Ok(fetched) => fetched,
                 Err(_) => Err(FetchError::Slow),
             };
             if let Err(error) = &fetched {
-                tracing::warn!(jwks.url = %url, "An issuer's keys could not be fetched: {error}");
+                // The host alone: what else the address says may be a secret.
+                tracing::warn!(tenant.id = %tenant.tenant_id, jwks.host = url.host(), "An issuer's keys could not be fetched: {error}");
             }
-            set.note(kid, fetched.ok(), self.clock.now());
+            let ended = self.clock.now();
+            let took_ms = i64::try_from(ended.millis_since(began)).unwrap_or(i64::MAX);
+            self.waiting(&tenant.tenant_id, ended, took_ms);
+            set.note(kid, fetched.ok(), ended);
         }
         set.keys(kid, self.clock.now())
+    }
+
+    /// How long a tenant's issuers may still keep this process waiting, now that they have for `took_ms`.
+    fn waiting(&self, tenant: &TenantId, now: Timestamp, took_ms: i64) -> i64 {
+        let mut all = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        if all.len() >= WAITED_FOR && !all.contains_key(tenant) {
+            all.retain(|_, waiting| waiting.now(now).left_ms < WAITING_MS);
+            if all.len() >= WAITED_FOR {
+                all.clear();
+            }
+        }
+        let waiting = all.entry(tenant.clone()).or_insert_with(|| Waiting::new(now));
+        *waiting = waiting.now(now);
+        waiting.left_ms = waiting.left_ms.saturating_sub(took_ms);
+        waiting.left_ms
     }
 
     fn known(&self, url: &JwksUrl) -> Arc<Known> {
@@ -162,8 +225,9 @@ impl KeySets {
         if let Some(http) = self.http.get() {
             return Ok(http);
         }
+        let reach = self.reach;
         let http = reqwest::Client::builder()
-            .dns_resolver(Arc::new(Guarded(self.reach)))
+            .dns_resolver(Guarded::new(move |ip| reaches(reach, ip)))
             .https_only(self.reach == Reach::Internet)
             .redirect(reqwest::redirect::Policy::none())
             .no_proxy()
@@ -199,35 +263,18 @@ enum FetchError {
     Malformed,
 }
 
-/// Looks names up, and lets only those through that lead where something may be asked: all of a name's
-/// addresses, so that it cannot be one now and another then.
-struct Guarded(Reach);
-
-impl Resolve for Guarded {
-    fn resolve(&self, name: Name) -> Resolving {
-        let reach = self.0;
-        Box::pin(async move {
-            let found: Vec<SocketAddr> = tokio::net::lookup_host((name.as_str(), 0)).await?.collect();
-            if found.iter().any(|address| !reaches(reach, address.ip())) {
-                return Err("the name leads where nothing may be asked".into());
-            }
-            Ok(Box::new(found.into_iter()) as Addrs)
-        })
-    }
-}
-
 /// Whether an address may be asked. What answers at a link's own addresses (AWS's metadata service, the
 /// Lambda runtime's neighbours) never may.
 fn reaches(reach: Reach, ip: IpAddr) -> bool {
     match (reach, ip) {
-        (reach, IpAddr::V6(ip)) => match embedded(ip) {
+        (reach, IpAddr::V6(ip)) => match internet::embedded(ip) {
             Some(v4) => reaches(reach, IpAddr::V4(v4)),
-            None if reach == Reach::Internet => public_v6(ip),
+            None if reach == Reach::Internet => internet::holds(IpAddr::V6(ip)),
             None => {
                 !ip.is_unspecified() && !ip.is_multicast() && !ip.is_unicast_link_local() && !metadata(ip)
             }
         },
-        (Reach::Internet, IpAddr::V4(ip)) => public_v4(ip),
+        (Reach::Internet, ip) => internet::holds(ip),
         (Reach::Private, IpAddr::V4(ip)) => {
             let [first, ..] = ip.octets();
             first != 0 && !ip.is_link_local() && !ip.is_multicast() && !ip.is_broadcast()
@@ -240,49 +287,6 @@ fn metadata(ip: Ipv6Addr) -> bool {
     ip.segments().first_chunk() == Some(&[0xfd00, 0x0ec2])
 }
 
-/// The registries of special addresses: <https://www.iana.org/assignments/iana-ipv4-special-registry>.
-fn public_v4(ip: Ipv4Addr) -> bool {
-    let [a, b, c, _] = ip.octets();
-    let special = matches!(
-        (a, b, c),
-        (0 | 10 | 127 | 224.., _, _)
-            | (100, 64..=127, _)
-            | (169, 254, _)
-            | (172, 16..=31, _)
-            | (192, 0, 0 | 2)
-            | (192, 88, 99)
-            | (192, 168, _)
-            | (198, 18..=19, _)
-            | (198, 51, 100)
-            | (203, 0, 113)
-    );
-    !special
-}
-
-/// Global unicast (2000::/3), without what is set apart in it.
-fn public_v6(ip: Ipv6Addr) -> bool {
-    let [first, second, ..] = ip.segments();
-    let global = first & 0xe000 == 0x2000;
-    let special = match first {
-        // Protocol assignments (2001::/23), documentation, and what tunnels to elsewhere.
-        0x2001 => second < 0x0200 || second == 0x0db8,
-        0x2002 => true,
-        0x3fff => second < 0x1000,
-        _ => false,
-    };
-    global && !special
-}
-
-/// The IPv4 address that an IPv6 address stands for: mapped, compatible, or translated (64:ff9b::/96).
-fn embedded(ip: Ipv6Addr) -> Option<Ipv4Addr> {
-    let [a, b, c, d, e, f, high, low] = ip.segments();
-    let prefix = [a, b, c, d, e, f];
-    let stands = prefix == [0, 0, 0, 0, 0, 0xffff]
-        || (prefix == [0; 6] && !ip.is_loopback() && !ip.is_unspecified())
-        || prefix == [0x64, 0xff9b, 0, 0, 0, 0];
-    stands.then(|| Ipv4Addr::from((u32::from(high) << 16) | u32::from(low)))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -290,6 +294,24 @@ mod tests {
 
     fn key(kid: &str) -> PublicKey {
         PublicKey { kid: Some(kid.into()), material: Material::Ed25519 { x: String::new() } }
+    }
+
+    fn tenant() -> Tenant {
+        serde_json::from_value(serde_json::json!({
+            "tenant_id": "acme",
+            "status": "active",
+            "epoch": 1,
+            "tier": "free",
+            "company_name": "Acme",
+            "assistant_name": "Ada",
+            "instructions": "",
+            "injection_policy": "flag",
+            "limits": crate::limits::Limits::of_tier(crate::tenant::Tier::Free),
+            "cell": "default",
+            "embedding": {"name": "m", "dimensions": 4},
+            "created_at": 0,
+        }))
+        .unwrap()
     }
 
     fn at(s: i64) -> Timestamp {
@@ -358,6 +380,12 @@ mod tests {
         set.note(Some("a"), None, at(0));
         assert!(!set.is_due(Some("a"), at(9)) && set.is_due(Some("a"), at(10)));
         assert_eq!(set.keys(Some("a"), at(1)), Err(Unreachable));
+        // One that fails again is left alone for longer, up to a bound.
+        set.note(Some("a"), None, at(10));
+        assert!(!set.is_due(Some("a"), at(29)) && set.is_due(Some("a"), at(30)));
+        let mut silent = Remembered { failures: u32::MAX, failed_at: Some(at(0)), ..Remembered::default() };
+        silent.note(None, None, at(0));
+        assert!(!silent.is_due(None, at(159)) && silent.is_due(None, at(160)));
         set.note(Some("a"), Some(vec![key("a")]), at(30));
         set.note(Some("a"), None, at(700));
         assert_eq!(set.keys(Some("a"), at(700)).unwrap().len(), 1);
@@ -370,17 +398,40 @@ mod tests {
         assert!(set.keys(Some("a"), at(3_640)).unwrap().is_empty());
     }
 
+    #[test]
+    fn a_tenants_issuers_are_waited_for_so_long_and_no_longer() {
+        let sets = KeySets::new(Reach::Internet, Clock::fixed(at(0)));
+        let (acme, globex) = ("acme".parse().unwrap(), "globex".parse().unwrap());
+        assert_eq!(sets.waiting(&acme, at(0), 0), WAITING_MS);
+        assert_eq!(sets.waiting(&acme, at(2), 2_000), 2_000);
+        assert!(sets.waiting(&acme, at(4), 2_500) <= 0, "whatever the address");
+        assert_eq!(sets.waiting(&globex, at(4), 0), WAITING_MS);
+        // It comes back over a minute, and never adds up to more.
+        assert!(sets.waiting(&acme, at(20), 0) > 0);
+        assert_eq!(sets.waiting(&acme, at(3_600), 0), WAITING_MS);
+        let mut waiting = Waiting { left_ms: 0, at: at(0) };
+        for ms in 0..15_000 {
+            waiting = waiting.now(at(0).plus_millis(ms));
+        }
+        assert!((990..=1_000).contains(&waiting.left_ms), "{waiting:?}");
+        for n in 0..2 * WAITED_FOR {
+            sets.waiting(&format!("tenant-{n}").parse().unwrap(), at(3_600), 1);
+        }
+        assert!(sets.waiting.lock().unwrap().len() <= WAITED_FOR);
+    }
+
     #[tokio::test]
     async fn few_addresses_are_remembered_and_none_is_asked_out_of_reach() {
         let sets = KeySets::new(Reach::Internet, Clock::fixed(at(0)));
+        let tenant = tenant();
         for n in 0..300 {
             // Written as an address: refused before anything is asked.
             let url = format!("https://10.0.{}.{}/keys", n / 256, n % 256).parse().unwrap();
-            assert_eq!(sets.at(&url, None).await, Err(Unreachable));
+            assert_eq!(sets.at(&tenant, &url, None).await, Err(Unreachable));
         }
         assert_eq!(sets.known.lock().unwrap().len(), REMEMBERED);
         assert!(sets.http.get().is_none());
         let local = "https://localhost/keys".parse().unwrap();
-        assert_eq!(sets.at(&local, None).await, Err(Unreachable));
+        assert_eq!(sets.at(&tenant, &local, None).await, Err(Unreachable));
     }
 }

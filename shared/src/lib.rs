@@ -23,6 +23,7 @@ pub mod env;
 pub mod error;
 pub mod idempotency;
 pub mod ids;
+pub mod internet;
 pub mod issuer;
 pub mod item_key;
 pub mod ledger;

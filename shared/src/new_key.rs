@@ -1,4 +1,5 @@
-//! A key that somebody asks for: what the body says, held against what the asker may hand on. Pure.
+//! A key that somebody asks for: what the body says, held against what the asker may hand on; and how keys are
+//! answered. Pure.
 
 use serde::{Deserialize, Serialize};
 
@@ -131,6 +132,57 @@ impl CreatedKey {
             expires_at: record.expires_at.map(|at| at.to_string()),
             allowed_cidrs: record.allowed_cidrs,
         }
+    }
+}
+
+/// A key as it is listed: all of it but its secret.
+#[derive(Serialize)]
+struct KeyView {
+    key_id: KeyId,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    name: Option<String>,
+    scopes: Vec<&'static str>,
+    created_at: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    expires_at: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    last_used_at: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    allowed_cidrs: Option<Vec<Network>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    replaces: Option<KeyId>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    replaced_by: Option<KeyId>,
+}
+
+impl From<KeyRecord> for KeyView {
+    fn from(record: KeyRecord) -> Self {
+        Self {
+            key_id: record.key_id,
+            name: record.name,
+            scopes: record.permissions.into_iter().map(Permission::as_str).collect(),
+            created_at: record.created_at.to_string(),
+            expires_at: record.expires_at.map(|at| at.to_string()),
+            last_used_at: record.last_used_at.map(|at| at.to_string()),
+            allowed_cidrs: record.allowed_cidrs,
+            replaces: record.replaces,
+            replaced_by: record.replaced_by,
+        }
+    }
+}
+
+/// A page of a tenant's keys.
+#[derive(Serialize)]
+pub struct KeyList {
+    keys: Vec<KeyView>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cursor: Option<KeyId>,
+}
+
+impl KeyList {
+    /// The answer with these keys, and where to go on if there are more.
+    pub fn new(keys: Vec<KeyRecord>, cursor: Option<KeyId>) -> Self {
+        Self { keys: keys.into_iter().map(KeyView::from).collect(), cursor }
     }
 }
 

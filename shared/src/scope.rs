@@ -30,8 +30,11 @@ use std::str::FromStr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use aws_lambda_events::apigw::ApiGatewayProxyRequestContext;
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 
 use crate::api_key::{ApiKey, Grants, Permission, VerifiedKey};
 use crate::clock::Timestamp;
@@ -102,8 +105,23 @@ pub struct Profile {
     pub injection_policy: InjectionPolicy,
 }
 
+/// What an `Authorization` header presents, as a hash: by it a decision is known to be about this very key or
+/// token.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Presented(String);
+
+impl Presented {
+    /// What this header presents, however its scheme is written.
+    pub fn by(authorization: &str) -> Self {
+        let credential = authorization.split_once(' ').map_or(authorization, |(_, credential)| credential);
+        Self(URL_SAFE_NO_PAD.encode(Sha256::digest(credential.trim().as_bytes())))
+    }
+}
+
 /// What was proven of whoever asks, by key or by token.
 struct Proof {
+    presented: Presented,
     credential: CredentialId,
     user_id: Option<UserId>,
     grants: Grants,
@@ -117,6 +135,8 @@ pub struct Decision {
     status: TenantStatus,
     epoch: u64,
     tier: Tier,
+    /// What it is about.
+    presented: Presented,
     credential: CredentialId,
     /// The user for whom the token's issuer vouches. Keys have none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -132,12 +152,13 @@ pub struct Decision {
 }
 
 impl Decision {
-    /// The decision for a verified key of `tenant`, with the vector tokens minted for it.
+    /// The decision for a verified key of `tenant` that was `presented`, with the vector tokens minted for it.
     ///
     /// # Errors
     /// [`ForeignRecord`] if the tenant's record is not that of the key's tenant.
     pub fn new(
         key: &VerifiedKey,
+        presented: Presented,
         tenant: Tenant,
         vector_read: VectorToken,
         vector_write: Option<VectorToken>,
@@ -146,18 +167,23 @@ impl Decision {
         if record.tenant_id != tenant.tenant_id {
             return Err(ForeignRecord);
         }
-        let proof =
-            Proof { credential: record.key_id.clone().into(), user_id: None, grants: record.grants() };
+        let proof = Proof {
+            presented,
+            credential: record.key_id.clone().into(),
+            user_id: None,
+            grants: record.grants(),
+        };
         Ok(Self::of(proof, tenant, vector_read, vector_write))
     }
 
-    /// The decision for a user of `tenant` for whom one of its issuers vouches, with the vector tokens minted
-    /// for it.
+    /// The decision for a user of `tenant` for whom one of its issuers vouches by the token that was `presented`,
+    /// with the vector tokens minted for it.
     ///
     /// # Errors
     /// [`ForeignRecord`] if the tenant's record is not that of the issuer's tenant.
     pub fn vouched(
         user: &Vouched,
+        presented: Presented,
         tenant: Tenant,
         vector_read: VectorToken,
         vector_write: Option<VectorToken>,
@@ -166,6 +192,7 @@ impl Decision {
             return Err(ForeignRecord);
         }
         let proof = Proof {
+            presented,
             credential: user.issuer_id.clone().into(),
             user_id: Some(user.user_id.clone()),
             grants: user.grants.clone(),
@@ -179,6 +206,7 @@ impl Decision {
             status: tenant.status,
             epoch: tenant.epoch,
             tier: tenant.tier,
+            presented: proof.presented,
             credential: proof.credential,
             user_id: proof.user_id,
             grants: proof.grants,
@@ -211,16 +239,17 @@ impl Decision {
     /// and its end, since its signature needs no second look.
     fn anew(&self, evidence: &Evidence, tenant: Tenant) -> Result<Self, ScopeError> {
         let (read, write) = (self.vector_read.clone(), self.vector_write.clone());
+        let presented = self.presented.clone();
         if tenant.tenant_id != self.tenant_id || evidence.credential() != self.credential {
             return Err(ScopeError::Unauthorized);
         }
         let decision = match evidence {
-            Evidence::Key(key) => Self::new(key, tenant, read, write),
+            Evidence::Key(key) => Self::new(key, presented, tenant, read, write),
             Evidence::Issuer(issuer) => {
                 let (Some(user_id), Some(ends)) = (self.user_id.clone(), self.grants.expires_at) else {
                     return Err(ScopeError::Unauthorized);
                 };
-                Self::vouched(&Vouched::by(issuer, user_id, ends), tenant, read, write)
+                Self::vouched(&Vouched::by(issuer, user_id, ends), presented, tenant, read, write)
             }
         };
         decision.map_err(|ForeignRecord| ScopeError::Unauthorized)
@@ -348,7 +377,7 @@ impl Caller {
     ///
     /// # Errors
     /// [`ScopeError::Unauthorized`]; [`ScopeError::ForeignDecision`], with the alarm raised, if the
-    /// decision is about another key than the one presented.
+    /// decision is about another key or token than the one presented.
     pub fn of(
         context: &ApiGatewayProxyRequestContext,
         headers: &http::HeaderMap,
@@ -358,20 +387,13 @@ impl Caller {
         let authorization = headers.get(http::header::AUTHORIZATION).and_then(|value| value.to_str().ok());
         let decision = Decision::from_context(&context.authorizer.fields).ok_or(ScopeError::Unauthorized)?;
         let presented = authorization.and_then(|value| ApiKey::from_authorization(value).ok());
-        // A token is not read here: that the decision is about one is all that can be compared.
-        let other = match (&presented, &decision.credential) {
-            (Some(key), CredentialId::Key(id)) => {
-                *key.claimed_tenant() != decision.tenant_id || key.key_id() != id
-            }
-            (Some(_), CredentialId::Issuer(_)) => true,
-            (None, CredentialId::Key(_)) => authorization.is_some(),
-            (None, CredentialId::Issuer(_)) => false,
-        };
+        // One rule for keys and tokens, which needs to understand neither.
+        let other = authorization.map(Presented::by).as_ref() != Some(&decision.presented);
         if other {
             tracing::error!(
                 alert = "isolation_alert",
                 presented.tenant = presented.as_ref().map(|key| key.claimed_tenant().as_str()),
-                "the gateway answered a key with the decision about another; the request is refused"
+                "the gateway answered a key or token with the decision about another; the request is refused"
             );
             return Err(ScopeError::ForeignDecision);
         }
@@ -653,7 +675,7 @@ pub enum ScopeError {
     /// The event did not come through the authorizer.
     #[error("the request carries no authorizer decision")]
     Unauthorized,
-    /// The decision is about another key than the one that was presented. It must never happen.
+    /// The decision is about another key or token than the one that was presented. It must never happen.
     #[error("not a valid API key or token")]
     ForeignDecision,
     /// The key or token has expired since the decision was cached.
@@ -900,6 +922,12 @@ mod tests {
     use crate::random::entropy;
 
     const NOW: Timestamp = Timestamp::from_millis(1_790_000_000_000);
+    /// What the tests' decisions are about.
+    const PRESENTED: &str = "Bearer presented";
+
+    fn headers() -> http::HeaderMap {
+        http::HeaderMap::from_iter([(http::header::AUTHORIZATION, PRESENTED.parse().unwrap())])
+    }
 
     fn tenant(id: &str, status: TenantStatus) -> Tenant {
         Tenant {
@@ -936,7 +964,7 @@ mod tests {
         );
         let verified = verify(&key, Some(record), Some(status), NOW).unwrap();
         let token = || VectorToken::new("jwt-secret".into());
-        let decision = Decision::new(&verified, tenant, token(), None).unwrap();
+        let decision = Decision::new(&verified, Presented::by(PRESENTED), tenant, token(), None).unwrap();
         let mut context = ApiGatewayProxyRequestContext::default();
         context.request_id = Some("r-1".into());
         context.authorizer.fields = decision.to_context().unwrap();
@@ -953,10 +981,10 @@ mod tests {
             verify(&key, Some(KeyRecord::granted(&key, grants, None, NOW)), Some(tenant.status), NOW)
                 .unwrap();
         let token = VectorToken::new("jwt-secret".into());
-        let decision = Decision::new(&verified, tenant, token, None).unwrap();
+        let decision = Decision::new(&verified, Presented::by(PRESENTED), tenant, token, None).unwrap();
         let mut context = ApiGatewayProxyRequestContext::default();
         context.authorizer.fields = decision.to_context().unwrap();
-        let mut headers = http::HeaderMap::new();
+        let mut headers = headers();
         headers.insert("x-forwarded-for", "203.0.113.7".parse().unwrap());
         let mut from = |address: Option<&str>| {
             context.identity.source_ip = address.map(str::to_owned);
@@ -983,7 +1011,7 @@ mod tests {
         isolation: Isolation,
         at: Timestamp,
     ) -> Result<TenantScope, ScopeError> {
-        let caller = Caller::of(context, &http::HeaderMap::new(), process, RequestNote::default())?;
+        let caller = Caller::of(context, &headers(), process, RequestNote::default())?;
         TenantScope::open(caller, Permission::Chat, isolation, at)
     }
 
@@ -1008,8 +1036,7 @@ mod tests {
         );
         // One made while the tenant was switched off is made anew, and then lets in.
         let suspended = context(TenantStatus::Suspended, chat, None);
-        let mut caller =
-            Caller::of(&suspended, &http::HeaderMap::new(), None, RequestNote::default()).unwrap();
+        let mut caller = Caller::of(&suspended, &headers(), None, RequestNote::default()).unwrap();
         assert!(caller.is_suspended());
         let key = ApiKey::issue(Tier::Free, "acme".parse().unwrap(), &mut entropy());
         let record = KeyRecord::new(&key, BTreeSet::from([Permission::Chat]), NOW, None);
@@ -1046,7 +1073,7 @@ mod tests {
     fn a_decision_about_another_key_opens_nothing() {
         let context = context(TenantStatus::Active, &[Permission::Chat], None);
         let presenting = |authorization: &str| {
-            let mut headers = http::HeaderMap::new();
+            let mut headers = headers();
             headers.insert(http::header::AUTHORIZATION, authorization.parse().unwrap());
             Caller::of(&context, &headers, None, RequestNote::default()).map(drop)
         };
@@ -1055,14 +1082,19 @@ mod tests {
             let refused = presenting(&format!("Bearer {}", other.expose()));
             assert_eq!(refused, Err(ScopeError::ForeignDecision), "{tenant}");
         }
-        assert_eq!(presenting("Bearer header.claims.signature"), Err(ScopeError::ForeignDecision));
+        for other in ["Bearer header.claims.signature", "Bearer presented2", "Bearer", ""] {
+            assert_eq!(presenting(other), Err(ScopeError::ForeignDecision), "{other}");
+        }
+        assert_eq!(presenting("bearer  presented "), Ok(()), "the same, however it is written");
+        let none = Caller::of(&context, &http::HeaderMap::new(), None, RequestNote::default());
+        assert_eq!(none.map(drop), Err(ScopeError::ForeignDecision));
     }
 
     #[test]
     fn the_user_is_text_of_bounded_length() {
         let context = context(TenantStatus::Active, &[Permission::Chat], None);
         let with = |value: &[u8]| {
-            let mut headers = http::HeaderMap::new();
+            let mut headers = headers();
             headers.insert(USER_HEADER, http::HeaderValue::from_bytes(value).unwrap());
             let caller = Caller::of(&context, &headers, None, RequestNote::default()).unwrap();
             TenantScope::open(caller, Permission::Chat, Isolation::Off, NOW)
@@ -1089,10 +1121,17 @@ mod tests {
     fn vouched(issuer: &Issuer, asserted: Option<&str>) -> Result<TenantScope, ScopeError> {
         let user = Vouched::by(issuer, "ann".parse().unwrap(), NOW.plus_millis(10));
         let token = VectorToken::new("jwt-secret".into());
-        let decision = Decision::vouched(&user, tenant("acme", TenantStatus::Active), token, None).unwrap();
+        let decision = Decision::vouched(
+            &user,
+            Presented::by(PRESENTED),
+            tenant("acme", TenantStatus::Active),
+            token,
+            None,
+        )
+        .unwrap();
         let mut context = ApiGatewayProxyRequestContext::default();
         context.authorizer.fields = decision.to_context().unwrap();
-        let mut headers = http::HeaderMap::new();
+        let mut headers = headers();
         asserted.map(|user| headers.insert(USER_HEADER, user.parse().unwrap()));
         let caller = Caller::of(&context, &headers, None, RequestNote::default()).unwrap();
         assert_eq!(caller.asked().user_id.unwrap().as_str(), "ann");
@@ -1112,7 +1151,10 @@ mod tests {
         let none = Vouched::by(&issuer, "ann".parse().unwrap(), NOW);
         let other = tenant("acme1", TenantStatus::Active);
         let token = VectorToken::new(String::new());
-        assert_eq!(Decision::vouched(&none, other, token, None).unwrap_err(), ForeignRecord);
+        assert_eq!(
+            Decision::vouched(&none, Presented::by(PRESENTED), other, token, None).unwrap_err(),
+            ForeignRecord
+        );
     }
 
     #[test]
@@ -1149,7 +1191,10 @@ mod tests {
         let verified = verify(&key, Some(record), Some(TenantStatus::Active), NOW).unwrap();
         let other = tenant("acme-1", TenantStatus::Active);
         let token = VectorToken::new(String::new());
-        assert_eq!(Decision::new(&verified, other, token, None).unwrap_err(), ForeignRecord);
+        assert_eq!(
+            Decision::new(&verified, Presented::by(PRESENTED), other, token, None).unwrap_err(),
+            ForeignRecord
+        );
     }
 
     #[test]

@@ -14,6 +14,7 @@ use tokio::time::Instant;
 use crate::clock::Clock;
 use crate::error::{ApiError, Code};
 use crate::idempotency::{self, IdempotencyKey, Stored};
+use crate::ids::UserId;
 use crate::meter::{Remaining, Standing};
 use crate::scope::{Caller, Operator, RequestId, RequestNote, TenantScope};
 
@@ -131,13 +132,28 @@ fn place(request: &Request) -> String {
 /// # Errors
 /// 400 if the header holds none.
 pub fn idempotency_key(request: &Request, scope: &TenantScope) -> Result<Option<IdempotencyKey>, ApiError> {
+    idempotency_key_of(request, scope.user_id())
+}
+
+/// As [`idempotency_key`], of an operator's request.
+///
+/// # Errors
+/// 400 if the header holds none.
+pub fn operators_idempotency_key(
+    request: &Request,
+    _operator: &Operator,
+) -> Result<Option<IdempotencyKey>, ApiError> {
+    idempotency_key_of(request, None)
+}
+
+fn idempotency_key_of(request: &Request, user: Option<&UserId>) -> Result<Option<IdempotencyKey>, ApiError> {
     let Some(text) = request.headers().get(idempotency::HEADER) else { return Ok(None) };
     let body: &[u8] = match request.body() {
         Body::Text(text) => text.as_bytes(),
         Body::Binary(bytes) => bytes,
         _ => &[],
     };
-    IdempotencyKey::new(text.as_bytes(), &place(request), scope.user_id(), body)
+    IdempotencyKey::new(text.as_bytes(), &place(request), user, body)
         .map(Some)
         .map_err(|e| ApiError::invalid("Idempotency-Key", e.to_string()))
 }
@@ -159,10 +175,12 @@ pub fn value<T: DeserializeOwned>(value: serde_json::Value) -> Result<T, ApiErro
 /// Names the field that does not fit; `whole` is the name of the value itself.
 fn misshapen(error: serde_path_to_error::Error<serde_json::Error>, whole: &str) -> ApiError {
     let path = error.path().to_string();
+    // Where the text ends too early, the place within is not known: then it is what is around it.
+    let path = if path == "?" { "." } else { path.trim_end_matches(".?") };
     let message = error.into_inner().to_string();
     // A field that is missing or unknown has no path of its own, but serde's message quotes it.
     let quoted = message.split('`').nth(1).filter(|_| message.contains(" field `"));
-    let param = match (path.as_str(), quoted) {
+    let param = match (path, quoted) {
         (".", Some(field)) => field.to_owned(),
         (".", None) => whole.to_owned(),
         (path, Some(field)) if !path.ends_with(field) => format!("{path}.{field}"),

@@ -6,7 +6,7 @@
 //! have libraries: `t=<unix seconds>,v1=<hex of HMAC-SHA-256 of "<t>.<body>">`.
 
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::IpAddr;
 use std::time::Duration;
 
 use hmac::{Hmac, KeyInit, Mac};
@@ -16,6 +16,7 @@ use serde_json::json;
 use sha2::Sha256;
 
 use crate::clock::Timestamp;
+use crate::internet;
 use crate::limits::Limits;
 use crate::meter::{BillingMonth, Day, Meter};
 use crate::retry::Backoff;
@@ -154,6 +155,9 @@ pub struct Message {
     pub used_tokens: u64,
     /// The limit then.
     pub limit_tokens: u64,
+    /// Whether it is told because the budget has refused a request, though not all of it was used.
+    #[serde(default)]
+    pub refused: bool,
     /// When it was noted.
     pub time: Timestamp,
     /// How it stands.
@@ -181,6 +185,7 @@ impl Message {
             threshold_percent: percent,
             used_tokens: used,
             limit_tokens: limit,
+            refused: !budget.has_reached(percent),
             time: now,
             state: State::Pending,
             attempts: 0,
@@ -193,6 +198,7 @@ impl Message {
     /// What is sent: the same bytes in each try.
     pub fn body(&self) -> String {
         let mut body = json!({
+            "reason": if self.refused { "refused" } else { "used" },
             "id": self.id,
             "type": "budget.threshold",
             "tenant_id": self.tenant_id,
@@ -222,9 +228,13 @@ impl Message {
 pub struct SigningKey(String);
 
 impl SigningKey {
-    /// The tenant's key under the deployment's.
-    pub fn of(root: &Secret, tenant: &TenantId) -> Self {
-        let text = format!("bulkhead/webhooks/{tenant}");
+    /// The tenant's key under the deployment's. One that is given the id of a deleted tenant has another.
+    pub fn of(root: &Secret, tenant: &Tenant) -> Self {
+        Self::since(root, &tenant.tenant_id, tenant.created_at)
+    }
+
+    fn since(root: &Secret, tenant: &TenantId, created_at: Timestamp) -> Self {
+        let text = format!("bulkhead/webhooks/{tenant}/{}", created_at.as_millis());
         Self(format!("whsec_{}", hex::encode(mac(root.expose().as_bytes(), text.as_bytes()))))
     }
 
@@ -292,42 +302,15 @@ impl Receivers {
     pub fn admit(self, address: IpAddr) -> bool {
         match address.to_canonical() {
             address if address.is_loopback() => self == Self::Loopback,
-            IpAddr::V4(address) => is_public_v4(address),
-            IpAddr::V6(address) => is_public_v6(address),
+            address => internet::holds(address),
         }
-    }
-}
-
-/// <https://www.iana.org/assignments/iana-ipv4-special-registry/>
-fn is_public_v4(address: Ipv4Addr) -> bool {
-    let special = match address.octets() {
-        // This network, private, shared (carrier-grade NAT), loopback, link-local with the metadata.
-        [0 | 10 | 127, ..] | [100, 64..=127, ..] | [169, 254, ..] | [172, 16..=31, ..] | [192, 168, ..] => {
-            true
-        }
-        // Protocol assignments, documentation, 6to4 relays, benchmarks.
-        [192, 0, 0 | 2, _] | [192, 88, 99, _] | [198, 18 | 19, ..] => true,
-        [198, 51, 100, _] | [203, 0, 113, _] => true,
-        // Multicast, reserved, broadcast.
-        [224..=255, ..] => true,
-        _ => false,
-    };
-    !special
-}
-
-/// Of global unicast alone, and of that nothing that stands for an IPv4 address or for no place.
-/// <https://www.iana.org/assignments/iana-ipv6-special-registry/>
-fn is_public_v6(address: Ipv6Addr) -> bool {
-    match address.segments() {
-        // 2001::/23: Teredo, ORCHID and other protocols; 2001:db8::/32: documentation; 2002::/16: 6to4.
-        [0x2001, 0..=0x1ff, ..] | [0x2001, 0xdb8, ..] | [0x2002, ..] => false,
-        // 3ff0::/12 holds documentation.
-        [first, ..] => (0x2000..0x3ff0).contains(&first),
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
+
     use proptest::prelude::*;
 
     use super::*;
@@ -349,6 +332,7 @@ mod tests {
             threshold_percent: 80,
             used_tokens: 801,
             limit_tokens: 1_000,
+            refused: false,
             time: NOW,
             state: State::Pending,
             attempts: 0,
@@ -398,10 +382,12 @@ mod tests {
         let wanted = json!({
             "id": "evt_acme_2026-11-28_80", "type": "budget.threshold", "tenant_id": "acme", "period": "day",
             "day": "2026-11-28", "threshold_percent": 80, "used_tokens": 801, "limit_tokens": 1_000,
-            "time": NOW.to_string(),
+            "reason": "used", "time": NOW.to_string(),
         });
         assert_eq!(body, wanted);
         assert_eq!(message().body(), Message { attempts: 3, ..message() }.body());
+        let refused = Message { refused: true, ..message() }.body();
+        assert!(refused.contains(r#""reason":"refused""#), "{refused}");
     }
 
     #[test]
@@ -410,8 +396,10 @@ mod tests {
         let known = "5bdcc146bf60754e6a042426089575c75a003f089d2739839dec58b964ec3843";
         assert_eq!(hex::encode(mac(b"Jefe", b"what do ya want for nothing?")), known);
         let root = |text: &str| Secret::new(text.to_owned()).unwrap();
-        let key = |text: &str, tenant: &str| SigningKey::of(&root(text), &tenant.parse().unwrap());
-        let keys = [key("root", "acme"), key("other", "acme"), key("root", "acme-1"), key("root", "acme1")];
+        let key = |text: &str, tenant: &str| SigningKey::since(&root(text), &tenant.parse().unwrap(), NOW);
+        let later = SigningKey::since(&root("root"), &"acme".parse().unwrap(), NOW.plus_millis(1));
+        let keys =
+            [key("root", "acme"), key("other", "acme"), key("root", "acme-1"), key("root", "acme1"), later];
         let signatures = keys.each_ref().map(|key| signature([key], "{}", NOW));
         let distinct: std::collections::BTreeSet<_> = signatures.iter().collect();
         assert_eq!(distinct.len(), keys.len());

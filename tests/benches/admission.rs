@@ -31,7 +31,7 @@ use shared::ledger::Entry;
 use shared::limits::Limits;
 use shared::meter::{Asker, Meter, Want, Work};
 use shared::pricing::Usage;
-use shared::scope::{Caller, Decision, Isolation, RequestNote, TenantScope, VectorToken};
+use shared::scope::{Caller, Decision, Isolation, Presented, RequestNote, TenantScope, VectorToken};
 use shared::tenant::{TenantStatus, Tier};
 use shared::units::{NanoUsd, Tokens};
 use tests::{Options, Stack};
@@ -119,12 +119,16 @@ async fn admit_and_settle(gate: &Gate, scope: &mut TenantScope) -> Result<(), Ap
     gate.settle(scope, admission, record, Along::default()).await.map(drop)
 }
 
+/// What the decisions are about.
+const PRESENTED: &str = "Bearer presented";
+
 /// A request of its own, in the scope that API Gateway's context opens.
 fn scope(decision: &HashMap<String, Value>, number: usize, now: Timestamp) -> TenantScope {
     let mut context = ApiGatewayProxyRequestContext::default();
     context.request_id = Some(format!("00000000-0000-4000-8000-{number:012}"));
     context.authorizer.fields = decision.clone();
-    let caller = Caller::of(&context, &http::HeaderMap::new(), None, RequestNote::default()).unwrap();
+    let headers = http::HeaderMap::from_iter([(http::header::AUTHORIZATION, PRESENTED.parse().unwrap())]);
+    let caller = Caller::of(&context, &headers, None, RequestNote::default()).unwrap();
     TenantScope::open(caller, Permission::Chat, Isolation::Off, now).unwrap()
 }
 
@@ -275,7 +279,8 @@ impl Tables {
         let status = claimed.tenant.as_ref().map(|tenant| tenant.status);
         let verified = verify(&key, claimed.key, status, Clock::system().now()).unwrap();
         let token = VectorToken::new(String::new());
-        let decision = Decision::new(&verified, claimed.tenant.unwrap(), token, None).unwrap();
+        let decision =
+            Decision::new(&verified, Presented::by(PRESENTED), claimed.tenant.unwrap(), token, None).unwrap();
         (tenant_id, Arc::new(decision.to_context().unwrap()))
     }
 

@@ -21,6 +21,7 @@ use std::time::Duration;
 
 use local::serving::system_clock;
 use local::sigv4::{self, Credentials};
+use local::template::Template;
 use reqwest::{Client, Method, RequestBuilder, Response, StatusCode};
 use serde_json::{Value, json};
 use tokio::process::{Child, Command};
@@ -109,6 +110,23 @@ fn binaries() -> &'static Path {
         // target/debug/deps/<test>
         test.ancestors().nth(2).expect("the target directory").to_owned()
     })
+}
+
+/// The template that the stack runs from.
+///
+/// # Panics
+/// If it does not evaluate.
+pub fn template() -> Template {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../infra/template.yaml");
+    let given = [
+        ("QdrantCells", "default=https://x.example"),
+        ("ModelUrl", "https://x.example"),
+        ("EmbeddingsUrl", "https://x.example"),
+        ("EmbeddingsModel", "x"),
+        ("EmbeddingsDimensions", "512"),
+    ];
+    let parameters = given.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
+    Template::load(&path, &parameters).expect("the template evaluates")
 }
 
 impl Stack {

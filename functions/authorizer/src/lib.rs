@@ -24,7 +24,7 @@ use shared::issuer::KeySource;
 use shared::jwt::{self, InvalidToken, PresentedToken};
 use shared::key_sets::KeySets;
 use shared::ledger::{Asked, Denial};
-use shared::scope::{Decision, ForeignRecord, VectorToken, Ward};
+use shared::scope::{Decision, ForeignRecord, Presented, Subject as _, VectorToken, Ward};
 use shared::secret::Secret;
 use shared::tenant::Tenant;
 use shared::vector_token::{Access, mint};
@@ -113,8 +113,8 @@ pub async fn authorize(
     let presented = presented(&event)?;
     let decide = async {
         match &presented {
-            Presented::Key(key) => by_key(context, key, &event).await,
-            Presented::Token(token) => Box::pin(by_token(context, token, &event)).await,
+            Credential::Key(key) => by_key(context, key, &event).await,
+            Credential::Token(token) => Box::pin(by_token(context, token, &event)).await,
         }
     };
     let (decision, ()) = tokio::join!(decide, context.denials.catch_up());
@@ -146,14 +146,15 @@ async fn by_key(
     let key = match verify(presented, claimed.key, claimed.tenant.as_ref().map(|t| t.status), now) {
         Ok(key) => key,
         Err(invalid) => {
-            deny(context, event, ward, known.then(|| presented.key_id().clone().into())).await;
+            let key_id = known.then(|| presented.key_id().clone().into());
+            deny(context, event, ward, Code::InvalidKey, key_id).await;
             return Err(invalid.into());
         }
     };
     let tenant = claimed.tenant.ok_or(Refusal::Unauthorized)?;
     note_used(context, &key, now).await;
     let (read, write) = tokens(context, &tenant, &key.record().permissions)?;
-    Decision::new(&key, tenant, read, write).map_err(foreign)
+    Decision::new(&key, about(event), tenant, read, write).map_err(foreign)
 }
 
 async fn by_token(
@@ -168,7 +169,7 @@ async fn by_token(
     let addressed = addressed.ok_or(Refusal::Unauthorized)?;
     let ward = addressed.ward();
     let (Some(tenant), Some(issuer)) = (addressed.tenant, addressed.issuer) else {
-        deny(context, event, ward, None).await;
+        deny(context, event, ward, Code::InvalidKey, None).await;
         return Err(Refusal::Unauthorized);
     };
     let checked = async {
@@ -178,7 +179,7 @@ async fn by_token(
         let keys = match &issuer.keys {
             KeySource::Keys(keys) => keys,
             KeySource::JwksUrl(url) => {
-                fetched = context.key_sets.at(url, presented.key_name()).await.map_err(|error| {
+                fetched = context.key_sets.at(&tenant, url, presented.key_name()).await.map_err(|error| {
                     tracing::warn!(tenant.id = %tenant.tenant_id, "Token could not be checked: {error}");
                     Refusal::Unknown
                 })?;
@@ -191,14 +192,21 @@ async fn by_token(
     let user = match checked.await {
         Ok(user) => user,
         Err(refusal) => {
-            if matches!(refusal, Refusal::Unauthorized) {
-                deny(context, event, ward, Some(issuer.issuer_id.into())).await;
-            }
+            let code = match refusal {
+                Refusal::Unauthorized => Code::InvalidKey,
+                Refusal::Unknown => Code::Unavailable,
+            };
+            deny(context, event, ward, code, Some(issuer.issuer_id.into())).await;
             return Err(refusal);
         }
     };
+    // It is genuine, and not theirs: that they claim its names too is on their record, so that they learn of it.
+    for other in addressed.others {
+        tracing::warn!(tenant.id = %other.tenant_id(), "A token is for another's audience too, who was first");
+        deny(context, event, Some(other), Code::InvalidKey, None).await;
+    }
     let (read, write) = tokens(context, &tenant, user.permissions())?;
-    Decision::vouched(&user, tenant, read, write).map_err(foreign)
+    Decision::vouched(&user, about(event), tenant, read, write).map_err(foreign)
 }
 
 /// Puts a refusal on record. A tenant that is none has no ledger.
@@ -206,12 +214,13 @@ async fn deny(
     context: &Context,
     event: &ApiGatewayCustomAuthorizerRequestTypeRequest,
     ward: Option<Ward>,
+    code: Code,
     key_id: Option<CredentialId>,
 ) {
     let request_id = event.request_context.request_id.clone().unwrap_or_default().into();
     if let Some(ward) = ward {
         let asked = Asked { request_id, key_id, user_id: None };
-        context.denials.deny(&ward, Denial::Auth(Code::InvalidKey), asked).await;
+        context.denials.deny(&ward, Denial::Auth(code), asked).await;
     }
 }
 
@@ -250,19 +259,27 @@ async fn note_used(context: &Context, key: &VerifiedKey, now: Timestamp) {
 }
 
 /// What a request presents.
-enum Presented {
+enum Credential {
     Key(ApiKey),
     Token(PresentedToken),
 }
 
-fn presented(event: &ApiGatewayCustomAuthorizerRequestTypeRequest) -> Result<Presented, Refusal> {
-    let header = event.headers.get("authorization").and_then(|value| value.to_str().ok());
-    let header = header.ok_or(Refusal::Unauthorized)?;
+fn authorization(event: &ApiGatewayCustomAuthorizerRequestTypeRequest) -> Option<&str> {
+    event.headers.get("authorization").and_then(|value| value.to_str().ok())
+}
+
+fn presented(event: &ApiGatewayCustomAuthorizerRequestTypeRequest) -> Result<Credential, Refusal> {
+    let header = authorization(event).ok_or(Refusal::Unauthorized)?;
     if PresentedToken::is_in(header) {
-        Ok(Presented::Token(PresentedToken::from_authorization(header)?))
+        Ok(Credential::Token(PresentedToken::from_authorization(header)?))
     } else {
-        Ok(Presented::Key(ApiKey::from_authorization(header)?))
+        Ok(Credential::Key(ApiKey::from_authorization(header)?))
     }
+}
+
+/// What the decision is about: the functions hold it against what they are presented.
+fn about(event: &ApiGatewayCustomAuthorizerRequestTypeRequest) -> Presented {
+    Presented::by(authorization(event).unwrap_or_default())
 }
 
 /// Allows every tenant route of the stage, since the answer is cached for all of them. Each function

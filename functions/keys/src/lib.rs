@@ -143,6 +143,10 @@ impl Context {
         let ends_at_s = web::ends_at_s(request);
         if let Some(first) = self.gate.first_result(scope, &self.idempotency, key.as_ref(), ends_at_s).await?
         {
+            if matches!(ask, Ask::Replacement(_)) {
+                // Whoever made the replacement may have stopped before this.
+                self.reach(scope).await?;
+            }
             return Err(made_before(&first));
         }
         let made = Box::pin(self.make_first(scope, key.as_ref(), ask)).await;
@@ -177,6 +181,7 @@ impl Context {
                 replaces: replaces.as_ref().map(|(old, until)| (old, *until)),
                 note: (&self.ledger, &note),
                 finished: key.map(|key| (&*scope, self.idempotency.finished(key, &stored, now))),
+                once: None,
             };
             let added = Box::pin(self.keys.add(scope, &addition)).await?;
             if replaces.is_some() && matches!(added, Added::Yes | Added::Replaced) {
@@ -191,7 +196,7 @@ impl Context {
                 Added::Full => return Err(full()),
                 Added::Nothing => return Err(ApiError::not_found()),
                 Added::Replaced => return Err(replaced()),
-                Added::Superseded => {
+                Added::Superseded | Added::Before(_) => {
                     let message = "another request with this Idempotency-Key has taken over";
                     return Err(ApiError::new(Code::Conflict, message).with_param("Idempotency-Key"));
                 }

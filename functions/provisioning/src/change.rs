@@ -15,20 +15,16 @@ use shared::aws::StoreError;
 use shared::error::{ApiError, Code};
 use shared::ledger::{Action, Record};
 use shared::limits::{LimitChanges, LimitEdits, named};
-use shared::retry::Backoff;
 use shared::scope::Operator;
 use shared::tenant::{InjectionPolicy, ModelAccount, Tenant, TenantId, TenantStatus, Tier};
 use shared::web;
 use tokio::time::timeout_at;
 
 use crate::attempt::{Attempt, check_cell};
-use crate::{Context, View, being_deleted, profile};
+use crate::{Context, View, being_deleted, not_reached, profile};
 
 /// How often a change is made anew upon what others have changed meanwhile. Each round, one of them is done.
 const ROUNDS: u32 = 12;
-/// How the meter is asked again: without it a change is on record, and holds for nobody.
-const BACKOFF: Backoff =
-    Backoff { attempts: 4, base: Duration::from_millis(40), cap: Duration::from_secs(1) };
 
 /// What a tenant can be made by hand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
@@ -185,21 +181,7 @@ async fn remake(
 /// Lets a record reach the tenant's next admission.
 async fn reach(context: &Context, operator: &Operator, tenant: &Tenant) -> Result<(), ApiError> {
     let ward = operator.ward(tenant.tenant_id.clone());
-    let mut failed = 0;
-    loop {
-        let Err(error) = context.meters.set_standing(&ward, tenant.status, tenant.epoch).await else {
-            return Ok(());
-        };
-        failed += 1;
-        match BACKOFF.wait(failed, None, &mut context.entropy.clone()).filter(|_| error.passes()) {
-            Some(wait) => tokio::time::sleep(wait).await,
-            None => {
-                tracing::error!("A change is on record and has not reached the meter: {error}");
-                let message = "the change is on record and may not hold yet; send the request again";
-                return Err(ApiError::new(Code::Unavailable, message));
-            }
-        }
-    }
+    context.meters.set_standing(&ward, tenant.status, tenant.epoch).await.map_err(not_reached)
 }
 
 fn record(

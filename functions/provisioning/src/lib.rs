@@ -3,6 +3,7 @@
 mod attempt;
 mod change;
 mod create;
+mod issuer_claim;
 mod keys;
 mod profile;
 mod read;
@@ -14,16 +15,18 @@ use serde::Serialize;
 use shared::aws::audit_objects::AuditObjects;
 use shared::aws::deprovisionings::Deprovisionings;
 use shared::aws::erasure::KeptRecords;
+use shared::aws::issuers::IssuerStore;
 use shared::aws::keys::KeyStore;
 use shared::aws::ledger::Ledger;
 use shared::aws::meters::MeterStore;
 use shared::aws::secrets::{TenantKeys, WebhookRoot};
 use shared::aws::tenants::TenantStore;
-use shared::aws::{self, secrets};
+use shared::aws::{self, StoreError, secrets};
 use shared::clock::Clock;
 use shared::error::{ApiError, Code};
 use shared::limits::{LimitChanges, Limits};
 use shared::random::{Entropy, entropy};
+use shared::scope::Ward;
 use shared::secret::Secret;
 use shared::tenant::{EmbeddingModel, InjectionPolicy, ModelAccount, Tenant, TenantId, TenantStatus, Tier};
 use shared::vectors::Cells;
@@ -33,6 +36,7 @@ use shared::{env, web};
 pub struct Context {
     tenants: TenantStore,
     keys: KeyStore,
+    issuers: IssuerStore,
     deprovisionings: Deprovisionings,
     kept: KeptRecords,
     audit_objects: AuditObjects,
@@ -58,6 +62,7 @@ impl Context {
         Ok(Self {
             tenants: TenantStore::new(&access, env::text("TENANTS_TABLE")?),
             keys: KeyStore::new(&access, env::text("TENANTS_TABLE")?),
+            issuers: IssuerStore::new(&access, env::text("TENANTS_TABLE")?),
             deprovisionings: Deprovisionings::new(&access, env::text("TENANTS_TABLE")?),
             kept: KeptRecords::new(&access, env::text("AUDIT_TABLE")?, env::text("USAGE_TABLE")?),
             audit_objects: AuditObjects::new(&access, env::text("AUDIT_BUCKET")?),
@@ -83,7 +88,13 @@ pub async fn handle(context: &Context, request: Request) -> Response<Body> {
         (&Method::POST, "/admin/tenants") => create::handle(context, request).await,
         (&Method::GET, "/admin/tenants") => read::list(context, request).await,
         (&Method::GET, "/admin/tenants/{id}") => read::one(context, request).await,
-        (&Method::POST, "/admin/tenants/{id}/keys") => keys::handle(context, request).await,
+        (&Method::GET, "/admin/tenants/{id}/keys") => keys::list::handle(context, request).await,
+        (&Method::POST, "/admin/tenants/{id}/keys") => keys::create::handle(context, request).await,
+        (&Method::DELETE, "/admin/tenants/{id}/keys/{key_id}") => {
+            keys::revoke::handle(context, request).await
+        }
+        (&Method::GET, "/admin/issuer-claim") => issuer_claim::show(context, request).await,
+        (&Method::DELETE, "/admin/issuer-claim") => issuer_claim::release(context, request).await,
         (&Method::PATCH, "/admin/tenants/{id}") => change::handle(context, request).await,
         (&Method::GET, "/admin/tenants/{id}/webhook-secret") => {
             webhook_secret::handle(context, request).await
@@ -91,6 +102,25 @@ pub async fn handle(context: &Context, request: Request) -> Response<Body> {
         _ => Err(ApiError::not_found()),
     })
     .await
+}
+
+impl Context {
+    /// Lets what a tenant's record says now reach its next admission: from here on, no decision from before
+    /// admits anything.
+    async fn reach(&self, ward: &Ward) -> Result<(), ApiError> {
+        let reached = async {
+            let now = self.keys.standing(ward).await?;
+            self.meters.set_standing(ward, now.status, now.epoch).await
+        };
+        reached.await.map_err(not_reached)
+    }
+}
+
+/// What is on record holds for nobody until the meter knows.
+fn not_reached(error: StoreError) -> ApiError {
+    tracing::error!("A change is on record and has not reached the meter: {error}");
+    let message = "the change is on record and may not hold yet; send the request again";
+    ApiError::new(Code::Unavailable, message)
 }
 
 /// The refusal to change a tenant that is being deleted.

@@ -20,7 +20,7 @@ struct Shown<'a> {
 pub(crate) async fn handle(context: &Context, request: Request) -> Result<Response<Body>, ApiError> {
     let operator = web::operator(&request)?;
     let id: TenantId = web::path_id(&request, "id")?;
-    context.tenants.get(&operator, &id).await?.ok_or_else(ApiError::not_found)?;
+    let tenant = context.tenants.get(&operator, &id).await?.ok_or_else(ApiError::not_found)?;
     let root = context.webhook_root.current().await.map_err(|error| {
         tracing::error!("{error}");
         ApiError::unavailable("the secret of webhooks")
@@ -29,6 +29,6 @@ pub(crate) async fn handle(context: &Context, request: Request) -> Result<Respon
     let record =
         Record::operation(&operator, id.clone(), Action::WebhookSecretRead, None, context.clock.now());
     context.ledger.note(&record).await?;
-    let key = SigningKey::of(&root, &id);
+    let key = SigningKey::of(&root, &tenant);
     Ok(web::reply(StatusCode::OK, &Shown { tenant_id: &id, webhook_secret: key.expose() }))
 }

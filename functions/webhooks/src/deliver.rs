@@ -18,6 +18,8 @@ pub(crate) enum Became {
     Failed,
     /// It is not tried again.
     Ended,
+    /// It has been tried for its whole time.
+    GivenUp,
     /// Somebody else is at it.
     Others,
     /// The stores did not answer. It is tried again.
@@ -67,7 +69,7 @@ async fn try_once(
         context.messages.end(ward, &message, State::Dropped, Some("no address is named")).await?;
         return Ok(Became::Ended);
     };
-    let keys: Vec<SigningKey> = roots.iter().map(|root| SigningKey::of(root, &tenant.tenant_id)).collect();
+    let keys: Vec<SigningKey> = roots.iter().map(|root| SigningKey::of(root, &tenant)).collect();
     let body = message.body();
     let signature = webhook::signature(&keys, &body, context.clock.now());
     match context.sender.send(url, body, signature).await {
@@ -104,13 +106,13 @@ async fn give_up(
 ) -> Result<Became, StoreError> {
     record(context, message, false).await?;
     context.messages.end(ward, message, State::GivenUp, Some(error)).await?;
-    tracing::error!(
-        alert = "webhook_given_up",
+    // Its receiver's doing, and nothing that operators are woken for.
+    tracing::warn!(
         tenant.id = %message.tenant_id,
         attempts = message.attempts,
-        "A tenant could not be told of its budget: {error}"
+        "A tenant could not be told of its budget for a day: {error}"
     );
-    Ok(Became::Ended)
+    Ok(Became::GivenUp)
 }
 
 async fn record(context: &Context, message: &Message, delivered: bool) -> Result<(), StoreError> {

@@ -88,6 +88,8 @@ pub struct Report {
     pub failed: u64,
     /// Messages that are not tried again.
     pub ended: u64,
+    /// Of these, those that have been tried for their whole time.
+    pub given_up: u64,
     /// What there was no time for. The next run goes on with it.
     pub left: u64,
 }
@@ -114,6 +116,7 @@ pub async fn handle(context: &Context, deadline: Timestamp) -> Result<Report, Er
         delivered = report.delivered,
         failed = report.failed,
         ended = report.ended,
+        given_up = report.given_up,
         "Webhooks looked after"
     );
     Ok(report)
@@ -190,6 +193,10 @@ async fn deliver_all(context: &Context, until: Instant, report: &mut Report) -> 
                 Became::Delivered => report.delivered += 1,
                 Became::Failed => report.failed += 1,
                 Became::Ended => report.ended += 1,
+                Became::GivenUp => {
+                    report.ended += 1;
+                    report.given_up += 1;
+                }
                 Became::Unread => report.unread += 1,
                 Became::Left => report.left += 1,
                 Became::Others => {}

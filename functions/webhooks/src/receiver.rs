@@ -1,12 +1,12 @@
 //! Speaking to a receiver, whose address a tenant chose: to the public internet alone, for a bounded time,
 //! and without believing a word of the answer but its status.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::time::Duration;
 
-use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use reqwest::redirect::Policy;
 use reqwest::{Client, StatusCode, Url};
+use shared::internet::{Guarded, Refused};
 use shared::webhook::{Receivers, SIGNATURE};
 
 /// How long a try may take, with everything.
@@ -37,7 +37,7 @@ impl Sender {
     /// If the TLS library does not start.
     pub(crate) fn new(receivers: Receivers) -> Result<Self, reqwest::Error> {
         let http = Client::builder()
-            .dns_resolver(Checked(receivers))
+            .dns_resolver(Guarded::new(move |address| receivers.admit(address)))
             // A redirect would lead to where nobody has looked, and a proxy would look up the name itself.
             .redirect(Policy::none())
             .no_proxy()
@@ -84,37 +84,6 @@ impl Sender {
         let scheme =
             url.scheme() == "https" || (url.scheme() == "http" && self.receivers == Receivers::Loopback);
         (scheme && number.is_none_or(|address| self.receivers.admit(address))).then_some(url)
-    }
-}
-
-/// Looks names up and answers with addresses that may be connected to, or with none. The connection is made
-/// to what was answered here, so a name that means something else a moment later changes nothing.
-#[derive(Clone, Copy, Debug)]
-struct Checked(Receivers);
-
-/// A name that leads to where no receiver may be.
-#[derive(Clone, Copy, Debug)]
-struct Refused;
-
-impl std::fmt::Display for Refused {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("the name leads to an address that may not be spoken to")
-    }
-}
-
-impl std::error::Error for Refused {}
-
-impl Resolve for Checked {
-    fn resolve(&self, name: Name) -> Resolving {
-        let receivers = self.0;
-        Box::pin(async move {
-            let found: Vec<SocketAddr> = tokio::net::lookup_host((name.as_str(), 0)).await?.collect();
-            // One bad address is enough: which one is connected to is not ours to say.
-            if found.iter().any(|address| !receivers.admit(address.ip())) {
-                return Err(Refused.into());
-            }
-            Ok(Box::new(found.into_iter()) as Addrs)
-        })
     }
 }
 

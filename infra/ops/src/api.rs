@@ -13,7 +13,9 @@ use reqwest::{Client, Url};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 use shared::clock::Clock;
+use shared::idempotency;
 use shared::one_line::OneLine;
+use shared::random::{base62, entropy};
 
 /// The variable that names the API where `--endpoint` does not.
 pub const ENDPOINT: &str = "BULKHEAD_ENDPOINT";
@@ -178,11 +180,11 @@ impl Api {
     }
 
     pub(crate) async fn get(&self, path: &[&str], query: &[(&str, String)]) -> Result<Reply, CallError> {
-        self.call(Method::GET, path, query, "application/json", None).await
+        self.call(Method::GET, path, query, "application/json", None, None).await
     }
 
     pub(crate) async fn get_csv(&self, path: &[&str], query: &[(&str, String)]) -> Result<Reply, CallError> {
-        self.call(Method::GET, path, query, "text/csv", None).await
+        self.call(Method::GET, path, query, "text/csv", None, None).await
     }
 
     pub(crate) async fn send(
@@ -191,7 +193,22 @@ impl Api {
         path: &[&str],
         body: Option<&Value>,
     ) -> Result<Reply, CallError> {
-        self.call(method, path, &[], "application/json", body).await
+        self.call(method, path, &[], "application/json", body, None).await
+    }
+
+    pub(crate) async fn delete(&self, path: &[&str], query: &[(&str, String)]) -> Result<Reply, CallError> {
+        self.call(Method::DELETE, path, query, "application/json", None, None).await
+    }
+
+    /// As [`Api::send`], for what must not be done twice however often the request arrives.
+    pub(crate) async fn send_once(
+        &self,
+        method: Method,
+        path: &[&str],
+        body: &Value,
+    ) -> Result<Reply, CallError> {
+        let once = base62(22, &mut entropy());
+        self.call(method, path, &[], "application/json", Some(body), Some(&once)).await
     }
 
     /// All pages of a list.
@@ -225,6 +242,7 @@ impl Api {
         query: &[(&str, String)],
         accept: &'static str,
         body: Option<&Value>,
+        once: Option<&str>,
     ) -> Result<Reply, CallError> {
         let mut url = self.endpoint.clone();
         // Each is a segment of its own, whatever it holds; the stage before them stays.
@@ -239,7 +257,10 @@ impl Api {
         if !body.is_empty() {
             request = request.header(header::CONTENT_TYPE, "application/json");
         }
-        for (name, value) in self.signature(&method, &url, body.as_bytes()).await? {
+        if let Some(once) = once {
+            request = request.header(idempotency::HEADER, once);
+        }
+        for (name, value) in self.signature(&method, &url, body.as_bytes(), once).await? {
             request = request.header(name, value);
         }
         let silent = |error: reqwest::Error| CallError::Silent {
@@ -262,6 +283,7 @@ impl Api {
         method: &Method,
         url: &Url,
         body: &[u8],
+        once: Option<&str>,
     ) -> Result<Vec<(String, String)>, CallError> {
         let keys = self.keys.provide_credentials().await.map_err(|error| no_keys(&chain(&error)))?;
         let identity = keys.into();
@@ -278,8 +300,9 @@ impl Api {
             .build()
             .map_err(|error| unsigned(&error))?
             .into();
-        let none = std::iter::empty();
-        let request = SignableRequest::new(method.as_str(), url.as_str(), none, SignableBody::Bytes(body))
+        // Signed, so that nobody can send it again under another.
+        let headers = once.into_iter().map(|once| (idempotency::HEADER, once));
+        let request = SignableRequest::new(method.as_str(), url.as_str(), headers, SignableBody::Bytes(body))
             .map_err(|error| unsigned(&error))?;
         let (instructions, _) = sign(request, &params).map_err(|error| unsigned(&error))?.into_parts();
         Ok(instructions.headers().map(|(name, value)| (name.to_owned(), value.to_owned())).collect())

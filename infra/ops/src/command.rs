@@ -2,6 +2,7 @@
 
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use serde_json::{Map, Value};
+use shared::api_key::KeyId;
 use shared::audit_verify::RETENTION_DAYS;
 use shared::clock::Timestamp;
 use shared::ids::{DocumentId, UserId};
@@ -33,8 +34,10 @@ pub enum Command {
     Audit(Audit),
     /// Make, show, change, suspend and delete tenants
     Tenants(Tenants),
-    /// Make keys for tenants
+    /// Make, list and revoke keys of tenants
     Keys(Keys),
+    /// Show and free what tenants have claimed of issuers' tokens
+    Issuers(Issuers),
     /// Show what every tenant used in a month, and what it cost
     Usage(Usage),
     /// Show how far the deletion of a tenant is
@@ -177,6 +180,9 @@ pub struct Create {
     /// Where the tenant is told of its budgets
     #[arg(long)]
     pub webhook_url: Option<String>,
+    /// Give an id again that was a deleted tenant's. Refused as long as anything is kept under it
+    #[arg(long)]
+    pub reuse_deleted_id: bool,
 }
 
 /// `tenants set`
@@ -295,11 +301,60 @@ pub struct Keys {
     pub command: KeysCommand,
 }
 
-/// What an operator can do with keys. Tenants list, replace and revoke their own.
+/// What an operator can do with keys. Tenants make, list, replace and revoke their own.
 #[derive(Debug, Subcommand)]
 pub enum KeysCommand {
     /// Make a key for a tenant, and show it this once
     Create(NewKey),
+    /// List a tenant's keys
+    List {
+        /// The tenant
+        tenant: TenantId,
+    },
+    /// Revoke a key. Holds for the next request
+    Revoke {
+        /// The tenant
+        tenant: TenantId,
+        /// The key's id, as lists and records have it
+        key: KeyId,
+    },
+}
+
+/// `issuers`
+#[derive(Debug, Args)]
+pub struct Issuers {
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "see the type")]
+    pub at: At,
+    #[command(subcommand)]
+    #[expect(missing_docs, reason = "see the type")]
+    pub command: IssuersCommand,
+}
+
+/// What an operator can do with issuers. Tenants register and remove their own.
+#[derive(Debug, Subcommand)]
+pub enum IssuersCommand {
+    /// Show whose the tokens of an issuer for an audience are
+    Show(Names),
+    /// Take them from a tenant, so that whoever registers them next has them. Its issuer is removed
+    Release {
+        /// The tenant that has them
+        tenant: TenantId,
+        #[command(flatten)]
+        #[expect(missing_docs, reason = "see the type")]
+        names: Names,
+    },
+}
+
+/// Where tokens come from, and for whom they are.
+#[derive(Debug, Args)]
+pub struct Names {
+    /// What they say in `iss`
+    #[arg(long)]
+    pub issuer: String,
+    /// What they say in `aud`
+    #[arg(long)]
+    pub audience: String,
 }
 
 /// `keys create`

@@ -1,6 +1,7 @@
 //! What operators do through the API.
 
 mod deprovisioning;
+mod issuers;
 mod keys;
 mod tenants;
 mod usage;
@@ -10,7 +11,7 @@ use std::io::{self, BufRead, Write};
 use serde_json::{Map, Value};
 
 use crate::api::{Api, CallError, Reply};
-use crate::command::{Command, DeprovisioningCommand, KeysCommand};
+use crate::command::{Command, DeprovisioningCommand};
 use crate::table;
 
 /// The terminal or the script that asks.
@@ -39,6 +40,7 @@ pub async fn run(
     let at = match &command {
         Command::Tenants(tenants) => &tenants.at,
         Command::Keys(keys) => &keys.at,
+        Command::Issuers(issuers) => &issuers.at,
         Command::Usage(usage) => &usage.at,
         Command::Deprovisioning(deprovisioning) => &deprovisioning.at,
         Command::Audit(_) => return Err(CallError::Setup("the audit log is read where it is stored".into())),
@@ -47,9 +49,8 @@ pub async fn run(
     let mut console = Console { input, out, beside, json: at.json };
     match command {
         Command::Tenants(tenants) => tenants::run(&api, tenants.command, &mut console).await?,
-        Command::Keys(keys) => match keys.command {
-            KeysCommand::Create(key) => keys::create(&api, &key, &mut console).await?,
-        },
+        Command::Keys(keys) => keys::run(&api, keys.command, &mut console).await?,
+        Command::Issuers(issuers) => issuers::run(&api, issuers.command, &mut console).await?,
         Command::Usage(wanted) => usage::run(&api, &wanted, &mut console).await?,
         Command::Deprovisioning(deprovisioning) => match deprovisioning.command {
             DeprovisioningCommand::Show { id } => deprovisioning::show(&api, &id, &mut console).await?,

@@ -10,7 +10,7 @@ use std::time::Duration;
 use aws_sdk_dynamodb::types::{
     AttributeValue, ConditionCheck, Delete, ReturnValuesOnConditionCheckFailure, TransactWriteItem, Update,
 };
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use super::idempotency::{Finished, IdempotencyStore};
 use super::ledger::Ledger;
@@ -19,6 +19,7 @@ use super::table::{Cancelled, Page, StoreError, Table};
 use super::tenants::present;
 use crate::api_key::{KeyId, KeyRecord, MOST_KEYS, VerifiedKey};
 use crate::clock::Timestamp;
+use crate::idempotency::IdempotencyKey;
 use crate::item_key::{self, PARTITION};
 use crate::ledger::Record;
 use crate::random::entropy;
@@ -52,10 +53,12 @@ pub struct Addition<'a> {
     pub note: (&'a Ledger, &'a Record),
     /// The first result under an idempotency key, and the request whose it is.
     pub finished: Option<(&'a TenantScope, (&'a IdempotencyStore, Finished<'a>))>,
+    /// An operator's idempotency key: no second key is made under it, as long as there is the tenant.
+    pub once: Option<&'a IdempotencyKey>,
 }
 
 /// What became of an addition.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Added {
     /// The key is there.
     Yes,
@@ -69,6 +72,8 @@ pub enum Added {
     Replaced,
     /// The idempotency key has been given to another request meanwhile; that one answers for it.
     Superseded,
+    /// This key has been made under the operator's idempotency key before.
+    Before(KeyId),
 }
 
 /// Whether a tenant may use the service at present.
@@ -80,7 +85,14 @@ pub struct TenantStanding {
     pub epoch: u64,
 }
 
-/// How many keys were ever made: what two that are made at the same time collide in.
+/// What an operator's request has made.
+#[derive(Serialize, Deserialize)]
+struct Made {
+    tenant_id: TenantId,
+    key_id: KeyId,
+}
+
+/// How many keys, or issuers, were ever made: what two that are made at the same time collide in.
 #[derive(Deserialize)]
 struct Roster {
     made: u64,
@@ -99,7 +111,7 @@ impl KeyStore {
     /// an item does not parse.
     pub async fn list(
         &self,
-        scope: &TenantScope,
+        subject: &impl Subject,
         limit: u16,
         after: Option<&str>,
     ) -> Result<(Vec<KeyRecord>, Option<KeyId>), StoreError> {
@@ -107,7 +119,7 @@ impl KeyStore {
             after.map(str::parse).transpose().map_err(|_| StoreError::InvalidCursor)?;
         let after = after.as_ref().map(item_key::api_key);
         let page = Page { prefix: item_key::API_KEYS, newest_first: false, limit: limit.into(), after };
-        let (keys, next) = self.0.query::<KeyRecord>(scope, page).await?;
+        let (keys, next) = self.0.query::<KeyRecord>(subject, page).await?;
         let next = next.and_then(|sort| sort.strip_prefix(item_key::API_KEYS)?.parse().ok());
         Ok((keys, next))
     }
@@ -141,7 +153,7 @@ impl KeyStore {
         loop {
             // The roster first: if it still stands when the key is added, the keys that are counted after
             // it are all there are.
-            let roster: Option<Roster> = self.0.get(tenant, item_key::KEYS).await?;
+            let made = self.0.made(tenant, item_key::KEYS).await?;
             let page = Page {
                 prefix: item_key::API_KEYS,
                 newest_first: false,
@@ -163,7 +175,6 @@ impl KeyStore {
                     None => return Ok(Added::Full),
                 }
             };
-            let made = roster.map_or(0, |roster| roster.made);
             let parts = Parts::of(&self.0, tenant, addition, made, gives_way)?;
             match self.0.transact(tenant, parts.all).await {
                 Ok(()) => return Ok(Added::Yes),
@@ -177,6 +188,10 @@ impl KeyStore {
                             Err(StoreError::Conflict)
                         };
                     }
+                    if let Some(made) = found(parts.once) {
+                        let made: Made = self.0.record(made.clone())?;
+                        return Ok(Added::Before(made.key_id));
+                    }
                     if found(Some(parts.tenant)).is_some() {
                         return Ok(Added::Stale);
                     }
@@ -188,9 +203,9 @@ impl KeyStore {
                         return Ok(Added::Superseded);
                     }
                     // Another key was made meanwhile, or the one that was to give way is gone.
-                    failed = self.pause(failed, StoreError::Conflict).await?;
+                    failed = pause(failed, StoreError::Conflict).await?;
                 }
-                Err(Cancelled::Failed(error)) => failed = self.pause(failed, error).await?,
+                Err(Cancelled::Failed(error)) => failed = pause(failed, error).await?,
             }
         }
     }
@@ -230,7 +245,7 @@ impl KeyStore {
                 }
                 Err(Cancelled::Conditions(_)) => return Err(self.0.missing()),
                 Err(Cancelled::Failed(error)) => {
-                    failed = self.pause(failed, error).await?;
+                    failed = pause(failed, error).await?;
                     unknown = true;
                 }
             }
@@ -267,22 +282,20 @@ impl KeyStore {
             Err(error) => Err(error),
         }
     }
+}
 
-    /// Waits before the next attempt, or gives up.
-    async fn pause(&self, failed: u32, error: StoreError) -> Result<u32, StoreError> {
-        let failed = failed + 1;
-        let policy = match &error {
-            StoreError::Conflict => Some(CONTENTION),
-            StoreError::Unavailable { code, .. } if code == "TransactionCanceledException" => {
-                Some(CONTENTION)
-            }
-            error => error.passes().then_some(BACKOFF),
-        };
-        let wait = policy.and_then(|policy| policy.wait(failed, None, &mut entropy()));
-        let Some(wait) = wait else { return Err(error) };
-        tokio::time::sleep(wait).await;
-        Ok(failed)
-    }
+/// Waits before the next attempt, or gives up.
+pub(super) async fn pause(failed: u32, error: StoreError) -> Result<u32, StoreError> {
+    let failed = failed + 1;
+    let policy = match &error {
+        StoreError::Conflict => Some(CONTENTION),
+        StoreError::Unavailable { code, .. } if code == "TransactionCanceledException" => Some(CONTENTION),
+        error => error.passes().then_some(BACKOFF),
+    };
+    let wait = policy.and_then(|policy| policy.wait(failed, None, &mut entropy()));
+    let Some(wait) = wait else { return Err(error) };
+    tokio::time::sleep(wait).await;
+    Ok(failed)
 }
 
 /// Whether it is the key that was to be added: a secret is made once.
@@ -297,6 +310,7 @@ struct Parts {
     tenant: usize,
     replaced: Option<usize>,
     finished: Option<usize>,
+    once: Option<usize>,
 }
 
 impl Parts {
@@ -307,7 +321,7 @@ impl Parts {
         made: u64,
         gives_way: Option<&KeyRecord>,
     ) -> Result<Self, StoreError> {
-        let Addition { key, epoch, replaces, note: (ledger, record), finished } = addition;
+        let Addition { key, epoch, replaces, note: (ledger, record), finished, once } = addition;
         if key.tenant_id != *tenant {
             return Err(StoreError::Conflict);
         }
@@ -318,7 +332,7 @@ impl Parts {
                 Some(_) => table.epoch_part(tenant, Some(*epoch))?,
                 None => table.at_epoch_part(tenant, *epoch)?,
             },
-            table.roster_part(tenant, made)?,
+            table.roster_part(tenant, item_key::KEYS, made)?,
             ledger.event_part(record)?,
         ];
         let mut add = |part| {
@@ -336,7 +350,14 @@ impl Parts {
             Some((scope, (store, finished))) => Some(add(store.finished_part(scope, finished)?)),
             None => None,
         };
-        Ok(Self { all, key: 0, tenant: 1, replaced, finished })
+        let once = match once {
+            Some(once) => {
+                let made = Made { tenant_id: tenant.clone(), key_id: key.key_id.clone() };
+                Some(add(table.put_new(table.item(&made, &item_key::made(once.hash()))?)?))
+            }
+            None => None,
+        };
+        Ok(Self { all, key: 0, tenant: 1, replaced, finished, once })
     }
 }
 
@@ -381,11 +402,22 @@ impl Table {
         Ok(TransactWriteItem::builder().condition_check(check).build())
     }
 
-    /// Counts one key more, if `made` were made so far.
-    fn roster_part(&self, tenant: &TenantId, made: u64) -> Result<TransactWriteItem, StoreError> {
+    /// How many were ever made, by the roster of that name.
+    pub(super) async fn made(&self, tenant: &TenantId, roster: &str) -> Result<u64, StoreError> {
+        let roster: Option<Roster> = self.get(tenant, roster).await?;
+        Ok(roster.map_or(0, |roster| roster.made))
+    }
+
+    /// Counts one more in that roster, if `made` were made so far.
+    pub(super) fn roster_part(
+        &self,
+        tenant: &TenantId,
+        roster: &str,
+        made: u64,
+    ) -> Result<TransactWriteItem, StoreError> {
         let update = Update::builder()
             .table_name(&self.name)
-            .set_key(Some(Self::key(tenant, item_key::KEYS)))
+            .set_key(Some(Self::key(tenant, roster)))
             .update_expression("SET #m = :next")
             .expression_attribute_names("#m", "made")
             .expression_attribute_values(":next", AttributeValue::N((made + 1).to_string()));

@@ -10,6 +10,8 @@
 //! }
 //! ```
 
+use std::time::Duration;
+
 use aws_sdk_dynamodb::operation::update_item::UpdateItemError;
 use aws_sdk_dynamodb::types::{
     AttributeValue, ReturnValue, ReturnValuesOnConditionCheckFailure, TransactWriteItem,
@@ -19,8 +21,14 @@ use super::session::Access;
 use super::table::{Item, StoreError, Table};
 use crate::item_key::PARTITION;
 use crate::meter::{Lease, Meter, Replacement, Ticket, Write};
+use crate::random::entropy;
+use crate::retry::Backoff;
 use crate::scope::Subject;
 use crate::tenant::{TenantId, TenantStatus};
+
+/// How a tenant's standing is said again where the table does not answer.
+const STANDING: Backoff =
+    Backoff { attempts: 4, base: Duration::from_millis(40), cap: Duration::from_secs(1) };
 
 /// The table.
 #[derive(Clone, Debug)]
@@ -116,11 +124,30 @@ impl MeterStore {
 
     /// Lets a tenant's standing reach its very next admission: from now on only decisions of that epoch
     /// or later admit, and only while `status` is active. Said again it changes nothing, and a later
-    /// epoch stays.
+    /// epoch stays; so it is said again where the table does not answer, since without it a change is on
+    /// record and holds for nobody.
     ///
     /// # Errors
-    /// [`StoreError::Missing`] if the tenant has no meter; otherwise if the table does not answer.
+    /// [`StoreError::Missing`] if the tenant has no meter; otherwise if the table does not answer however
+    /// often it is asked.
     pub async fn set_standing(
+        &self,
+        subject: &impl Subject,
+        status: TenantStatus,
+        epoch: u64,
+    ) -> Result<(), StoreError> {
+        let mut failed = 0;
+        loop {
+            let Err(error) = self.try_standing(subject, status, epoch).await else { return Ok(()) };
+            failed += 1;
+            match STANDING.wait(failed, None, &mut entropy()).filter(|_| error.passes()) {
+                Some(wait) => tokio::time::sleep(wait).await,
+                None => return Err(error),
+            }
+        }
+    }
+
+    async fn try_standing(
         &self,
         subject: &impl Subject,
         status: TenantStatus,

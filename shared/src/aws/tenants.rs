@@ -6,7 +6,7 @@ use rand::CryptoRng;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 
-use super::issuers::{self, Claim as IssuerClaim};
+use super::issuers;
 use super::ledger::Ledger;
 use super::meters::MeterStore;
 use super::session::Access;
@@ -101,6 +101,8 @@ pub struct Addressed {
     pub tenant: Option<Tenant>,
     /// The issuer's record.
     pub issuer: Option<Issuer>,
+    /// The books of other tenants to whose issuers its names lead too, and who have claimed them later.
+    pub others: Vec<Ward>,
 }
 
 impl Addressed {
@@ -132,7 +134,8 @@ impl TenantStore {
     }
 
     /// Reads whose tokens of these provenances are, and then what that tenant has on record of the issuer.
-    /// Where they are several tenants', the token is nobody's.
+    /// Where there are several claims, the earliest that has an issuer decides alone: so nobody can take
+    /// tokens away, or spoil them, by a claim that is made later.
     ///
     /// # Errors
     /// If the table does not answer or an item does not parse.
@@ -140,17 +143,22 @@ impl TenantStore {
         &self,
         provenances: &[Provenance<'_>],
     ) -> Result<Option<Addressed>, StoreError> {
-        let mut claimed: Option<IssuerClaim> = None;
+        let mut claims = Vec::new();
         for provenance in provenances {
             let Some(found) = issuers::claim(&self.0, *provenance).await? else { continue };
-            if claimed.is_some() {
-                return Ok(None);
-            }
-            claimed = Some(found);
+            let Some(issuer_id) = found.issuer_id else { continue };
+            claims.push((found.since, issuer_id, found.holder));
         }
-        let Some(IssuerClaim { holder, issuer_id: Some(issuer_id) }) = claimed else { return Ok(None) };
+        claims.sort();
+        let mut claims = claims.into_iter();
+        let Some((_, issuer_id, holder)) = claims.next() else { return Ok(None) };
         let (tenant, issuer) = self.trusted(&holder, &issuer_id).await?;
-        Ok(Some(Addressed { tenant, issuer }))
+        let mut others: Vec<Ward> = Vec::new();
+        for (_, _, other) in claims.filter(|(_, _, other)| *other != holder) {
+            let other = present(&self.0, &other).await?.as_ref().map(Ward::of);
+            others.extend(other.filter(|other| !others.contains(other)));
+        }
+        Ok(Some(Addressed { tenant, issuer, others }))
     }
 
     /// The present records of a request's tenant and of the issuer of its token.

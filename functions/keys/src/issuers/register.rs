@@ -73,11 +73,6 @@ async fn register(
     valid: Valid,
 ) -> Result<Stored, ApiError> {
     context.gate.admit_read(scope).await?;
-    // Two that are registered at the same time may both be the last one; there is no harm in that.
-    if context.issuers.list(scope).await?.len() >= MOST_ISSUERS {
-        let message = format!("a tenant has at most {MOST_ISSUERS} issuers; remove one first");
-        return Err(ApiError::new(Code::Conflict, message));
-    }
     for _ in 0..ROUNDS {
         // What is handed on is what the key may do now, not what it could when a decision was kept.
         context.gate.renew(scope).await?;
@@ -106,6 +101,14 @@ async fn register(
                 return Ok(stored);
             }
             Registered::Stale => {}
+            Registered::Full => {
+                let message = format!("a tenant has at most {MOST_ISSUERS} issuers; remove one first");
+                return Err(ApiError::new(Code::Conflict, message));
+            }
+            Registered::Superseded => {
+                let message = "another request with this Idempotency-Key has taken over";
+                return Err(ApiError::new(Code::Conflict, message).with_param("Idempotency-Key"));
+            }
             // Whose they are is nobody's business.
             Registered::Taken => {
                 let message = "tokens of this issuer for this audience are registered already";

@@ -49,14 +49,18 @@ fn every_route_leads_to_a_function_with_a_binary() {
     assert_eq!(
         routes,
         [
+            "DELETE /admin/issuer-claim provisioning iam buffered",
             "DELETE /admin/tenants/{id} deprovisioning iam buffered",
+            "DELETE /admin/tenants/{id}/keys/{key_id} provisioning iam buffered",
             "DELETE /v1/documents/{id} ingestion tenant buffered",
             "DELETE /v1/issuers/{id} keys tenant buffered",
             "DELETE /v1/keys/{id} keys tenant buffered",
             "GET /admin/audit/verify audit iam buffered",
             "GET /admin/deprovisionings/{id} deprovisioning iam buffered",
+            "GET /admin/issuer-claim provisioning iam buffered",
             "GET /admin/tenants provisioning iam buffered",
             "GET /admin/tenants/{id} provisioning iam buffered",
+            "GET /admin/tenants/{id}/keys provisioning iam buffered",
             "GET /admin/tenants/{id}/webhook-secret provisioning iam buffered",
             "GET /admin/usage usage iam buffered",
             "GET /v1/audit audit tenant buffered",

@@ -68,6 +68,9 @@ fn creation(create: &Create) -> Value {
     put(&mut fields, "tier", Some(name(create.tier)));
     put(&mut fields, "company_name", Some(create.company_name.clone()));
     put(&mut fields, "webhook_url", create.webhook_url.clone());
+    if create.reuse_deleted_id {
+        fields.insert("reuse_deleted_id".into(), true.into());
+    }
     fields.into()
 }
 
