@@ -87,6 +87,9 @@ pub fn deprovisioning(id: &DeprovisioningId) -> String {
 /// no tenant's partition: a tenant's id holds no upper-case letter.
 pub const OPEN_DEPROVISIONINGS: &str = "DEPROVISIONING";
 
+/// Tables `conversations` and `documents`: the attribute of the data key that has sealed the item's text.
+pub const DATA_KEY: &str = "data_key";
+
 /// Table `conversations`: what every turn starts with.
 pub const TURNS: &str = "CONV#";
 

@@ -39,6 +39,7 @@ pub mod pressure;
 pub mod pricing;
 pub mod random;
 pub mod scope;
+pub mod sealing;
 pub mod secret;
 pub mod tally;
 pub mod telemetry;

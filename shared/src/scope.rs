@@ -45,6 +45,7 @@ use crate::issuer::{Issuer, Vouched};
 use crate::ledger::Asked;
 use crate::limits::Limits;
 use crate::meter::Standing;
+use crate::sealing::KmsKeyArn;
 use crate::tenant::{EmbeddingModel, InjectionPolicy, ModelAccount, Tenant, TenantId, TenantStatus, Tier};
 
 /// The header in which a tenant names its own user.
@@ -147,6 +148,9 @@ pub struct Decision {
     cell: String,
     embedding: EmbeddingModel,
     model_account: ModelAccount,
+    /// Here, so that whoever writes need not look it up.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    kms_key_arn: Option<KmsKeyArn>,
     vector_read: VectorToken,
     vector_write: Option<VectorToken>,
 }
@@ -220,6 +224,7 @@ impl Decision {
             cell: tenant.cell,
             embedding: tenant.embedding,
             model_account: tenant.model_account,
+            kms_key_arn: tenant.kms_key_arn,
             vector_read,
             vector_write,
         }
@@ -849,6 +854,11 @@ impl TenantScope {
         self.decision.model_account
     }
 
+    /// The KMS key that seals what is written, if the tenant has one of its own.
+    pub fn kms_key(&self) -> Option<&KmsKeyArn> {
+        self.decision.kms_key_arn.as_ref()
+    }
+
     /// The token that reads the tenant's collection.
     pub fn vector_read(&self) -> &VectorToken {
         &self.decision.vector_read
@@ -944,6 +954,7 @@ mod tests {
             cell: "default".into(),
             embedding: EmbeddingModel { name: "m".into(), dimensions: 4 },
             model_account: ModelAccount::Shared,
+            kms_key_arn: None,
             webhook_url: None,
             created_at: NOW,
         }

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::clock::Timestamp;
 use crate::limits::{LimitChanges, Limits};
+use crate::sealing::KmsKeyArn;
 
 /// A tenant's identifier: `^[a-z][a-z0-9-]{1,30}[a-z0-9]$` without `--`.
 ///
@@ -178,6 +179,9 @@ pub struct Tenant {
     /// Whose account answers it.
     #[serde(default)]
     pub model_account: ModelAccount,
+    /// The KMS key that seals what its users write, if it has one of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kms_key_arn: Option<KmsKeyArn>,
     /// Where it is told of its budgets.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub webhook_url: Option<String>,

@@ -404,10 +404,45 @@ impl Stack {
         state["given"].as_u64().expect("a number")
     }
 
-    /// Makes a call of a service that speaks JSON, DynamoDB or Secrets Manager, with somebody's key.
+    /// Makes a KMS key, as an operator does, and returns its ARN.
+    ///
+    /// # Panics
+    /// If it is refused.
+    pub async fn create_kms_key(&self) -> String {
+        let made = self.kms("CreateKey", json!({})).await;
+        text(&made["KeyMetadata"], "Arn").to_owned()
+    }
+
+    /// Makes a call of KMS as an operator: `DisableKey`, `EnableKey`, `ScheduleKeyDeletion`.
+    ///
+    /// # Panics
+    /// If it is refused.
+    pub async fn kms(&self, operation: &str, input: Value) -> Value {
+        let answer =
+            self.signed_by(&self.operator(), "kms", &format!("TrentService.{operation}"), &input).await;
+        assert!(answer.status.is_success(), "{operation}: {}", answer.text);
+        answer.json()
+    }
+
+    /// Makes KMS unavailable, or available again.
+    pub async fn kms_outage(&self, outage: bool) {
+        self.control(Method::PUT, "kms", json!({"outage": outage}).to_string()).await;
+    }
+
+    /// The calls of functions that KMS has had since they were last forgotten, and forgets them.
+    pub async fn take_kms_calls(&self) -> Vec<Value> {
+        let state = self.control(Method::GET, "kms", String::new()).await.json();
+        self.control(Method::DELETE, "kms/calls", String::new()).await;
+        let calls = state["calls"].as_array().expect("calls").iter();
+        let of_functions = |call: &&Value| text(call, "caller").contains("assumed-role");
+        calls.filter(of_functions).cloned().collect()
+    }
+
+    /// Makes a call of a service that speaks JSON, DynamoDB, KMS or Secrets Manager, with somebody's key.
     pub async fn signed_by(&self, key: &Key, service: &str, target: &str, input: &Value) -> Answer {
         let (url, version) = match service {
             "dynamodb" => ("dynamodb_url", "1.0"),
+            "kms" => ("kms_url", "1.1"),
             _ => ("secrets_url", "1.1"),
         };
         let url = format!("{}/", text(&self.ready, url));
@@ -707,7 +742,8 @@ pub fn plain_item(item: &Value) -> Value {
 fn plain(value: &Value) -> Value {
     let (kind, value) = value.as_object().and_then(|v| v.iter().next()).expect("an attribute's value");
     match kind.as_str() {
-        "S" | "BOOL" => value.clone(),
+        // Bytes as they travel, in base64.
+        "S" | "B" | "BOOL" => value.clone(),
         "N" => value.as_str().expect("a number").parse::<serde_json::Number>().expect("a number").into(),
         "L" => value.as_array().expect("a list").iter().map(plain).collect(),
         "M" => plain_item(value),

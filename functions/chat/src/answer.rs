@@ -1,6 +1,8 @@
 //! How a question is answered: admitted first, then history beside the question's vector, then
 //! passages, then the model; and settled, however it ends.
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 use shared::aws::ledger::Along;
 use shared::clock::Timestamp;
@@ -17,6 +19,7 @@ use shared::outbound::OutboundError;
 use shared::pricing::Usage;
 use shared::prompt::{self, AnswerReader, Inputs, Outline, Passage, Prompt};
 use shared::scope::TenantScope;
+use shared::sealing::DataKey;
 use shared::units::{NanoUsd, Tokens};
 use shared::valve::Call;
 use tokio::time::Instant;
@@ -44,6 +47,8 @@ pub(crate) struct Answering {
     ended: bool,
     text: String,
     citations: Vec<Citation>,
+    /// What the turn is sealed with; there before anything was spent.
+    seal: Option<Arc<DataKey>>,
     ticketed: Ticketed,
 }
 
@@ -144,7 +149,7 @@ pub(crate) async fn begin(
     let exact = place > 0;
     let prepared = Box::pin(prepare(context, scope, &question, text, exact, &mut ticketed, time));
     match prepared.await {
-        Ok(Prepared { upstream, reader, documents_retrieved, input_most }) => {
+        Ok(Prepared { upstream, reader, documents_retrieved, input_most, seal }) => {
             let mut rng = context.entropy;
             Ok(Answering {
                 id: MessageId::new(&mut rng),
@@ -160,6 +165,7 @@ pub(crate) async fn begin(
                 ended: false,
                 text: String::new(),
                 citations: Vec::new(),
+                seal,
                 ticketed,
             })
         }
@@ -207,6 +213,7 @@ struct Prepared {
     reader: AnswerReader,
     documents_retrieved: usize,
     input_most: Tokens,
+    seal: Option<Arc<DataKey>>,
 }
 
 async fn prepare(
@@ -219,6 +226,7 @@ async fn prepare(
     Time { deadline, ends_at_s }: Time,
 ) -> Result<Prepared, ApiError> {
     let Ticketed { admission, entry, call } = ticketed;
+    let seal = Box::pin(context.data_keys.of(scope)).await?;
     let model = context.model(scope).await?;
     let collection = context.cells.read(scope, context.embeddings.model())?;
     let texts = [text];
@@ -305,7 +313,7 @@ async fn prepare(
     match model.ask(&request, deadline).await {
         Ok(upstream) => {
             let reader = AnswerReader::new(passages, form);
-            Ok(Prepared { upstream, reader, documents_retrieved, input_most })
+            Ok(Prepared { upstream, reader, documents_retrieved, input_most, seal })
         }
         Err(error) => {
             let usage = if error.may_have_cost() {
@@ -448,6 +456,7 @@ impl Answering {
         let along = Along {
             turn: Some((&context.conversations, &turn)),
             finished: key.map(|key| context.idempotency.finished(key, &stored, now)),
+            seal: self.seal.as_deref(),
         };
         let fill = self.upstream.fill();
         let settled = context.gate.settle(scope, admission, record, along);

@@ -13,6 +13,7 @@ use serde::Deserialize;
 use serde_json::json;
 use shared::api_key::Permission;
 use shared::aws::conversations::ConversationStore;
+use shared::aws::data_keys::DataKeys;
 use shared::aws::idempotency::IdempotencyStore;
 use shared::aws::secrets::TenantKeys;
 use shared::aws::{self, secrets};
@@ -42,6 +43,7 @@ pub struct Context {
     valve: Valve,
     conversations: ConversationStore,
     idempotency: IdempotencyStore,
+    data_keys: DataKeys,
     cells: Cells,
     embeddings: EmbeddingsClient,
     embedding_prices: &'static EmbeddingPrices,
@@ -80,6 +82,7 @@ impl Context {
             valve: Valve::from_env(&access, clock.clone())?,
             idempotency: IdempotencyStore::new(&access, conversations.clone()),
             conversations: ConversationStore::new(&access, conversations),
+            data_keys: DataKeys::new(&access),
             cells: env::parsed("QDRANT_CELLS")?,
             embeddings: EmbeddingsClient::new(http.clone(), &embeddings_url, embeddings_key, embedding),
             embedding_prices,

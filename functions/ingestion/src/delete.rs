@@ -17,7 +17,9 @@ pub(crate) async fn handle(
 ) -> Result<Response<Body>, ApiError> {
     let id: DocumentId = web::path_id(&request, "id")?;
     context.gate.admit_read(scope).await?;
-    context.documents.get(scope, &id, context.clock.now()).await?.ok_or_else(ApiError::not_found)?;
+    if !context.documents.is_there(scope, &id, context.clock.now()).await? {
+        return Err(ApiError::not_found());
+    }
     // The passages first: a crash in between leaves a record whose deletion can be repeated, never
     // passages that nothing names.
     let collection = context.cells.write(scope, context.embeddings.model())?;

@@ -11,6 +11,7 @@ use http::{Method, Response};
 use lambda_http::{Body, Error, Request};
 use reqwest::Url;
 use shared::api_key::Permission::{self, Chat, DocumentsRead, DocumentsWrite};
+use shared::aws::data_keys::DataKeys;
 use shared::aws::documents::DocumentStore;
 use shared::aws::idempotency::IdempotencyStore;
 use shared::aws::ledger::Ledger;
@@ -31,6 +32,7 @@ pub struct Context {
     ledger: Ledger,
     idempotency: IdempotencyStore,
     documents: DocumentStore,
+    data_keys: DataKeys,
     cells: Cells,
     embeddings: EmbeddingsClient,
     embedding_prices: &'static EmbeddingPrices,
@@ -59,6 +61,7 @@ impl Context {
             ledger: Ledger::new(&access, env::text("AUDIT_TABLE")?),
             idempotency: IdempotencyStore::new(&access, env::text("CONVERSATIONS_TABLE")?),
             documents: DocumentStore::new(&access, env::text("DOCUMENTS_TABLE")?),
+            data_keys: DataKeys::new(&access),
             cells: env::parsed("QDRANT_CELLS")?,
             embeddings: EmbeddingsClient::new(outbound::client()?, &url, key, embedding),
             embedding_prices,

@@ -1,6 +1,8 @@
 //! Embedding under an admission: reserved before each call, for no more than the call can use, and
 //! settled as one with the request.
 
+use std::sync::Arc;
+
 use http::StatusCode;
 use serde::Serialize;
 use shared::aws::ledger::Along;
@@ -11,6 +13,7 @@ use shared::idempotency::{IdempotencyKey, Stored};
 use shared::ids::DocumentId;
 use shared::ledger::Entry;
 use shared::scope::TenantScope;
+use shared::sealing::DataKey;
 use shared::units::{NanoUsd, Tokens};
 use tokio::sync::Mutex;
 use tokio::time::Instant;
@@ -23,6 +26,7 @@ pub(crate) struct Metered<'a> {
     scope: &'a TenantScope,
     deadline: Instant,
     held: Mutex<Held>,
+    seal: Option<Arc<DataKey>>,
 }
 
 struct Held {
@@ -49,7 +53,21 @@ impl<'a> Metered<'a> {
         deadline: Instant,
     ) -> Self {
         let held = Held { admission, spent: Tokens(0), under_way: Tokens(0), estimated: false };
-        Self { context, scope, deadline, held: Mutex::new(held) }
+        Self { context, scope, deadline, held: Mutex::new(held), seal: None }
+    }
+
+    /// Gets what is stored of the request sealed, where the tenant has a key of its own: before anything is spent.
+    ///
+    /// # Errors
+    /// If there is no data key: then nothing can be stored.
+    pub(crate) async fn sealed(&mut self) -> Result<(), ApiError> {
+        self.seal = Box::pin(self.context.data_keys.of(self.scope)).await?;
+        Ok(())
+    }
+
+    /// What seals what is stored, where the tenant has a key of its own.
+    pub(crate) fn seal(&self) -> Option<&DataKey> {
+        self.seal.as_deref()
     }
 
     /// The request's tenant.
@@ -122,7 +140,7 @@ impl<'a> Metered<'a> {
         status: StatusCode,
         result: Result<(T, Shown), ApiError>,
     ) -> Result<Stored, ApiError> {
-        let Self { context, scope, held, .. } = self;
+        let Self { context, scope, held, seal, .. } = self;
         let Held { admission, spent, estimated, .. } = held.into_inner();
         let embedding = Some((context.embeddings.model().name.clone(), spent));
         let mut entry = Entry { embedding, estimated, latency_ms, ..Entry::default() };
@@ -140,7 +158,7 @@ impl<'a> Metered<'a> {
                 let now = context.clock.now();
                 let finished = key.map(|key| context.idempotency.finished(key, &stored, now));
                 let record = context.gate.draft(scope, &admission, entry);
-                let along = Along { finished, ..Along::default() };
+                let along = Along { finished, seal: seal.as_deref(), ..Along::default() };
                 context.gate.settle(scope, admission, record, along).await.map(|_| stored)
             }
             Err(error) => {

@@ -149,8 +149,11 @@ pub(crate) async fn handle(
             return Err(error);
         }
     };
-    let metered = Metered::new(context, scope, admission, deadline);
-    let result = store_all(context, &metered, checked).await;
+    let mut metered = Metered::new(context, scope, admission, deadline);
+    let result = match metered.sealed().await {
+        Ok(()) => store_all(context, &metered, checked).await,
+        Err(error) => Err(error),
+    };
     let latency_ms = context.clock.now().millis_since(started);
     let stored = metered.settle(key.as_ref(), latency_ms, StatusCode::CREATED, result).await?;
     Ok(web::repeated(stored))
@@ -300,12 +303,12 @@ async fn store(context: &Context, metered: &Metered<'_>, valid: Valid) -> Result
         created_at: known.as_ref().map_or(now, |d| d.created_at),
         updated_at: now,
     };
-    context.documents.put(scope, &document, known.as_ref()).await?;
+    context.documents.put(scope, &document, known.as_ref(), metered.seal()).await?;
     match index(context, metered, &document, chunks).await {
         Ok(()) => {
             let processing = document.clone();
             document.status = DocumentStatus::Ready;
-            match context.documents.put(scope, &document, Some(&processing)).await {
+            match context.documents.put(scope, &document, Some(&processing), metered.seal()).await {
                 Ok(()) => Ok(document),
                 Err(StoreError::Conflict) => {
                     overtaken(context, scope, &document.id).await?;
@@ -317,7 +320,9 @@ async fn store(context: &Context, metered: &Metered<'_>, valid: Valid) -> Result
         Err(error) => {
             let processing = document.clone();
             document.status = DocumentStatus::Failed;
-            if let Err(second) = context.documents.put(scope, &document, Some(&processing)).await {
+            if let Err(second) =
+                context.documents.put(scope, &document, Some(&processing), metered.seal()).await
+            {
                 tracing::warn!(document.id = %document.id, "Document stays marked as processing: {second}");
             }
             Err(error)

@@ -76,8 +76,13 @@ pub(crate) async fn handle(
             return Err(error);
         }
     };
-    let metered = Metered::new(context, scope, admission, deadline);
-    let found = find(context, &metered, query, top_k).await;
+    let mut metered = Metered::new(context, scope, admission, deadline);
+    // Without a key for a repeat, nothing of it is stored.
+    let sealed = if key.is_some() { metered.sealed().await } else { Ok(()) };
+    let found = match sealed {
+        Ok(()) => find(context, &metered, query, top_k).await,
+        Err(error) => Err(error),
+    };
     let latency_ms = context.clock.now().millis_since(started);
     let stored = metered.settle(key.as_ref(), latency_ms, StatusCode::OK, found).await?;
     Ok(web::repeated(stored))

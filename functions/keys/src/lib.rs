@@ -61,7 +61,7 @@ impl Context {
             issuer_reach: env::parsed("ISSUER_REACH")?,
             meters: MeterStore::new(&access, env::text("METERS_TABLE")?),
             ledger: Ledger::new(&access, env::text("AUDIT_TABLE")?),
-            idempotency: IdempotencyStore::new(&access, env::text("CONVERSATIONS_TABLE")?),
+            idempotency: IdempotencyStore::of_names(&access, env::text("CONVERSATIONS_TABLE")?),
             clock,
             entropy: entropy(),
         })

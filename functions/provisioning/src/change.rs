@@ -34,7 +34,7 @@ enum Switch {
     Suspended,
 }
 
-/// `null` takes a webhook's address or a limit back; for what cannot be nothing, it is refused.
+/// `null` takes a webhook's address, a KMS key or a limit back; for what cannot be nothing, it is refused.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Changes {
@@ -54,6 +54,8 @@ struct Changes {
     injection_policy: Option<InjectionPolicy>,
     #[serde(default, deserialize_with = "named")]
     model_account: Option<ModelAccount>,
+    #[serde(default, deserialize_with = "named")]
+    kms_key_arn: Option<Option<String>>,
     #[serde(default, deserialize_with = "named")]
     webhook_url: Option<Option<String>>,
     #[serde(default, deserialize_with = "named")]
@@ -88,6 +90,9 @@ async fn in_place(
         let Changed { tenant, fields } = changes.applied(&was)?;
         if fields.contains("model_account") {
             profile::check_model_account(context, tenant.model_account, &tenant.tenant_id).await?;
+        }
+        if fields.contains("kms_key_arn") {
+            profile::check_kms_key(context, operator, tenant.kms_key_arn.as_ref(), &tenant.tenant_id).await?;
         }
         if fields.is_empty() {
             reach(context, operator, &was).await?;
@@ -143,6 +148,9 @@ async fn remake(
     let Changed { mut tenant, mut fields } = changes.applied(&was)?;
     if fields.contains("model_account") {
         profile::check_model_account(context, tenant.model_account, id).await?;
+    }
+    if fields.contains("kms_key_arn") {
+        profile::check_kms_key(context, operator, tenant.kms_key_arn.as_ref(), id).await?;
     }
     let refused = |message: String| ApiError::new(Code::Conflict, message).with_param("cell");
     let full = |passages: u64| {
@@ -218,7 +226,7 @@ impl Changes {
     /// What can be said of them without the tenant.
     fn check(&self) -> Result<(), ApiError> {
         let Self { status, tier, limits, company_name, assistant_name, .. } = self;
-        let Self { instructions, injection_policy, model_account, webhook_url, cell, .. } = self;
+        let Self { instructions, injection_policy, model_account, kms_key_arn, webhook_url, cell, .. } = self;
         let nothing = status.is_none()
             && tier.is_none()
             && limits.is_none()
@@ -227,6 +235,7 @@ impl Changes {
             && instructions.is_none()
             && injection_policy.is_none()
             && model_account.is_none()
+            && kms_key_arn.is_none()
             && webhook_url.is_none()
             && cell.is_none();
         if nothing {
@@ -241,6 +250,7 @@ impl Changes {
         if let Some(text) = instructions {
             profile::check_instructions(text)?;
         }
+        profile::kms_key_arn(kms_key_arn.clone().flatten())?;
         profile::check_webhook_url(webhook_url.as_ref().and_then(Option::as_deref))
     }
 
@@ -263,6 +273,9 @@ impl Changes {
         set("instructions", &mut tenant.instructions, self.instructions.clone(), &mut fields);
         set("injection_policy", &mut tenant.injection_policy, self.injection_policy, &mut fields);
         set("model_account", &mut tenant.model_account, self.model_account, &mut fields);
+        let kms_key_arn = self.kms_key_arn.clone().map(profile::kms_key_arn).transpose()?;
+        set("kms_key_arn", &mut tenant.kms_key_arn, kms_key_arn, &mut fields);
+        profile::check_kms_tier(tenant.tier, tenant.kms_key_arn.as_ref())?;
         set("webhook_url", &mut tenant.webhook_url, self.webhook_url.clone(), &mut fields);
         // Limits that nobody spoke of stay what they are, whatever has become of the tiers meanwhile.
         if self.limits.is_some() || fields.contains("tier") {
@@ -320,10 +333,13 @@ mod tests {
             cell: "default".into(),
             embedding: EmbeddingModel { name: "m".into(), dimensions: 4 },
             model_account: ModelAccount::Shared,
+            kms_key_arn: None,
             webhook_url: Some("https://a.example".into()),
             created_at: Timestamp::from_millis(0),
         }
     }
+
+    const KEY: &str = "arn:aws:kms:us-east-1:000000000000:key/1b2c3d4e-0000-4000-8000-000000000000";
 
     fn applied(body: Value) -> Result<(Tenant, Vec<String>), ApiError> {
         let changes: Changes = web::value(body)?;
@@ -361,6 +377,19 @@ mod tests {
     }
 
     #[test]
+    fn a_kms_key_comes_and_goes_with_the_tier() {
+        let (with, fields) = applied(json!({"tier": "enterprise", "kms_key_arn": KEY})).unwrap();
+        assert_eq!(fields, ["kms_key_arn", "tier"]);
+        assert_eq!(with.kms_key_arn.as_ref().unwrap().as_str(), KEY);
+        let change = |body: Value| web::value::<Changes>(body).unwrap().applied(&with);
+        let lower = change(json!({"tier": "professional"})).unwrap_err();
+        assert_eq!(lower.param.as_deref(), Some("kms_key_arn"));
+        let both = change(json!({"tier": "professional", "kms_key_arn": null})).unwrap();
+        assert_eq!(both.tenant.kms_key_arn, None);
+        assert!(change(json!({"kms_key_arn": KEY})).unwrap().fields.is_empty());
+    }
+
+    #[test]
     fn what_cannot_be_is_refused_by_name() {
         for (body, param) in [
             (json!({}), "body"),
@@ -375,6 +404,9 @@ mod tests {
             (json!({"limits": {"default_model": "claude-opus-4-6"}}), "limits.default_model"),
             (json!({"company_name": " "}), "company_name"),
             (json!({"webhook_url": "http://a.example"}), "webhook_url"),
+            (json!({"kms_key_arn": "alias/acme"}), "kms_key_arn"),
+            (json!({"kms_key_arn": KEY}), "kms_key_arn"),
+            (json!({"kms_key_arn": KEY, "tier": "professional"}), "kms_key_arn"),
             (json!({"tenant_id": "globex"}), "tenant_id"),
             (json!({"epoch": 9}), "epoch"),
         ] {

@@ -39,6 +39,7 @@ struct NewTenant {
     injection_policy: InjectionPolicy,
     #[serde(default)]
     model_account: ModelAccount,
+    kms_key_arn: Option<String>,
     webhook_url: Option<String>,
     cell: Option<String>,
     /// Says that the id of a deleted tenant is meant to be used again.
@@ -72,6 +73,7 @@ pub(crate) async fn handle(context: &Context, request: Request) -> Result<Respon
         tenant.epoch = former.last_epoch + 1;
     }
     profile::check_model_account(context, tenant.model_account, &tenant.tenant_id).await?;
+    profile::check_kms_key(context, &operator, tenant.kms_key_arn.as_ref(), &tenant.tenant_id).await?;
 
     let mut rng = context.entropy;
     let key = ApiKey::issue(tenant.tier, tenant.tenant_id.clone(), &mut rng);
@@ -186,6 +188,8 @@ fn validate(context: &Context, body: NewTenant) -> Result<(Tenant, Option<String
     profile::check_name("assistant_name", &assistant_name)?;
     profile::check_instructions(&body.instructions)?;
     profile::check_webhook_url(body.webhook_url.as_deref())?;
+    let kms_key_arn = profile::kms_key_arn(body.kms_key_arn)?;
+    profile::check_kms_tier(body.tier, kms_key_arn.as_ref())?;
     let tenant = Tenant {
         tenant_id,
         status: TenantStatus::Active,
@@ -200,6 +204,7 @@ fn validate(context: &Context, body: NewTenant) -> Result<(Tenant, Option<String
         cell: String::new(),
         embedding: context.embedding.clone(),
         model_account: body.model_account,
+        kms_key_arn,
         webhook_url: body.webhook_url,
         created_at: context.clock.now(),
     };

@@ -13,6 +13,7 @@ use http::{Method, Response};
 use lambda_http::{Body, Error, Request};
 use serde::Serialize;
 use shared::aws::audit_objects::AuditObjects;
+use shared::aws::data_keys::DataKeys;
 use shared::aws::deprovisionings::Deprovisionings;
 use shared::aws::erasure::KeptRecords;
 use shared::aws::issuers::IssuerStore;
@@ -27,6 +28,7 @@ use shared::error::{ApiError, Code};
 use shared::limits::{LimitChanges, Limits};
 use shared::random::{Entropy, entropy};
 use shared::scope::Ward;
+use shared::sealing::KmsKeyArn;
 use shared::secret::Secret;
 use shared::tenant::{EmbeddingModel, InjectionPolicy, ModelAccount, Tenant, TenantId, TenantStatus, Tier};
 use shared::vectors::Cells;
@@ -45,6 +47,7 @@ pub struct Context {
     cells: Cells,
     vector_root_key: Secret,
     model_keys: TenantKeys,
+    data_keys: DataKeys,
     webhook_root: WebhookRoot,
     embedding: EmbeddingModel,
     clock: Clock,
@@ -71,6 +74,7 @@ impl Context {
             cells: env::parsed("QDRANT_CELLS")?,
             vector_root_key: secrets::read(&config, "QDRANT_ROOT_KEY_SECRET").await?,
             model_keys: TenantKeys::from_env(&access, "TENANT_MODEL_KEYS")?,
+            data_keys: DataKeys::new(&access),
             webhook_root: WebhookRoot::from_env(&access, "WEBHOOK_KEY_SECRET")?,
             embedding: EmbeddingModel {
                 name: env::text("EMBEDDINGS_MODEL")?,
@@ -144,6 +148,8 @@ struct View {
     embedding: EmbeddingModel,
     model_account: ModelAccount,
     #[serde(skip_serializing_if = "Option::is_none")]
+    kms_key_arn: Option<KmsKeyArn>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     webhook_url: Option<String>,
     created_at: String,
 }
@@ -163,6 +169,7 @@ impl From<Tenant> for View {
             cell: tenant.cell,
             embedding: tenant.embedding,
             model_account: tenant.model_account,
+            kms_key_arn: tenant.kms_key_arn,
             webhook_url: tenant.webhook_url,
             created_at: tenant.created_at.to_string(),
         }

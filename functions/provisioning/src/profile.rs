@@ -1,7 +1,10 @@
 //! What a tenant's record may say of its assistant and its accounts, whether it is made or changed.
 
+use shared::aws::data_keys::DataKeyError;
 use shared::error::{ApiError, Code};
 use shared::limits::{InvalidLimit, LimitChanges, Limits};
+use shared::scope::Operator;
+use shared::sealing::{InvalidKmsKeyArn, KmsKeyArn};
 use shared::tenant::{ModelAccount, TenantId, Tier};
 
 use crate::Context;
@@ -66,4 +69,40 @@ pub(crate) async fn check_model_account(
     let name = context.model_keys.name(tenant);
     let message = format!("there is no secret `{name}` with the key of the tenant's own account");
     Err(ApiError::invalid("model_account", message))
+}
+
+/// The ARN that a body gives.
+pub(crate) fn kms_key_arn(arn: Option<String>) -> Result<Option<KmsKeyArn>, ApiError> {
+    let invalid = |e: InvalidKmsKeyArn| ApiError::invalid("kms_key_arn", format!("kms_key_arn: {e}"));
+    arn.map(|arn| arn.parse().map_err(invalid)).transpose()
+}
+
+/// A key of its own comes with the tier, and does not stay without it.
+pub(crate) fn check_kms_tier(tier: Tier, arn: Option<&KmsKeyArn>) -> Result<(), ApiError> {
+    if arn.is_none() || tier == Tier::Enterprise {
+        return Ok(());
+    }
+    let message = "only tenants of the tier enterprise have a KMS key of their own; take it away with null";
+    Err(ApiError::invalid("kms_key_arn", message))
+}
+
+/// A key that a tenant is to have is tried: with one that cannot be used, nothing could be stored.
+pub(crate) async fn check_kms_key(
+    context: &Context,
+    operator: &Operator,
+    arn: Option<&KmsKeyArn>,
+    tenant: &TenantId,
+) -> Result<(), ApiError> {
+    let Some(arn) = arn else { return Ok(()) };
+    match Box::pin(context.data_keys.try_key(operator, tenant, arn)).await {
+        Ok(()) => Ok(()),
+        Err(DataKeyError::Refused { code, .. }) => {
+            let message = format!("the KMS key `{arn}` cannot be used by this deployment: {code}");
+            Err(ApiError::invalid("kms_key_arn", message))
+        }
+        Err(error) => {
+            tracing::error!("A tenant's KMS key could not be tried: {error}");
+            Err(ApiError::unavailable("the tenant's key service"))
+        }
+    }
 }

@@ -13,6 +13,9 @@
 //! | `DELETE /dynamodb/calls` | forgets them; numbers go on |
 //! | `PUT /sts` | steers STS: `{"outage": true}`, `{"lifetime_s": n}`; `{}` ends it |
 //! | `GET /sts` | how it is steered, and how many sessions it has given |
+//! | `PUT /kms` | steers KMS: `{"outage": true}`; `{}` ends it |
+//! | `GET /kms` | how it is steered, and the calls that it has had |
+//! | `DELETE /kms/calls` | forgets them |
 //!
 //! A rule of the faults has a `mode` (`throttle`, `error`, `conflict`, `cancel_conflict`, `hang`,
 //! `lost_answer`, `lost_answer_error`, `delay` with `delay_ms`, `kill_before` and `kill_after` with
@@ -25,7 +28,7 @@ use std::sync::Arc;
 
 use axum::extract::{DefaultBodyLimit, Path, Query, State};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post, put};
+use axum::routing::{delete, get, post, put};
 use axum::{Json, Router};
 use bytes::Bytes;
 use http::{HeaderMap, StatusCode, header};
@@ -35,6 +38,7 @@ use tokio::net::TcpListener;
 
 use crate::dynamodb::Front;
 use crate::gateway::Poison;
+use crate::kms::{self, Kms};
 use crate::lambda::{InvokeError, Lambda, MAX_PAYLOAD, WITHOUT_HURRY};
 use crate::serving;
 use crate::sts::{Steering, Sts};
@@ -51,6 +55,8 @@ pub struct Control {
     pub dynamodb: Arc<Front>,
     /// The sessions of tenants.
     pub sts: Arc<Sts>,
+    /// The tenants' own keys.
+    pub kms: Arc<Kms>,
     /// The decisions that the gateway keeps.
     pub decisions: Poison,
 }
@@ -72,6 +78,8 @@ pub async fn serve(
         .route("/dynamodb/faults", put(set_faults).delete(clear_faults))
         .route("/dynamodb/calls", get(calls).delete(forget_calls))
         .route("/sts", get(sts).put(steer_sts))
+        .route("/kms", get(kms).put(steer_kms))
+        .route("/kms/calls", delete(forget_kms_calls))
         // The function's own limit is the one that is to be seen.
         .layer(DefaultBodyLimit::max(MAX_PAYLOAD * 2))
         .with_state(control);
@@ -153,6 +161,20 @@ async fn steer_sts(State(control): State<Control>, Json(steering): Json<Steering
     StatusCode::NO_CONTENT
 }
 
+async fn kms(State(control): State<Control>) -> Response {
+    Json(control.kms.steering()).into_response()
+}
+
+async fn steer_kms(State(control): State<Control>, Json(steering): Json<kms::Steering>) -> StatusCode {
+    control.kms.steer(steering);
+    StatusCode::NO_CONTENT
+}
+
+async fn forget_kms_calls(State(control): State<Control>) -> StatusCode {
+    control.kms.forget_calls();
+    StatusCode::NO_CONTENT
+}
+
 fn refused(status: StatusCode, error: &dyn std::error::Error) -> Response {
     (status, Json(json!({ "error": error.to_string() }))).into_response()
 }
@@ -179,6 +201,7 @@ mod tests {
             dynamodb: front,
             decisions: Poison::default(),
             sts: Sts::new(Vec::new(), Arc::default()),
+            kms: Kms::open(&folder.path().join("kms.json"), Arc::default()).unwrap(),
         };
         tokio::spawn(serve(listener, control, std::future::pending()));
         let client = reqwest::Client::new();

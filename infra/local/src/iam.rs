@@ -16,7 +16,13 @@ use time::OffsetDateTime;
 use crate::sigv4::{self, Credentials, Refusal};
 
 /// The condition keys that the services here set, or would if a call were about them.
-const KEYS: [&str; 4] = ["aws:TagKeys", "dynamodb:Attributes", "dynamodb:LeadingKeys", "s3:prefix"];
+const KEYS: [&str; 5] = [
+    "aws:TagKeys",
+    "dynamodb:Attributes",
+    "dynamodb:LeadingKeys",
+    "kms:EncryptionContext:tenant_id",
+    "s3:prefix",
+];
 const PRINCIPAL_TAG: &str = "aws:PrincipalTag/";
 /// Those that end with the name of a tag.
 const TAGS: [&str; 2] = [PRINCIPAL_TAG, "aws:RequestTag/"];

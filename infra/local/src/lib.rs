@@ -7,6 +7,7 @@ pub mod event_pattern;
 pub mod gateway;
 pub mod iam;
 pub mod identity;
+pub mod kms;
 pub mod lambda;
 pub mod lexis;
 pub mod offline_embeddings;

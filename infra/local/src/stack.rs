@@ -26,7 +26,7 @@ use crate::serving::{replace_file, system_clock, unique_id};
 use crate::sigv4::Credentials;
 use crate::template::{self, Function, Template, TemplateError};
 use crate::{
-    dynamodb, offline_embeddings, offline_model, qdrant, s3, schedules, secrets, sigv4, streams, sts,
+    dynamodb, kms, offline_embeddings, offline_model, qdrant, s3, schedules, secrets, sigv4, streams, sts,
 };
 
 /// How long a service may take to end once it is asked to.
@@ -138,6 +138,7 @@ pub struct Ready {
     pub qdrant_url: String,
     pub secrets_url: String,
     pub sts_url: String,
+    pub kms_url: String,
     pub audit_bucket: String,
     /// The model's service in use.
     pub model_url: String,
@@ -229,6 +230,7 @@ impl Stack {
         let (qdrant_listener, qdrant_url) = listen(0).await?;
         let (secrets_listener, secrets_url) = listen(0).await?;
         let (sts_listener, sts_url) = listen(0).await?;
+        let (kms_listener, kms_url) = listen(0).await?;
         let (control_listener, control_url) = listen(0).await?;
         let (model_url, model_key) = match &config.model {
             Some(endpoint) => (endpoint.url.clone(), endpoint.key.clone()),
@@ -290,6 +292,7 @@ impl Stack {
                 ("AWS_ENDPOINT_URL_S3", &s3_url),
                 ("AWS_ENDPOINT_URL_SECRETS_MANAGER", &secrets_url),
                 ("AWS_ENDPOINT_URL_STS", &sts_url),
+                ("AWS_ENDPOINT_URL_KMS", &kms_url),
             ]
             .map(|(name, value)| (name.to_owned(), value.clone())),
         );
@@ -326,6 +329,10 @@ impl Stack {
         let sts = sts::Sts::new(template.roles.clone(), Arc::clone(&callers));
         let stopped = back.stopped();
         back.run("STS", sts::serve(sts_listener, Arc::clone(&sts), stopped));
+        let kms =
+            kms::Kms::open(&in_data("kms.json"), Arc::clone(&callers)).map_err(|e| failed("KMS")(&e))?;
+        let stopped = back.stopped();
+        back.run("KMS", kms::serve(kms_listener, Arc::clone(&kms), stopped));
         let store = secrets::Secrets::open(&in_data("secrets.json"), system_clock)
             .map_err(|e| failed("Secrets Manager")(&e))?;
         for secret in &template.secrets {
@@ -376,7 +383,7 @@ impl Stack {
             Gateway::serve(gateway_listener, api, Arc::clone(&lambda), operators, decisions.clone(), stopped);
         front.run("the gateway", gateway);
         let stopped = front.stopped();
-        let steered = Control { lambda: Arc::clone(&lambda), dynamodb: dynamodb_front, sts, decisions };
+        let steered = Control { lambda: Arc::clone(&lambda), dynamodb: dynamodb_front, sts, kms, decisions };
         front.run("the control address", control::serve(control_listener, steered, stopped));
 
         if config.seed && identity.tenants.is_empty() {
@@ -395,6 +402,7 @@ impl Stack {
             qdrant_url,
             secrets_url,
             sts_url,
+            kms_url,
             audit_bucket: template.bucket_name("AuditBucket").unwrap_or_default().to_owned(),
             model_url,
             embeddings_url,

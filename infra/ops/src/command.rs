@@ -183,13 +183,16 @@ pub struct Create {
     /// Give an id again that was a deleted tenant's. Refused as long as anything is kept under it
     #[arg(long)]
     pub reuse_deleted_id: bool,
+    /// A KMS key of its own, by its ARN, that seals what its users write: of the tier `enterprise` alone
+    #[arg(long)]
+    pub kms_key_arn: Option<String>,
 }
 
 /// `tenants set`
 #[derive(Debug, Args)]
 #[command(group = ArgGroup::new("changes").multiple(true).required(true)
     .args(["tier", "company_name", "assistant_name", "instructions", "injection_policy", "model_account",
-           "cell", "limits", "webhook_url", "no_webhook"]))]
+           "cell", "limits", "webhook_url", "no_webhook", "kms_key_arn", "no_kms_key"]))]
 pub struct Set {
     /// The tenant
     pub tenant: TenantId,
@@ -208,6 +211,12 @@ pub struct Set {
     /// Tell the tenant nothing of its budgets
     #[arg(long)]
     pub no_webhook: bool,
+    /// A KMS key of its own, by its ARN, that seals what its users write from now on
+    #[arg(long, conflicts_with = "no_kms_key")]
+    pub kms_key_arn: Option<String>,
+    /// Seal with no key of the tenant's what its users write from now on
+    #[arg(long)]
+    pub no_kms_key: bool,
 }
 
 /// What a tenant is, beside its id and tier.

@@ -276,6 +276,11 @@ fn a_tenant_is_changed_in_what_is_named() {
         ),
         (vec!["set", "acme", "--no-webhook"], json!({"webhook_url": null})),
         (
+            vec!["set", "acme", "--kms-key-arn", "arn:aws:kms:r:0:key/k"],
+            json!({"kms_key_arn": "arn:aws:kms:r:0:key/k"}),
+        ),
+        (vec!["set", "acme", "--no-kms-key"], json!({"kms_key_arn": null})),
+        (
             vec!["set", "acme", "--company-name", "A", "--assistant-name", "B", "--cell", "two"],
             json!({"company_name": "A", "assistant_name": "B", "cell": "two"}),
         ),
@@ -296,6 +301,7 @@ fn what_is_misspelt_is_never_sent() {
         vec!["tenants", "set", "acme", "--limit", "max_concurent=5"],
         vec!["tenants", "set", "acme", "--limit", "max_concurrent=many"],
         vec!["tenants", "set", "acme", "--no-webhook", "--webhook-url", "https://a.example"],
+        vec!["tenants", "set", "acme", "--no-kms-key", "--kms-key-arn", "arn:aws:kms:r:0:key/k"],
         vec!["tenants", "show", "Acme"],
         vec!["tenants", "show", "../usage"],
         vec!["tenants", "create", "acme", "--company-name", "Acme"],

@@ -1,6 +1,7 @@
 //! Table `documents`: what a tenant has handed in, and where it stands.
 
 use aws_sdk_dynamodb::types::{AttributeValue, Delete, TransactWriteItem};
+use serde::Deserialize;
 
 use super::ledger::Ledger;
 use super::session::Access;
@@ -11,6 +12,11 @@ use crate::ids::DocumentId;
 use crate::item_key;
 use crate::ledger::Record;
 use crate::scope::TenantScope;
+use crate::sealing::DataKey;
+use crate::tenant::TenantId;
+
+/// What of a document's record its tenant's key seals. The passages, which are searched, lie in the tenant's cell.
+const TEXT: [&str; 3] = ["title", "source", "metadata"];
 
 /// The table.
 #[derive(Clone, Debug)]
@@ -41,12 +47,34 @@ impl DocumentStore {
     /// # Errors
     /// If the table does not answer or the item does not parse.
     pub async fn stored(&self, scope: &TenantScope, id: &DocumentId) -> Result<Option<Document>, StoreError> {
-        let document: Option<Document> = self.0.get(scope.tenant_id(), &item_key::document(id)).await?;
+        let item = self.0.item_at(scope.tenant_id(), &item_key::document(id)).await?;
+        let document: Option<Document> = self.0.opened(scope, item.into_iter().collect()).await?.pop();
         Ok(document.filter(|document| scope.owns(document.tenant_id.as_str(), "documents").is_ok()))
     }
 
+    /// Whether there is such a document of the scope's tenant, and not past its retention. It is not opened: one
+    /// whose key is gone can be deleted.
+    ///
+    /// # Errors
+    /// If the table does not answer or the item does not parse.
+    pub async fn is_there(
+        &self,
+        scope: &TenantScope,
+        id: &DocumentId,
+        now: Timestamp,
+    ) -> Result<bool, StoreError> {
+        #[derive(Deserialize)]
+        struct Head {
+            tenant_id: TenantId,
+            updated_at: Timestamp,
+        }
+        let head: Option<Head> = self.0.get(scope.tenant_id(), &item_key::document(id)).await?;
+        let own = head.filter(|head| scope.owns(head.tenant_id.as_str(), "documents").is_ok());
+        Ok(own.is_some_and(|head| head.updated_at > scope.limits().retained_since(now)))
+    }
+
     /// Writes a document's record where it is still at `expected` (its version and whether it was
-    /// there at all), so that of two writers one learns that it lost.
+    /// there at all), so that of two writers one learns that it lost; sealed where the tenant has a key of its own.
     ///
     /// # Errors
     /// [`StoreError::Conflict`] if it is not, or if the record is another tenant's; otherwise if the
@@ -56,14 +84,16 @@ impl DocumentStore {
         scope: &TenantScope,
         document: &Document,
         expected: Option<&Document>,
+        seal: Option<&DataKey>,
     ) -> Result<(), StoreError> {
         scope.owns(document.tenant_id.as_str(), "documents").map_err(|_| StoreError::Conflict)?;
+        let sort = item_key::document(&document.id);
         let put = self
             .0
             .client(scope.tenant_id())
             .put_item()
             .table_name(&self.0.name)
-            .set_item(Some(self.0.item(document, &item_key::document(&document.id))?));
+            .set_item(Some(self.0.sealed_item(scope, document, &sort, &TEXT, seal)?));
         let put = match expected {
             None => put
                 .condition_expression("attribute_not_exists(#p)")
@@ -126,7 +156,8 @@ impl DocumentStore {
             limit: i32::from(limit),
             after: after.as_ref().map(item_key::document),
         };
-        let (mut documents, next) = self.0.query::<Document>(scope, page).await?;
+        let (items, next) = self.0.items(scope, page).await?;
+        let mut documents: Vec<Document> = self.0.opened(scope, items).await?;
         documents.retain(|document| document.is_kept(scope.limits(), now));
         let next = next.and_then(|sort| sort.strip_prefix(item_key::DOCUMENTS)?.parse().ok());
         Ok((documents, next))

@@ -11,7 +11,8 @@ use crate::clock::Timestamp;
 use crate::error::{ApiError, Code};
 use crate::idempotency::{IdempotencyKey, Stored};
 use crate::item_key::{self, PARTITION};
-use crate::scope::TenantScope;
+use crate::scope::{ForeignRecord, TenantScope};
+use crate::sealing::DataKey;
 use crate::tenant::TenantId;
 
 /// How long a result is kept for repeats: 24 hours.
@@ -19,7 +20,11 @@ const KEPT_S: i64 = 86_400;
 
 /// The items.
 #[derive(Clone, Debug)]
-pub struct IdempotencyStore(Table);
+pub struct IdempotencyStore {
+    table: Table,
+    /// What of an item its tenant's key seals.
+    text: &'static [&'static str],
+}
 
 /// What a request finds when it claims its key.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -63,7 +68,13 @@ struct Claim {
 impl IdempotencyStore {
     /// In the table of that name.
     pub fn new(access: &Access, table: String) -> Self {
-        Self(Table::new(access, table))
+        Self { table: Table::new(access, table), text: &["result"] }
+    }
+
+    /// In the table of that name, of a function whose answers hold nothing that users or the model have written:
+    /// they are sealed for nobody.
+    pub fn of_names(access: &Access, table: String) -> Self {
+        Self { table: Table::new(access, table), text: &[] }
     }
 
     fn claim_item(
@@ -71,7 +82,7 @@ impl IdempotencyStore {
         scope: &TenantScope,
         key: &IdempotencyKey,
         until_s: i64,
-        result: Option<&Stored>,
+        (result, seal): (Option<&Stored>, Option<&DataKey>),
         now: Timestamp,
     ) -> Result<Item, StoreError> {
         let claim = Claim {
@@ -82,7 +93,11 @@ impl IdempotencyStore {
             result: result.cloned(),
             expires_at_s: now.as_seconds() + KEPT_S,
         };
-        self.0.item(&claim, &item_key::idempotency(key.hash()))
+        let sort = item_key::idempotency(key.hash());
+        if result.is_none() || self.text.is_empty() {
+            return self.table.item(&claim, &sort);
+        }
+        self.table.sealed_item(scope, &claim, &sort, self.text, seal)
     }
 
     /// Begins a request that may be a repeat: brings the first result, if there is one.
@@ -125,11 +140,11 @@ impl IdempotencyStore {
     ) -> Result<Claimed, StoreError> {
         let owner = scope.request_id().to_string();
         let answer = self
-            .0
+            .table
             .client(scope.tenant_id())
             .put_item()
-            .table_name(&self.0.name)
-            .set_item(Some(self.claim_item(scope, key, until_s, None, now)?))
+            .table_name(&self.table.name)
+            .set_item(Some(self.claim_item(scope, key, until_s, (None, None), now)?))
             .condition_expression(
                 "attribute_not_exists(#p) OR #e <= :now \
                  OR (attribute_not_exists(#r) AND #f = :fingerprint AND (#u <= :now OR #o = :owner))",
@@ -154,10 +169,11 @@ impl IdempotencyStore {
             Some(PutItemError::ConditionalCheckFailedException(failed)) => failed.item.clone(),
             // At this moment a transaction writes the item: that in which the first request settles.
             Some(PutItemError::TransactionConflictException(_)) => return Ok(Claimed::Running),
-            _ => return Err(self.0.failed(error)),
+            _ => return Err(self.table.failed(error)),
         };
-        let item = item.ok_or_else(|| self.0.missing())?;
-        let there: Claim = self.0.own(scope, item)?;
+        let item = item.ok_or_else(|| self.table.missing())?;
+        self.table.look(scope, &item).map_err(|ForeignRecord| self.table.missing())?;
+        let there: Claim = self.table.opened_one(scope, item).await?;
         Ok(match there.result {
             _ if there.fingerprint != key.fingerprint() => Claimed::OtherRequest,
             Some(result) => Claimed::Repeat(result),
@@ -191,10 +207,10 @@ impl IdempotencyStore {
     /// If the table does not answer.
     pub async fn release(&self, scope: &TenantScope, key: &IdempotencyKey) -> Result<(), StoreError> {
         let answer = self
-            .0
+            .table
             .client(scope.tenant_id())
             .delete_item()
-            .table_name(&self.0.name)
+            .table_name(&self.table.name)
             .set_key(Some(Table::key(scope.tenant_id(), &item_key::idempotency(key.hash()))))
             .condition_expression("#o = :owner AND attribute_not_exists(#r)")
             .expression_attribute_names("#o", "owner")
@@ -202,28 +218,30 @@ impl IdempotencyStore {
             .expression_attribute_values(":owner", AttributeValue::S(scope.request_id().to_string()))
             .send()
             .await;
-        match answer.map_err(|e| self.0.failed(e)) {
+        match answer.map_err(|e| self.table.failed(e)) {
             Ok(_) | Err(StoreError::Conflict) => Ok(()),
             Err(error) => Err(error),
         }
     }
 
-    /// The part of a transaction that keeps the first result, if the key is still this request's.
+    /// The part of a transaction that keeps the first result, if the key is still this request's; sealed where the
+    /// tenant has a key of its own.
     pub(super) fn finished_part(
         &self,
         scope: &TenantScope,
         finished: &Finished<'_>,
+        seal: Option<&DataKey>,
     ) -> Result<TransactWriteItem, StoreError> {
         let Finished { key, stored, now } = finished;
-        let item = self.claim_item(scope, key, now.as_seconds(), Some(stored), *now)?;
+        let item = self.claim_item(scope, key, now.as_seconds(), (Some(stored), seal), *now)?;
         let put = Put::builder()
-            .table_name(&self.0.name)
+            .table_name(&self.table.name)
             .set_item(Some(item))
             .condition_expression("#o = :owner")
             .expression_attribute_names("#o", "owner")
             .expression_attribute_values(":owner", AttributeValue::S(scope.request_id().to_string()))
             .build()
-            .map_err(|e| self.0.corrupt(e))?;
+            .map_err(|e| self.table.corrupt(e))?;
         Ok(TransactWriteItem::builder().put(put).build())
     }
 }

@@ -200,7 +200,7 @@ impl IssuerStore {
             ledger.event_part(record)?,
         ];
         if let Some((store, finished)) = finished {
-            parts.push(store.finished_part(scope, finished)?);
+            parts.push(store.finished_part(scope, finished, None)?);
         }
         Ok(parts)
     }

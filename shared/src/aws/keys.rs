@@ -347,7 +347,7 @@ impl Parts {
             add(table.expired_part(tenant, expired)?);
         }
         let finished = match finished {
-            Some((scope, (store, finished))) => Some(add(store.finished_part(scope, finished)?)),
+            Some((scope, (store, finished))) => Some(add(store.finished_part(scope, finished, None)?)),
             None => None,
         };
         let once = match once {

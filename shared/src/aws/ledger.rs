@@ -23,6 +23,7 @@ use crate::meter::Ticket;
 use crate::random::entropy;
 use crate::retry::Backoff;
 use crate::scope::{Bookkeeper, Subject, TenantScope, Ward};
+use crate::sealing::DataKey;
 use crate::tenant::TenantId;
 
 /// Settling is worth waiting for: without it a request is charged at its bound.
@@ -49,6 +50,8 @@ pub struct Along<'a> {
     pub turn: Option<(&'a ConversationStore, &'a Turn)>,
     /// The first result under an idempotency key.
     pub finished: Option<(&'a IdempotencyStore, Finished<'a>)>,
+    /// What seals both, where the tenant has a key of its own.
+    pub seal: Option<&'a DataKey>,
 }
 
 /// A record as the ledger keeps it.
@@ -123,11 +126,11 @@ impl Ledger {
             }
             if let Some((store, turn)) = along.turn {
                 turn_at = Some(parts.len());
-                parts.push(store.new_part(scope, turn)?);
+                parts.push(store.new_part(scope, turn, along.seal)?);
             }
             if let Some((store, finished)) = &along.finished {
                 finished_at = Some(parts.len());
-                parts.push(store.finished_part(scope, finished)?);
+                parts.push(store.finished_part(scope, finished, along.seal)?);
             }
             if parts.is_empty() {
                 return Ok(entered.unwrap_or(Entered::Ours));

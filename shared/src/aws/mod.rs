@@ -15,6 +15,8 @@ pub mod chains;
 #[cfg(feature = "dynamodb")]
 pub mod conversations;
 #[cfg(feature = "dynamodb")]
+pub mod data_keys;
+#[cfg(feature = "dynamodb")]
 pub mod deprovisionings;
 #[cfg(feature = "dynamodb")]
 pub mod documents;

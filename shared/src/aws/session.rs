@@ -9,7 +9,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
-#[cfg(any(feature = "dynamodb", feature = "objects", feature = "secrets"))]
+#[cfg(any(feature = "data-keys", feature = "dynamodb", feature = "objects", feature = "secrets"))]
 use std::sync::OnceLock;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -139,7 +139,11 @@ impl TenantRole {
 pub(super) struct Session {
     config: SdkConfig,
     #[cfg(feature = "dynamodb")]
+    pub(super) data_keys: super::data_keys::Remembered,
+    #[cfg(feature = "dynamodb")]
     dynamodb: OnceLock<aws_sdk_dynamodb::Client>,
+    #[cfg(feature = "data-keys")]
+    kms: OnceLock<aws_sdk_kms::Client>,
     #[cfg(feature = "objects")]
     s3: OnceLock<aws_sdk_s3::Client>,
     #[cfg(feature = "secrets")]
@@ -151,7 +155,11 @@ impl Session {
         Self {
             config,
             #[cfg(feature = "dynamodb")]
+            data_keys: super::data_keys::Remembered::default(),
+            #[cfg(feature = "dynamodb")]
             dynamodb: OnceLock::new(),
+            #[cfg(feature = "data-keys")]
+            kms: OnceLock::new(),
             #[cfg(feature = "objects")]
             s3: OnceLock::new(),
             #[cfg(feature = "secrets")]
@@ -162,6 +170,11 @@ impl Session {
     #[cfg(feature = "dynamodb")]
     pub(super) fn dynamodb(&self) -> &aws_sdk_dynamodb::Client {
         self.dynamodb.get_or_init(|| aws_sdk_dynamodb::Client::new(&self.config))
+    }
+
+    #[cfg(feature = "data-keys")]
+    pub(super) fn kms(&self) -> &aws_sdk_kms::Client {
+        self.kms.get_or_init(|| aws_sdk_kms::Client::new(&self.config))
     }
 
     #[cfg(feature = "objects")]

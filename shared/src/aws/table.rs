@@ -3,26 +3,31 @@
 //! Private to the stores: they build keys with [`crate::item_key`] and take scopes; nothing outside
 //! can name a partition.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 use std::time::Duration;
 
 use aws_sdk_dynamodb::Client;
 use aws_sdk_dynamodb::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_dynamodb::operation::query::builders::QueryFluentBuilder;
 use aws_sdk_dynamodb::operation::transact_write_items::TransactWriteItemsError;
+use aws_sdk_dynamodb::primitives::Blob;
 use aws_sdk_dynamodb::types::{
     AttributeValue, DeleteRequest, Put, ReturnValuesOnConditionCheckFailure, TransactWriteItem, WriteRequest,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_dynamo::aws_sdk_dynamodb_1::{from_item, to_item};
+use serde_json::{Map, Value};
 
+use super::data_keys::{self, DataKeyError};
 use super::session::Access;
 use crate::error::{ApiError, Code};
-use crate::item_key::{PARTITION, SORT};
+use crate::item_key::{DATA_KEY, PARTITION, SORT};
 use crate::random::entropy;
 use crate::retry::Backoff;
-use crate::scope::{ForeignRecord, Subject};
+use crate::scope::{ForeignRecord, Subject, TenantScope};
+use crate::sealing::{DataKey, Place, SealError, WrappedKey};
 use crate::tenant::TenantId;
 
 /// Why a store gave no answer.
@@ -60,6 +65,9 @@ pub enum StoreError {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// What the item holds is sealed, and there is no data key for it.
+    #[error(transparent)]
+    DataKey(#[from] DataKeyError),
 }
 
 impl StoreError {
@@ -95,11 +103,27 @@ impl From<StoreError> for ApiError {
                 tracing::error!("{error}: {source}");
                 Self::unavailable("the store")
             }
+            StoreError::DataKey(error) => error.into(),
         }
     }
 }
 
 pub(super) type Item = HashMap<String, AttributeValue>;
+
+/// A data key as it lies beside what it has sealed: the key that opens it, and what KMS made of it.
+fn wrapped_value(wrapped: &WrappedKey) -> AttributeValue {
+    AttributeValue::M(HashMap::from([
+        ("arn".to_owned(), AttributeValue::S(wrapped.arn.to_string())),
+        ("wrapped".to_owned(), AttributeValue::B(Blob::new(wrapped.bytes.clone()))),
+    ]))
+}
+
+fn wrapped_key(value: &AttributeValue) -> Option<WrappedKey> {
+    let fields = value.as_m().ok()?;
+    let arn = fields.get("arn")?.as_s().ok()?.parse().ok()?;
+    let bytes = fields.get("wrapped")?.as_b().ok()?.as_ref().to_vec();
+    Some(WrappedKey { arn, bytes })
+}
 
 #[derive(Clone, Debug)]
 pub(super) struct Table {
@@ -151,6 +175,90 @@ impl Table {
     /// A record as an item, without a sort key.
     pub(super) fn plain_item(&self, record: &impl Serialize) -> Result<Item, StoreError> {
         to_item(record).map_err(|e| self.corrupt(e))
+    }
+
+    /// A record as an item in which nobody reads the attributes `text` without the tenant's key, if it has one.
+    /// Such a tenant's text is sealed or not stored at all.
+    pub(super) fn sealed_item(
+        &self,
+        scope: &TenantScope,
+        record: &impl Serialize,
+        sort: &str,
+        text: &[&str],
+        seal: Option<&DataKey>,
+    ) -> Result<Item, StoreError> {
+        let Some(arn) = scope.kms_key() else { return self.item(record, sort) };
+        let key =
+            seal.filter(|key| key.wrapped().arn == *arn).ok_or_else(|| self.corrupt(SealError::Seal))?;
+        let fields = serde_json::to_value(record).map_err(|e| self.corrupt(e))?;
+        let Value::Object(mut fields) = fields else { return Err(self.corrupt(SealError::Seal)) };
+        let mut sealed = Item::new();
+        for attribute in text {
+            if let Some(value) = fields.remove(*attribute) {
+                let place = Place { tenant: scope.tenant_id(), sort, attribute };
+                let bytes = key.seal(place, &value, &mut entropy()).map_err(|e| self.corrupt(e))?;
+                sealed.insert((*attribute).to_owned(), AttributeValue::B(Blob::new(bytes)));
+            }
+        }
+        let mut item = self.item(&fields, sort)?;
+        item.extend(sealed);
+        item.insert(DATA_KEY.to_owned(), wrapped_value(key.wrapped()));
+        Ok(item)
+    }
+
+    /// Items as records, opened where they are sealed: each with the data key that lies beside it, whatever key
+    /// the tenant has by now. One that is sealed and another tenant's is dropped, with the alarm.
+    pub(super) async fn opened<T: DeserializeOwned>(
+        &self,
+        scope: &TenantScope,
+        mut items: Vec<Item>,
+    ) -> Result<Vec<T>, StoreError> {
+        items.retain(|item| !item.contains_key(DATA_KEY) || self.look(scope, item).is_ok());
+        let wrapped: HashSet<WrappedKey> =
+            items.iter().filter_map(|item| item.get(DATA_KEY)).filter_map(wrapped_key).collect();
+        let mut keys = HashMap::new();
+        if !wrapped.is_empty() {
+            let wrapped = wrapped.into_iter().collect();
+            keys = data_keys::opened_all(&self.access, scope.tenant_id(), wrapped).await?;
+        }
+        items.into_iter().map(|item| self.opened_with(scope, item, &keys)).collect()
+    }
+
+    /// As [`Table::opened`], of one item.
+    pub(super) async fn opened_one<T: DeserializeOwned>(
+        &self,
+        scope: &TenantScope,
+        item: Item,
+    ) -> Result<T, StoreError> {
+        self.opened(scope, vec![item]).await?.pop().ok_or_else(|| self.missing())
+    }
+
+    fn opened_with<T: DeserializeOwned>(
+        &self,
+        scope: &TenantScope,
+        mut item: Item,
+        keys: &HashMap<WrappedKey, Arc<DataKey>>,
+    ) -> Result<T, StoreError> {
+        let unopened = || self.corrupt(SealError::Open);
+        let Some(wrapped) = item.remove(DATA_KEY) else { return self.record(item) };
+        let key = wrapped_key(&wrapped).and_then(|wrapped| keys.get(&wrapped)).ok_or_else(unopened)?;
+        let sort = item.get(SORT).and_then(|sort| sort.as_s().ok().cloned()).ok_or_else(unopened)?;
+        let (mut open, mut plain) = (Vec::new(), Item::new());
+        for (attribute, value) in item {
+            match value {
+                AttributeValue::B(sealed) => {
+                    let place = Place { tenant: scope.tenant_id(), sort: &sort, attribute: &attribute };
+                    let value = key.open(place, sealed.as_ref()).map_err(|e| self.corrupt(e))?;
+                    open.push((attribute, value));
+                }
+                value => {
+                    plain.insert(attribute, value);
+                }
+            }
+        }
+        let mut fields: Map<String, Value> = self.record(plain)?;
+        fields.extend(open);
+        serde_json::from_value(Value::Object(fields)).map_err(|e| self.corrupt(e))
     }
 
     pub(super) fn missing(&self) -> StoreError {

@@ -71,6 +71,7 @@ fn creation(create: &Create) -> Value {
     if create.reuse_deleted_id {
         fields.insert("reuse_deleted_id".into(), true.into());
     }
+    put(&mut fields, "kms_key_arn", create.kms_key_arn.clone());
     fields.into()
 }
 
@@ -81,6 +82,10 @@ fn changes(set: &Set) -> Value {
     put(&mut fields, "webhook_url", set.webhook_url.clone());
     if set.no_webhook {
         fields.insert("webhook_url".into(), Value::Null);
+    }
+    put(&mut fields, "kms_key_arn", set.kms_key_arn.clone());
+    if set.no_kms_key {
+        fields.insert("kms_key_arn".into(), Value::Null);
     }
     fields.into()
 }
