@@ -31,6 +31,7 @@ impl Cell {
             listener,
             directory.path().to_owned(),
             root_key.to_owned(),
+            local::serving::Traces::default(),
             std::future::pending(),
         );
         tokio::spawn(serving);

@@ -9,6 +9,7 @@ use tokio::time::{Instant, timeout_at};
 use crate::outbound::{self, OutboundError};
 use crate::secret::Secret;
 use crate::tenant::EmbeddingModel;
+use crate::trace::Trace;
 use crate::units::Tokens;
 
 /// Texts in one call; the service takes 2,048, but fewer keep a repeated call cheap.
@@ -61,7 +62,12 @@ impl EmbeddingsClient {
     ///
     /// # Errors
     /// [`OutboundError`], or if the answer does not fit the question.
-    pub async fn embed(&self, input: &[String], deadline: Instant) -> Result<Embedded, OutboundError> {
+    pub async fn embed(
+        &self,
+        input: &[String],
+        trace: Option<&Trace>,
+        deadline: Instant,
+    ) -> Result<Embedded, OutboundError> {
         let request = WireRequest {
             input,
             model: &self.model.name,
@@ -70,6 +76,7 @@ impl EmbeddingsClient {
         };
         let response = outbound::send(
             || self.http.post(self.url.clone()).bearer_auth(self.key.expose()).json(&request),
+            trace,
             deadline,
         )
         .await?;

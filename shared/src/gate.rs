@@ -331,6 +331,7 @@ impl Gate {
                 match self.attempt(scope, want).await {
                     Ok(admission) => {
                         self.breaker(|b| b.passed(scope.tenant_id()));
+                        scope.note().measure(|measured| measured.admitted = true);
                         return Ok(admission.map(|admission| (admission, place)));
                     }
                     Err(Denied::Failed(error)) => return Err(error),
@@ -495,6 +496,7 @@ impl Gate {
                 *theirs
             }
         };
+        scope.note().measure(|measured| measured.charged = Some((&record).into()));
         let charge = record.charged();
         if charge.tokens > lease.tokens {
             tracing::error!(
@@ -515,6 +517,7 @@ impl Gate {
     /// The refusal of a request that makes room at the model account for those of higher tiers.
     pub async fn shed(&self, scope: &TenantScope, shed: Shed) -> ApiError {
         let now = self.books.clock.now();
+        scope.note().measure(|measured| measured.refused_by = Some(Limit::Account));
         self.denials.deny(&scope.ward(), Denial::Limit(Limit::Account), scope.asked()).await;
         ApiError {
             limit: Some(Limit::Account.name()),
@@ -648,6 +651,7 @@ impl Gate {
     /// The refusal by a limit, as the caller sees it; counted, and written down when it is due.
     async fn refused(&self, scope: &TenantScope, limit: Limit, retry_at: Option<Timestamp>) -> ApiError {
         let now = self.books.clock.now();
+        scope.note().measure(|measured| measured.refused_by = Some(limit));
         self.denials.deny(&scope.ward(), Denial::Limit(limit), scope.asked()).await;
         let code = match limit {
             Limit::Requests | Limit::Account => Code::RateLimitExceeded,

@@ -31,6 +31,7 @@ pub mod limits;
 #[cfg(any(feature = "model", feature = "prompt"))]
 pub mod messages;
 pub mod meter;
+pub mod metrics;
 pub mod network;
 pub mod new_key;
 pub mod one_line;
@@ -44,6 +45,7 @@ pub mod secret;
 pub mod tally;
 pub mod telemetry;
 pub mod tenant;
+pub mod trace;
 pub mod units;
 pub mod usage;
 

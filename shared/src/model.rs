@@ -19,6 +19,7 @@ use crate::outbound::{self, OutboundError};
 use crate::pressure::{self, Fill};
 use crate::pricing::Usage;
 use crate::secret::Secret;
+use crate::trace::Trace;
 use crate::units::Tokens;
 
 /// The longest silence within an answer; the service sends pings in between.
@@ -82,10 +83,15 @@ impl ModelClient {
     ///
     /// # Errors
     /// [`OutboundError`] if it does not say.
-    pub async fn count(&self, request: &MessagesRequest, deadline: Instant) -> Result<Tokens, OutboundError> {
+    pub async fn count(
+        &self,
+        request: &MessagesRequest,
+        trace: Option<&Trace>,
+        deadline: Instant,
+    ) -> Result<Tokens, OutboundError> {
         let body =
             WireCountRequest { model: &request.model, system: &request.system, messages: &request.messages };
-        let response = outbound::send(|| self.post(&self.count_url).json(&body), deadline).await?;
+        let response = outbound::send(|| self.post(&self.count_url).json(&body), trace, deadline).await?;
         let counted: WireCount = match timeout_at(deadline, response.json()).await {
             Err(_) => return Err(OutboundError::Deadline),
             Ok(counted) => counted.map_err(OutboundError::Connection)?,
@@ -97,8 +103,13 @@ impl ModelClient {
     ///
     /// # Errors
     /// [`OutboundError`] if it does not.
-    pub async fn ask(&self, request: &MessagesRequest, deadline: Instant) -> Result<Answer, OutboundError> {
-        let response = outbound::send(|| self.post(&self.url).json(request), deadline).await?;
+    pub async fn ask(
+        &self,
+        request: &MessagesRequest,
+        trace: Option<&Trace>,
+        deadline: Instant,
+    ) -> Result<Answer, OutboundError> {
+        let response = outbound::send(|| self.post(&self.url).json(request), trace, deadline).await?;
         let fill = pressure::fill_of(response.headers());
         let events = response.bytes_stream().eventsource().map(|event| {
             event.map_err(|error| match error {

@@ -9,6 +9,7 @@ use tokio::time::{Instant, timeout_at};
 use crate::error::{ApiError, Code};
 use crate::random;
 use crate::retry::Backoff;
+use crate::trace::{self, Trace};
 
 /// Why a call brought no answer.
 #[derive(Debug, thiserror::Error)]
@@ -107,17 +108,23 @@ const BACKOFF: Backoff =
     Backoff { attempts: 3, base: Duration::from_millis(300), cap: Duration::from_secs(4) };
 
 /// Sends what `request` builds until something other than a passing failure is answered, `deadline`
-/// is reached or the attempts are used up. The answer's body is unread.
+/// is reached or the attempts are used up. The answer's body is unread. The service is told where in a
+/// `trace` it is called.
 ///
 /// # Errors
 /// [`OutboundError`], of the last attempt.
 pub async fn send(
     request: impl Fn() -> RequestBuilder,
+    trace: Option<&Trace>,
     deadline: Instant,
 ) -> Result<reqwest::Response, OutboundError> {
     let mut failed = 0;
     loop {
-        let (error, asked) = match timeout_at(deadline, request().send()).await {
+        let mut request = request();
+        if let Some(trace) = trace {
+            request = request.header(trace::HEADER, trace.header());
+        }
+        let (error, asked) = match timeout_at(deadline, request.send()).await {
             Err(_) => return Err(OutboundError::Deadline),
             Ok(Err(error)) => (OutboundError::Connection(error), None),
             Ok(Ok(response)) => match judge(response).await {
@@ -224,7 +231,7 @@ mod tests {
 
     async fn send_to(url: &Url) -> Result<reqwest::Response, OutboundError> {
         let client = client().unwrap();
-        send(|| client.post(url.clone()).body("{}"), Instant::now() + Duration::from_secs(10)).await
+        send(|| client.post(url.clone()).body("{}"), None, Instant::now() + Duration::from_secs(10)).await
     }
 
     #[tokio::test]

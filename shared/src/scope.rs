@@ -45,8 +45,10 @@ use crate::issuer::{Issuer, Vouched};
 use crate::ledger::Asked;
 use crate::limits::Limits;
 use crate::meter::Standing;
+use crate::metrics::{self, Arrived, Ending, Line, Measured};
 use crate::sealing::KmsKeyArn;
 use crate::tenant::{EmbeddingModel, InjectionPolicy, ModelAccount, Tenant, TenantId, TenantStatus, Tier};
+use crate::trace::Trace;
 
 /// The header in which a tenant names its own user.
 pub const USER_HEADER: &str = "x-user-id";
@@ -400,6 +402,7 @@ impl Caller {
                 presented.tenant = presented.as_ref().map(|key| key.claimed_tenant().as_str()),
                 "the gateway answered a key or token with the decision about another; the request is refused"
             );
+            note.measure(|measured| measured.isolation_alerts += 1);
             return Err(ScopeError::ForeignDecision);
         }
         Ok(Self {
@@ -430,6 +433,7 @@ impl Caller {
                 process.tenant = self.process,
                 "A request has come to a process that is not its tenant's own; it is refused"
             );
+            self.note.measure(|measured| measured.isolation_alerts += 1);
             return Err(ScopeError::Misdelivered);
         }
         Ok(())
@@ -509,8 +513,8 @@ pub struct TenantScope {
     note: RequestNote,
 }
 
-/// What is noted of a request on its way: the tenant's standing, for the headers of its answer, and
-/// records of other tenants, for the ledger.
+/// What is noted of a request on its way: the tenant's standing, for the headers of its answer; records of
+/// other tenants, for the ledger; and what is measured, for its line of the log.
 #[derive(Clone, Debug, Default)]
 pub struct RequestNote(Arc<Mutex<Noted>>);
 
@@ -518,9 +522,53 @@ pub struct RequestNote(Arc<Mutex<Noted>>);
 struct Noted {
     standing: Option<Standing>,
     foreign: u64,
+    arrived: Option<Arrived>,
+    measured: Measured,
+    /// How many more than one have to conclude the request.
+    held: u32,
+    ending: Option<Ending>,
 }
 
 impl RequestNote {
+    /// Of a request that has just come.
+    pub fn of(arrived: Arrived) -> Self {
+        Self(Arc::new(Mutex::new(Noted { arrived: Some(arrived), ..Noted::default() })))
+    }
+
+    /// The request's place in a trace, to tell the services that are called for it.
+    pub fn trace(&self) -> Option<Trace> {
+        self.noted().arrived.as_ref()?.trace.clone()
+    }
+
+    /// Notes what is measured of the request.
+    pub fn measure(&self, with: impl FnOnce(&mut Measured)) {
+        with(&mut self.noted().measured);
+    }
+
+    /// The request does not end with the head of its answer: one more has to conclude it.
+    pub fn hold(&self) {
+        self.noted().held += 1;
+    }
+
+    /// One of those who work on the request is done with it; whoever is last gets its line. An error of any
+    /// of them is the request's.
+    #[must_use]
+    pub fn conclude(&self, ending: Ending, now: Timestamp) -> Option<Line> {
+        let mut noted = self.noted();
+        let ending = match noted.ending {
+            Some(Ending { status, error }) => Ending { status, error: error.or(ending.error) },
+            None => ending,
+        };
+        noted.ending = Some(ending);
+        if noted.held > 0 {
+            noted.held -= 1;
+            return None;
+        }
+        noted.measured.isolation_alerts += noted.foreign;
+        let arrived = noted.arrived.take()?;
+        Some(metrics::line(&arrived, &noted.measured, ending, now))
+    }
+
     /// Notes the tenant's standing; the latest holds.
     pub fn set_standing(&self, standing: Standing) {
         self.noted().standing = Some(standing);
@@ -1218,5 +1266,30 @@ mod tests {
         assert_eq!(Operator::open(&context, None).unwrap().arn(), "arn:aws:iam::1:user/op");
         let in_a_tenants = Operator::open(&context, Some("acme"));
         assert_eq!(in_a_tenants.unwrap_err(), ScopeError::Misdelivered);
+    }
+
+    #[test]
+    fn whoever_is_last_concludes_a_request_and_an_error_of_any_is_its_own() {
+        let note = || {
+            RequestNote::of(Arrived {
+                request_id: RequestId::from("r-1".to_owned()),
+                method: "POST".to_owned(),
+                route: "/v1/chat".to_owned(),
+                trace: None,
+                at: Timestamp::from_millis(0),
+            })
+        };
+        let ok = Ending { status: http::StatusCode::OK, error: None };
+        let failed = Ending { error: Some(Code::ModelUnavailable), ..ok };
+        let now = Timestamp::from_millis(5);
+        let alone = note();
+        assert!(alone.conclude(ok, now).is_some() && alone.conclude(ok, now).is_none());
+        for (first, second) in [(ok, failed), (failed, ok)] {
+            let both = note();
+            both.hold();
+            assert!(both.conclude(first, now).is_none());
+            let line = both.conclude(second, now).unwrap().render("n");
+            assert!(line.contains("model_unavailable") && line.contains("\"Failed\":1"), "{line}");
+        }
     }
 }

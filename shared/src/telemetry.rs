@@ -1,4 +1,7 @@
-//! Logs: JSON lines on standard output, as CloudWatch reads them.
+//! Logs and metrics: JSON lines on standard output, as CloudWatch reads them.
+
+use std::io::Write;
+use std::sync::OnceLock;
 
 use tracing::Level;
 use tracing_subscriber::filter::Targets;
@@ -6,27 +9,40 @@ use tracing_subscriber::fmt::format::FmtSpan;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
+use crate::env::{self, EnvError};
+use crate::metrics::Line;
+
 /// Our own crates.
-const OWN: [&str; 10] = [
+const OWN: [&str; 13] = [
     "audit",
     "audit_export",
     "authorizer",
     "chat",
+    "deprovisioning",
+    "eraser",
     "ingestion",
     "keys",
     "provisioning",
     "reconciler",
     "shared",
     "usage",
+    "webhooks",
 ];
 
-/// Starts logging at the level that `LOG_LEVEL` names, or at `info`. Other people's crates are never
-/// heard below `info`: there they tell what goes over the wire, keys and answers included.
+/// Where this process's metrics belong.
+static NAMESPACE: OnceLock<String> = OnceLock::new();
+
+/// Starts logging at the level that `LOG_LEVEL` names, or at `info`, and measuring in the namespace that
+/// `METRICS_NAMESPACE` names. Other people's crates are never heard below `info`: there they tell what goes
+/// over the wire, keys and answers included.
 ///
-/// Messages read alone; fields are dotted and carry their unit. Bodies, prompts, passages and keys are
-/// never logged.
-pub fn init() {
-    let level = crate::env::parsed::<Level>("LOG_LEVEL").unwrap_or(Level::INFO);
+/// Messages read alone; fields are dotted and carry their unit. Bodies, prompts, passages, keys and users'
+/// names are never logged, nor is anything else that a caller wrote.
+///
+/// # Errors
+/// If a variable is absent; the error names it.
+pub fn init() -> Result<(), EnvError> {
+    let level = env::parsed::<Level>("LOG_LEVEL").unwrap_or(Level::INFO);
     let others = level.min(Level::INFO);
     let targets = Targets::new().with_default(others).with_targets(OWN.map(|own| (own, level)));
     tracing_subscriber::fmt()
@@ -40,4 +56,17 @@ pub fn init() {
         .finish()
         .with(targets)
         .init();
+    let namespace = env::text("METRICS_NAMESPACE")?;
+    NAMESPACE.get_or_init(|| namespace);
+    Ok(())
+}
+
+/// Writes a line, at whatever level is logged: metrics do not stop where the log is to be quiet. Before
+/// [`init`], nothing is written.
+pub fn emit(line: Line) {
+    let Some(namespace) = NAMESPACE.get() else { return };
+    let mut text = line.render(namespace);
+    text.push('\n');
+    // In one piece, so that no other line comes between. There is nobody to tell if it fails.
+    drop(std::io::stdout().write_all(text.as_bytes()));
 }

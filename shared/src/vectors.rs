@@ -33,6 +33,7 @@ use crate::retry::Backoff;
 use crate::scope::{Erasure, Expired, ForeignRecord, Operator, Subject, TenantScope, VectorToken};
 use crate::secret::Secret;
 use crate::tenant::{EmbeddingModel, TenantId};
+use crate::trace::{self, Trace};
 
 /// The named vectors of every collection.
 const DENSE: &str = "dense";
@@ -202,22 +203,33 @@ pub struct Hit {
     pub score: f32,
 }
 
-/// Adds the bearer's token to each call.
+/// Adds the bearer's token to each call, and its place in a trace.
 #[derive(Clone)]
-struct Bearer(AsciiMetadataValue);
+struct Bearer {
+    token: AsciiMetadataValue,
+    trace: Option<AsciiMetadataValue>,
+}
 
 impl Bearer {
     fn new(token: &str) -> Result<Self, VectorError> {
         let mut value =
             AsciiMetadataValue::try_from(token).map_err(|_| VectorError::Malformed("a usable token"))?;
         value.set_sensitive(true);
-        Ok(Self(value))
+        Ok(Self { token: value, trace: None })
+    }
+
+    /// The same, in a trace.
+    fn traced(self, trace: Option<&Trace>) -> Self {
+        Self { trace: trace.and_then(|trace| trace.header().parse().ok()), ..self }
     }
 }
 
 impl Interceptor for Bearer {
     fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
-        request.metadata_mut().insert("api-key", self.0.clone());
+        request.metadata_mut().insert("api-key", self.token.clone());
+        if let Some(trace) = &self.trace {
+            request.metadata_mut().insert(trace::HEADER, trace.clone());
+        }
         Ok(request)
     }
 }
@@ -267,8 +279,8 @@ impl Cells {
             return Err(VectorError::WrongModel { collection: of(scope.embedding()), function: of(model) });
         }
         let channel = self.channel(scope.cell())?;
-        let points = PointsClient::with_interceptor(channel, Bearer::new(token.expose())?)
-            .max_decoding_message_size(64 << 20);
+        let bearer = Bearer::new(token.expose())?.traced(scope.note().trace().as_ref());
+        let points = PointsClient::with_interceptor(channel, bearer).max_decoding_message_size(64 << 20);
         Ok(Collection { scope, name: scope.tenant_id().collection(), points })
     }
 

@@ -11,12 +11,14 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::time::Instant;
 
-use crate::clock::Clock;
+use crate::clock::{Clock, Timestamp};
 use crate::error::{ApiError, Code};
 use crate::idempotency::{self, IdempotencyKey, Stored};
 use crate::ids::UserId;
 use crate::meter::{Remaining, Standing};
-use crate::scope::{Caller, Operator, RequestId, RequestNote, TenantScope};
+use crate::metrics::{Arrived, Ending};
+use crate::scope::{Caller, Operator, RequestId, RequestNote, ScopeError, TenantScope};
+use crate::telemetry;
 
 /// The header that carries a request's id.
 pub const REQUEST_ID: &str = "x-request-id";
@@ -48,14 +50,32 @@ fn process(request: &Request) -> Option<&str> {
     request.lambda_context_ref()?.tenant_id.as_deref()
 }
 
+/// A request as it has come.
+fn arrived(request: &Request, at: Timestamp) -> Arrived {
+    let trace = request.lambda_context_ref().and_then(|context| context.xray_trace_id.as_deref());
+    Arrived {
+        request_id: request_id(request),
+        method: request.method().to_string(),
+        route: route(request).to_owned(),
+        trace: trace.and_then(|text| text.parse().ok()),
+        at,
+    }
+}
+
+/// What is noted of a request.
+fn note(request: &Request) -> RequestNote {
+    request.extensions().get::<RequestNote>().cloned().unwrap_or_default()
+}
+
 /// Who sends a tenant's request.
 ///
 /// # Errors
 /// The refusal that the caller is to see.
 pub fn caller(request: &Request) -> Result<Caller, ApiError> {
     let context = context(request).ok_or_else(|| ApiError::new(Code::InvalidKey, "not a valid API key"))?;
-    let note = request.extensions().get::<RequestNote>().cloned().unwrap_or_default();
-    let caller = Caller::of(context, request.headers(), process(request), note)?;
+    let note = note(request);
+    let caller = Caller::of(context, request.headers(), process(request), note.clone())?;
+    note.measure(|m| m.caller = Some((caller.tenant_id().clone(), caller.credential().clone())));
     let span = tracing::Span::current();
     span.record("tenant.id", caller.tenant_id().as_str());
     span.record("key.id", caller.credential().as_str());
@@ -69,7 +89,11 @@ pub fn caller(request: &Request) -> Result<Caller, ApiError> {
 pub fn operator(request: &Request) -> Result<Operator, ApiError> {
     let context = context(request)
         .ok_or_else(|| ApiError::new(Code::InvalidKey, "the request is not signed by an operator"))?;
-    Ok(Operator::open(context, process(request))?)
+    let operator = Operator::open(context, process(request));
+    if let Err(ScopeError::Misdelivered) = operator {
+        note(request).measure(|measured| measured.isolation_alerts += 1);
+    }
+    Ok(operator?)
 }
 
 /// By when the request must be answered: Lambda's deadline, less a margin to answer in.
@@ -275,8 +299,15 @@ fn duration(ms: u64) -> String {
     }
 }
 
+/// One of those who work on a request is done with it; the last one writes its line.
+pub fn conclude(note: &RequestNote, ending: Ending, clock: &Clock) {
+    if let Some(line) = note.conclude(ending, clock.now()) {
+        telemetry::emit(line);
+    }
+}
+
 /// Runs one request: answers an error in the common shape, stamps the request's id, and writes the
-/// one line that the log has of it.
+/// one line that the log has of it; unless it goes on ([`RequestNote::hold`]), when whoever ends it does.
 pub async fn handle<B: From<String>>(
     mut request: Request,
     clock: &Clock,
@@ -284,9 +315,8 @@ pub async fn handle<B: From<String>>(
 ) -> Response<B> {
     use tracing::Instrument;
 
-    let started = clock.now();
     let id = request_id(&request);
-    let note = RequestNote::default();
+    let note = RequestNote::of(arrived(&request, clock.now()));
     request.extensions_mut().insert(note.clone());
     let span = tracing::info_span!(
         "request",
@@ -299,22 +329,11 @@ pub async fn handle<B: From<String>>(
     async {
         // Boxed, and so are what is nested deepest: the runtime moves this future about.
         let result = Box::pin(run(request)).await;
-        let latency_ms = clock.now().millis_since(started);
+        let error = result.as_ref().err().map(|error| error.code);
         let mut response = match result {
-            Ok(response) => {
-                tracing::info!(http.status = response.status().as_u16(), latency_ms, "Request answered");
-                response
-            }
+            Ok(response) => response,
             Err(error) => {
-                let status = error.code.status();
-                tracing::info!(
-                    http.status = status.as_u16(),
-                    latency_ms,
-                    error.code = ?error.code,
-                    error.param = error.param,
-                    "Request refused"
-                );
-                let mut response = reply(status, &error.body(&id));
+                let mut response = reply(error.code.status(), &error.body(&id));
                 if let Some(seconds) = error.retry_after_ms.map(|ms| ms.div_ceil(1_000)) {
                     response.headers_mut().insert(header::RETRY_AFTER, seconds.into());
                 }
@@ -327,6 +346,7 @@ pub async fn handle<B: From<String>>(
         if let Ok(value) = HeaderValue::from_str(&id.to_string()) {
             response.headers_mut().insert(REQUEST_ID, value);
         }
+        conclude(&note, Ending { status: response.status(), error }, clock);
         response
     }
     .instrument(span)

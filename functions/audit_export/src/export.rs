@@ -1,5 +1,7 @@
 //! Exports one tenant's records, object by object.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use shared::audit_log::{self, Head, Object, ObjectHash, Unreadable, WireRecord};
 use shared::aws::StoreError;
 use shared::aws::audit_objects::ObjectError;
@@ -41,8 +43,14 @@ pub(crate) enum ExportError {
     Contended,
 }
 
-/// Exports those of a tenant's records that wait for it.
-pub(crate) async fn run(context: &Context, ward: &Ward, sorts: &[String]) -> Result<(), ExportError> {
+/// Exports those of a tenant's records that wait for it. `lag_ms` is raised to how long any of them has
+/// waited, whatever becomes of the others.
+pub(crate) async fn run(
+    context: &Context,
+    ward: &Ward,
+    sorts: &[String],
+    lag_ms: &AtomicU64,
+) -> Result<(), ExportError> {
     let mut poison = None;
     for sorts in sorts.chunks(MOST_READ) {
         let mut attempts = 0;
@@ -52,7 +60,7 @@ pub(crate) async fn run(context: &Context, ward: &Ward, sorts: &[String]) -> Res
             let chain = context.chains.read(ward).await?;
             if let Some(intent) = chain.intent {
                 // Somebody stopped here, or is at it. Either way it can be done.
-                match complete(context, ward, &chain.head, &intent, None).await {
+                match complete(context, ward, &chain.head, &intent, None, lag_ms).await {
                     Err(ExportError::Store(StoreError::Conflict)) => {}
                     completed => completed?,
                 }
@@ -86,7 +94,7 @@ pub(crate) async fn run(context: &Context, ward: &Ward, sorts: &[String]) -> Res
                 retain_until: Timestamp::from_millis(until * 1_000),
             };
             let done = match context.chains.intend(ward, &chain.head, &intent).await {
-                Ok(()) => complete(context, ward, &chain.head, &intent, Some(waiting)).await,
+                Ok(()) => complete(context, ward, &chain.head, &intent, Some(waiting), lag_ms).await,
                 Err(error) => Err(error.into()),
             };
             match done {
@@ -125,6 +133,7 @@ async fn complete(
     before: &Head,
     intent: &Intent,
     records: Option<Vec<(String, Record)>>,
+    lag_ms: &AtomicU64,
 ) -> Result<(), ExportError> {
     let resumed = records.is_none();
     let records = match records {
@@ -133,6 +142,7 @@ async fn complete(
     };
     let mut bill = Bill::default();
     records.iter().for_each(|(_, record)| bill.add(record));
+    let oldest = records.iter().map(|(_, record)| record.time).min();
     let wire: Vec<_> = records.into_iter().map(|(sort, record)| WireRecord::new(sort, record)).collect();
     let Object { key, bytes, head } = audit_log::object(before, wire, intent.retain_until)?;
     // Whoever stopped may have stored it; then what is there counts, whatever is put over it.
@@ -144,6 +154,9 @@ async fn complete(
     let expires_at_s = context.clock.now().plus_days(KEPT_DAYS).as_seconds();
     let growth = Growth { before, intent, after: &after, bill: &bill, expires_at_s };
     context.chains.grow(ward, &growth).await?;
+    if let Some(oldest) = oldest {
+        lag_ms.fetch_max(context.clock.now().millis_since(oldest), Ordering::Relaxed);
+    }
     tracing::info!(
         tenant.id = %ward.tenant_id(),
         object.key = key,

@@ -7,6 +7,7 @@
 mod export;
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use aws_lambda_events::dynamodb::{Event, EventRecord};
 use aws_lambda_events::streams::{DynamoDbBatchItemFailure, DynamoDbEventResponse};
@@ -18,10 +19,11 @@ use shared::aws::chains::Chains;
 use shared::aws::ledger::Ledger;
 use shared::aws::{self, StoreError};
 use shared::clock::Clock;
-use shared::env;
 use shared::item_key::{PARTITION, SORT};
+use shared::metrics::{Line, Metric};
 use shared::scope::{Bookkeeper, Subject};
 use shared::tenant::TenantId;
+use shared::{env, telemetry};
 
 /// A record that has waited so long, in milliseconds, is not on its way any more: 10 minutes.
 const OVERDUE_MS: i64 = 600_000;
@@ -141,7 +143,16 @@ async fn stream(context: &Context, event: Event) -> DynamoDbEventResponse {
             }
         }
     }
-    failed.extend(export_all(context, tenants).await.into_iter().map(|batch| batch.first));
+    let lag_ms = AtomicU64::new(0);
+    failed.extend(export_all(context, tenants, &lag_ms).await.into_iter().map(|batch| batch.first));
+    let line = Line::new("Records exported", context.clock.now())
+        .with("records", places.len())
+        .with("failed_batches", failed.len());
+    // Where none was exported, none was waited for.
+    telemetry::emit(match lag_ms.into_inner() {
+        0 => line,
+        lag_ms => line.measure(Metric::ExportLag, lag_ms),
+    });
     // Lambda delivers again from the lowest of them on; what is after it and was exported is passed over.
     let mut response = DynamoDbEventResponse::default();
     if let Some(lowest) = failed.into_iter().min() {
@@ -167,10 +178,10 @@ fn key(record: EventRecord) -> Option<(TenantId, String)> {
 }
 
 /// Exports batches, and returns those that failed.
-async fn export_all(context: &Context, tenants: BTreeMap<TenantId, Batch>) -> Vec<Batch> {
+async fn export_all(context: &Context, tenants: BTreeMap<TenantId, Batch>, lag_ms: &AtomicU64) -> Vec<Batch> {
     let exports = tenants.into_iter().map(async |(tenant, batch)| {
         let ward = context.bookkeeper.of(tenant);
-        let exported = Box::pin(export::run(context, &ward, &batch.sorts)).await;
+        let exported = Box::pin(export::run(context, &ward, &batch.sorts, lag_ms)).await;
         exported.map_err(|error| {
             let tenant = ward.tenant_id();
             tracing::error!(tenant.id = %tenant, "Records could not be exported yet: {error}");
@@ -188,9 +199,13 @@ async fn export_all(context: &Context, tenants: BTreeMap<TenantId, Batch>) -> Ve
 async fn catch_up(context: &Context) -> Result<Report, StoreError> {
     let before = context.clock.now().plus_millis(-OVERDUE_MS);
     let (mut report, mut after) = (Report::default(), None);
+    let now = context.clock.now();
+    let lag_ms = AtomicU64::new(0);
     loop {
         let (overdue, next) = context.ledger.overdue(&context.bookkeeper, before, after).await?;
         if let Some(oldest) = overdue.iter().map(|record| record.since).min() {
+            // Also of what cannot be exported now either.
+            lag_ms.fetch_max(now.millis_since(oldest), Ordering::Relaxed);
             tracing::error!(
                 alert = "export_behind",
                 records = overdue.len(),
@@ -203,11 +218,19 @@ async fn catch_up(context: &Context) -> Result<Report, StoreError> {
         for record in overdue {
             tenants.entry(record.tenant_id).or_default().sorts.push(record.sort);
         }
-        let failed = export_all(context, tenants).await;
+        let failed = export_all(context, tenants, &lag_ms).await;
         report.exported = report.overdue - failed.iter().map(|batch| batch.sorts.len()).sum::<usize>();
         after = next;
         if after.is_none() {
-            return Ok(report);
+            break;
         }
     }
+    // Also that nothing waits: who never says anything may not run.
+    telemetry::emit(
+        Line::new("Caught up", context.clock.now())
+            .with("overdue", report.overdue)
+            .with("exported", report.exported)
+            .measure(Metric::ExportLag, lag_ms.into_inner()),
+    );
+    Ok(report)
 }

@@ -7,7 +7,7 @@ use lambda_runtime::{Error, LambdaEvent, run, service_fn};
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), Error> {
-    shared::telemetry::init();
+    shared::telemetry::init()?;
     let context = Arc::new(Context::from_env().await?);
     run(service_fn(|event: LambdaEvent<Call>| {
         let context = Arc::clone(&context);

@@ -24,11 +24,12 @@ use shared::issuer::KeySource;
 use shared::jwt::{self, InvalidToken, PresentedToken};
 use shared::key_sets::KeySets;
 use shared::ledger::{Asked, Denial};
+use shared::metrics::{Dimension, Line, Metric};
 use shared::scope::{Decision, ForeignRecord, Presented, Subject as _, VectorToken, Ward};
 use shared::secret::Secret;
 use shared::tenant::Tenant;
 use shared::vector_token::{Access, mint};
-use shared::{aws, env};
+use shared::{aws, env, telemetry};
 
 /// How long a request waits for the note that its key was used.
 const NOTE_WITHIN: Duration = Duration::from_millis(300);
@@ -81,6 +82,9 @@ pub enum Refusal {
     /// It could not be found out. API Gateway answers with its authorizer failure.
     #[error("the key or token could not be checked")]
     Unknown,
+    /// A store answered with what is another's. To the caller it is the same.
+    #[error("the key or token could not be checked")]
+    Foreign,
 }
 
 impl From<InvalidKey> for Refusal {
@@ -101,8 +105,9 @@ impl From<Refusal> for Diagnostic {
     }
 }
 
-/// Decides about one request. The answer holds nothing that depends on more than the key or token, because
-/// API Gateway gives the same answer to every request with it, on every route, for minutes.
+/// Decides about one request, and writes the one line that the log has of it. The answer holds nothing that
+/// depends on more than the key or token, because API Gateway gives the same answer to every request with it,
+/// on every route, for minutes.
 ///
 /// # Errors
 /// [`Refusal`].
@@ -110,26 +115,47 @@ pub async fn authorize(
     context: &Context,
     event: ApiGatewayCustomAuthorizerRequestTypeRequest,
 ) -> Result<ApiGatewayCustomAuthorizerResponse<Value>, Refusal> {
-    let presented = presented(&event)?;
-    let decide = async {
-        match &presented {
-            Credential::Key(key) => by_key(context, key, &event).await,
-            Credential::Token(token) => Box::pin(by_token(context, token, &event)).await,
-        }
+    let started = context.clock.now();
+    let decision = Box::pin(decide(context, &event)).await;
+    let now = context.clock.now();
+    let whose = decision.as_ref().ok().map(|d| (d.tenant_id().to_string(), d.credential().to_string()));
+    let (tenant, key) = whose.unzip();
+    let (outcome, failures) = match &decision {
+        Ok(_) => ("allowed", &[][..]),
+        Err(Refusal::Unauthorized) => ("refused", &[][..]),
+        Err(Refusal::Unknown) => ("unknown", &[Metric::Failed][..]),
+        Err(Refusal::Foreign) => ("unknown", &[Metric::Failed, Metric::IsolationAlerts][..]),
     };
-    let (decision, ()) = tokio::join!(decide, context.denials.catch_up());
+    let line = Line::new("Credential checked", now)
+        .with("request.id", event.request_context.request_id.as_deref())
+        .with("tenant.id", tenant)
+        .with("key.id", key)
+        .with("outcome", outcome)
+        .of(Dimension::Route, "authorizer")
+        .measure(Metric::Latency, now.millis_since(started));
+    telemetry::emit(failures.iter().fold(line, |line, metric| line.measure(*metric, 1)));
     let decision = decision?;
     let principal = format!("{}/{}", decision.tenant_id(), decision.credential());
-    tracing::info!(
-        tenant.id = %decision.tenant_id(),
-        key.id = %decision.credential(),
-        "Credential verified"
-    );
     let fields = decision.to_context().map_err(|error| {
         tracing::error!("Decision does not serialise: {error}");
         Refusal::Unknown
     })?;
     Ok(allow(principal, &event, Value::Object(fields.into_iter().collect())))
+}
+
+async fn decide(
+    context: &Context,
+    event: &ApiGatewayCustomAuthorizerRequestTypeRequest,
+) -> Result<Decision, Refusal> {
+    let presented = presented(event)?;
+    let decide = async {
+        match &presented {
+            Credential::Key(key) => by_key(context, key, event).await,
+            Credential::Token(token) => Box::pin(by_token(context, token, event)).await,
+        }
+    };
+    let (decision, ()) = tokio::join!(decide, context.denials.catch_up());
+    decision
 }
 
 async fn by_key(
@@ -244,7 +270,7 @@ fn tokens(
 
 fn foreign(error: ForeignRecord) -> Refusal {
     tracing::error!(alert = "isolation_alert", "Credential look-up answered with {error}");
-    Refusal::Unknown
+    Refusal::Foreign
 }
 
 /// Notes that the key is in use. API Gateway asks once for each time that it keeps a decision, so this is

@@ -230,10 +230,11 @@ async fn prepare(
     let model = context.model(scope).await?;
     let collection = context.cells.read(scope, context.embeddings.model())?;
     let texts = [text];
+    let trace = scope.note().trace();
     let now = context.clock.now();
     let (history, embedded, begun) = tokio::join!(
         history(context, scope, question, now),
-        context.embeddings.embed(&texts, deadline),
+        context.embeddings.embed(&texts, trace.as_ref(), deadline),
         context.valve.begin(scope.model_account(), ends_at_s)
     );
     *call = begun;
@@ -296,7 +297,8 @@ async fn prepare(
     let bound = answering(question, finding_out(context, &text, now), input_most, now);
     if exact || bound.tokens > admission.reserved() {
         // There was no room for the bound; there may be for the number.
-        let counted = model.count(&request, deadline).await.map_err(|e| e.into_api("the model"))?;
+        let counted =
+            model.count(&request, trace.as_ref(), deadline).await.map_err(|e| e.into_api("the model"))?;
         // The service calls its count an estimate, which may differ from what it bills by a little.
         let counted = counted + Tokens((counted.0 / 100).max(COUNT_MARGIN));
         input_most = counted;
@@ -310,7 +312,7 @@ async fn prepare(
     entry.documents.dedup();
     entry.chunks = passages.iter().map(|p| p.chunk_id.clone()).collect();
     let documents_retrieved = entry.documents.len();
-    match model.ask(&request, deadline).await {
+    match model.ask(&request, trace.as_ref(), deadline).await {
         Ok(upstream) => {
             let reader = AnswerReader::new(passages, form);
             Ok(Prepared { upstream, reader, documents_retrieved, input_most, seal })
@@ -386,6 +388,10 @@ impl Answering {
                 }
             };
             if !text.is_empty() {
+                if self.text.is_empty() {
+                    let waited_ms = context.clock.now().millis_since(self.started);
+                    scope.note().measure(|measured| measured.first_byte_ms = Some(waited_ms));
+                }
                 show(&text);
                 self.text.push_str(&text);
             }
@@ -465,19 +471,6 @@ impl Answering {
             context.valve.note_limits(scope.model_account(), fill).await;
         };
         let (record, ()) = tokio::join!(settled, noted);
-        let record = record?;
-        tracing::info!(
-            model = turn.model,
-            ticket = record.ticket.map(|ticket| ticket.0),
-            tokens.input = usage.input_tokens.0,
-            tokens.output = usage.output_tokens.0,
-            tokens.cache_read = usage.cache_read_input_tokens.0,
-            tokens.cache_creation = usage.cache_creation_input_tokens.0,
-            tokens.embedding = turn.embedding_tokens.0,
-            cost_nano_usd = record.cost_nano_usd.0,
-            latency_ms,
-            "Answer settled"
-        );
-        Ok(stored)
+        record.map(|_| stored)
     }
 }

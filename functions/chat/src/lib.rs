@@ -6,7 +6,7 @@ mod question;
 
 use std::sync::Arc;
 
-use http::{HeaderValue, Method, Response, header};
+use http::{HeaderValue, Method, Response, StatusCode, header};
 use lambda_http::{Error, Request};
 use reqwest::Url;
 use serde::Deserialize;
@@ -22,6 +22,7 @@ use shared::embeddings::EmbeddingsClient;
 use shared::error::{ApiError, Code};
 use shared::gate::Gate;
 use shared::idempotency::{IdempotencyKey, Stored};
+use shared::metrics::Ending;
 use shared::model::ModelClient;
 use shared::pricing::{self, EmbeddingPrices};
 use shared::random::{Entropy, entropy};
@@ -139,11 +140,16 @@ async fn chat(context: Arc<Context>, request: Request) -> Result<Response<ChatBo
         return Ok(web::repeated(stored));
     }
     let (events, response) = streamed();
+    scope.note().hold();
     // A task of its own: whether or not the client stays, the answer is read to its end and settled.
     let task = async move {
         events.send("meta", &answering.answer.meta());
         let show = |text: &str| events.send("delta", &json!({ "text": text }));
-        match finish(&context, &scope, *answering.answer, key, show).await {
+        let finished = finish(&context, &scope, *answering.answer, key, show).await;
+        // Before the last event, after which Lambda may stop the process.
+        let error = finished.as_ref().err().map(|error| error.code);
+        web::conclude(scope.note(), Ending { status: StatusCode::OK, error }, &context.clock);
+        match finished {
             Ok(stored) => events.send_json("done", &stored.body),
             Err(error) => events.send("error", &error.body(scope.request_id())),
         }

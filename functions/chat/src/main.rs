@@ -8,7 +8,7 @@ use lambda_http::{Error, run_with_streaming_response, service_fn};
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), Error> {
-    shared::telemetry::init();
+    shared::telemetry::init()?;
     let context = Arc::new(Context::from_env().await?);
     let closing = Arc::clone(&context);
     lambda_runtime::spawn_graceful_shutdown_handler(|| async move { closing.close().await }).await;

@@ -80,12 +80,13 @@ impl<'a> Metered<'a> {
     /// # Errors
     /// The refusal or failure that the caller is to see.
     pub(crate) async fn embed(&self, texts: &[String]) -> Result<Vec<Vec<f32>>, ApiError> {
+        let trace = self.scope.note().trace();
         let mut vectors = Vec::with_capacity(texts.len());
         let mut rest = texts;
         while !rest.is_empty() {
             let (batch, after) = rest.split_at(self.reserve(rest).await?);
             let bound = most(batch);
-            let answer = self.context.embeddings.embed(batch, self.deadline).await;
+            let answer = self.context.embeddings.embed(batch, trace.as_ref(), self.deadline).await;
             let mut held = self.held.lock().await;
             held.under_way = held.under_way.saturating_sub(bound);
             match answer {

@@ -11,11 +11,12 @@ use serde::{Deserialize, Serialize};
 use shared::aws::usage::UsageStore;
 use shared::aws::{self, StoreError};
 use shared::clock::{Clock, Timestamp};
-use shared::env;
 use shared::gate::Books;
 use shared::meter::{BillingMonth, Meter};
+use shared::metrics::{Line, Metric};
 use shared::scope::{Bookkeeper, Subject};
 use shared::tenant::TenantId;
+use shared::{env, telemetry};
 
 use compare::{Reading, Verdict};
 
@@ -67,11 +68,22 @@ pub enum Job {
     Verify,
 }
 
+impl Job {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Collect => "collect",
+            Self::Verify => "verify",
+        }
+    }
+}
+
 /// What was done and found.
 #[derive(Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Report {
     /// Tenants there are.
     pub tenants: u64,
+    /// Leases that were open when the tenants were listed.
+    pub open: u64,
     /// Leases collected.
     pub collected: usize,
     /// Tenants whose books agree.
@@ -118,6 +130,9 @@ pub async fn handle(context: &Context, job: Job, deadline: Timestamp) -> Result<
     let mut after = None;
     loop {
         let page = context.books.meters().page(&context.bookkeeper, after).await?;
+        let leases =
+            page.meters.iter().filter_map(|(_, meter)| Some(meter.as_ref().ok()?.leases.len() as u64));
+        report.open += leases.sum::<u64>();
         let mut tenants = stream::iter(page.meters)
             .map(async |(tenant, meter)| {
                 let looking = Box::pin(look_after(context, job, &tenant, meter));
@@ -152,15 +167,18 @@ pub async fn handle(context: &Context, job: Job, deadline: Timestamp) -> Result<
             "No time was left for {unchecked} of {tenants} tenants"
         );
     }
-    tracing::info!(
-        ?job,
-        tenants = report.tenants,
-        collected = report.collected,
-        at_work = report.at_work,
-        differences = report.differences.len(),
-        unread = report.unread,
-        "Books looked after"
-    );
+    let line = Line::new("Books looked after", context.clock.now())
+        .with("job", job.name())
+        .with("tenants", report.tenants)
+        .with("at_work", report.at_work)
+        .with("differences", report.differences.len())
+        .with("unread", report.unread);
+    telemetry::emit(match job {
+        Job::Collect => line
+            .measure(Metric::OpenTickets, report.open.saturating_sub(report.collected as u64))
+            .measure(Metric::AbortedTickets, report.collected as u64),
+        Job::Verify => line,
+    });
     Ok(report)
 }
 

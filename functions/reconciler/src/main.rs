@@ -8,7 +8,7 @@ use shared::clock::Timestamp;
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), Error> {
-    shared::telemetry::init();
+    shared::telemetry::init()?;
     let context = Arc::new(Context::from_env().await?);
     run(service_fn(|event: LambdaEvent<Job>| {
         let context = Arc::clone(&context);

@@ -11,6 +11,7 @@
 //! | `DELETE /dynamodb/faults` | ends all faults |
 //! | `GET /dynamodb/calls?after=n` | the calls numbered higher than `n`, oldest first |
 //! | `DELETE /dynamodb/calls` | forgets them; numbers go on |
+//! | `GET /qdrant/traces` | where in traces the latest calls of the vector store say to be, oldest first |
 //! | `PUT /sts` | steers STS: `{"outage": true}`, `{"lifetime_s": n}`; `{}` ends it |
 //! | `GET /sts` | how it is steered, and how many sessions it has given |
 //! | `PUT /kms` | steers KMS: `{"outage": true}`; `{}` ends it |
@@ -40,7 +41,7 @@ use crate::dynamodb::Front;
 use crate::gateway::Poison;
 use crate::kms::{self, Kms};
 use crate::lambda::{InvokeError, Lambda, MAX_PAYLOAD, WITHOUT_HURRY};
-use crate::serving;
+use crate::serving::{self, Traces};
 use crate::sts::{Steering, Sts};
 
 /// Names the tenant that a function is invoked for.
@@ -59,6 +60,8 @@ pub struct Control {
     pub kms: Arc<Kms>,
     /// The decisions that the gateway keeps.
     pub decisions: Poison,
+    /// Where in traces the vector store is called.
+    pub traces: Traces,
 }
 
 /// Serves the control address until `shutdown` resolves.
@@ -77,6 +80,7 @@ pub async fn serve(
         .route("/decisions", put(poison))
         .route("/dynamodb/faults", put(set_faults).delete(clear_faults))
         .route("/dynamodb/calls", get(calls).delete(forget_calls))
+        .route("/qdrant/traces", get(traces))
         .route("/sts", get(sts).put(steer_sts))
         .route("/kms", get(kms).put(steer_kms))
         .route("/kms/calls", delete(forget_kms_calls))
@@ -152,6 +156,10 @@ async fn forget_calls(State(control): State<Control>) -> StatusCode {
     StatusCode::NO_CONTENT
 }
 
+async fn traces(State(control): State<Control>) -> Response {
+    Json(control.traces.all()).into_response()
+}
+
 async fn sts(State(control): State<Control>) -> Response {
     Json(control.sts.steering()).into_response()
 }
@@ -202,6 +210,7 @@ mod tests {
             decisions: Poison::default(),
             sts: Sts::new(Vec::new(), Arc::default()),
             kms: Kms::open(&folder.path().join("kms.json"), Arc::default()).unwrap(),
+            traces: Traces::default(),
         };
         tokio::spawn(serve(listener, control, std::future::pending()));
         let client = reqwest::Client::new();

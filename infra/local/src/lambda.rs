@@ -65,7 +65,7 @@ pub struct Options {
     pub credentials: BTreeMap<String, Credentials>,
     /// The region that functions are told they run in.
     pub region: String,
-    /// How many processes a function may have where the template reserves no concurrency.
+    /// How many processes a function may have at most, also where the template reserves more concurrency.
     pub default_concurrency: usize,
     /// How long a process may wait for work before it is ended.
     pub idle_timeout: Duration,

@@ -5,15 +5,17 @@
 //! square root of their count, and the vector is normalised to length 1. The same text gives the
 //! same vector on every machine: the hash is fixed, and only operations that IEEE 754 defines to
 //! the last bit are used, in a fixed order.
+//!
+//! For tests, `GET /_requests` returns the last requests, oldest first, as `[{"trace"}]`.
 
 use std::future::Future;
 use std::io;
 
 use axum::Router;
 use axum::body::Bytes;
-use axum::extract::DefaultBodyLimit;
+use axum::extract::{DefaultBodyLimit, State};
 use axum::response::{IntoResponse as _, Response};
-use axum::routing::post;
+use axum::routing::{get, post};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use http::{HeaderMap, StatusCode};
@@ -23,6 +25,7 @@ use tokio::net::TcpListener;
 use unicode_normalization::UnicodeNormalization as _;
 
 use crate::lexis::{count_tokens, is_stop_word, stem, words};
+use crate::serving::{TRACE_HEADER, Traces};
 
 /// The model's name in answers, whatever was asked for.
 pub const MODEL: &str = "offline-embeddings";
@@ -39,8 +42,10 @@ pub async fn serve(
 ) -> io::Result<()> {
     let router = Router::new()
         .route("/v1/embeddings", post(embeddings))
+        .route("/_requests", get(requests))
         .fallback(|| async { refusal(StatusCode::NOT_FOUND, "Invalid URL", None, None) })
-        .layer(DefaultBodyLimit::max(MAX_BODY));
+        .layer(DefaultBodyLimit::max(MAX_BODY))
+        .with_state(Traces::default());
     crate::serving::serve(listener, router, shutdown).await
 }
 
@@ -179,7 +184,14 @@ struct Invalid {
     param: &'static str,
 }
 
-async fn embeddings(headers: HeaderMap, body: Bytes) -> Response {
+async fn requests(State(traces): State<Traces>) -> Response {
+    let requests: Vec<Value> = traces.all().into_iter().map(|trace| json!({ "trace": trace })).collect();
+    axum::Json(requests).into_response()
+}
+
+async fn embeddings(State(traces): State<Traces>, headers: HeaderMap, body: Bytes) -> Response {
+    let trace = headers.get(TRACE_HEADER).and_then(|value| value.to_str().ok());
+    traces.note(trace.unwrap_or_default());
     let authorization = headers.get(http::header::AUTHORIZATION).and_then(|value| value.to_str().ok());
     let key =
         authorization.and_then(|value| value.strip_prefix("Bearer ")).map(str::trim).unwrap_or_default();

@@ -8,7 +8,7 @@
 //! Tokens are those of [`crate::lexis::token_ends`], for input, output and the token counter alike.
 //!
 //! For tests, `POST /_faults` sets what goes wrong ([`Fault`]), and `GET /_requests?last=n` returns
-//! the last requests, oldest first, as `[{"path", "api_key", "body"}]`.
+//! the last requests, oldest first, as `[{"path", "api_key", "trace", "body"}]`.
 
 mod answer;
 mod cache;
@@ -39,7 +39,7 @@ use tokio::net::TcpListener;
 pub use self::answer::{Answer, AnswerBlock, Citation, answer};
 pub use self::faults::Fault;
 pub use self::request::{Block, Invalid, Message, Request, SearchResult};
-use crate::serving::unique_id;
+use crate::serving::{TRACE_HEADER, unique_id};
 
 const MAX_BODY: usize = 32 * 1024 * 1024;
 const REMEMBERED: usize = 64;
@@ -100,10 +100,11 @@ struct Seen {
 }
 
 impl Seen {
-    fn push(&mut self, path: &str, key: &str, body: &[u8]) {
+    fn push(&mut self, path: &str, key: &str, trace: &str, body: &[u8]) {
         let parsed: Value =
             serde_json::from_slice(body).unwrap_or_else(|_| String::from_utf8_lossy(body).into());
-        self.requests.push_back((body.len(), json!({"path": path, "api_key": key, "body": parsed})));
+        let request = json!({"path": path, "api_key": key, "trace": trace, "body": parsed});
+        self.requests.push_back((body.len(), request));
         self.bytes += body.len();
         while self.requests.len() > REMEMBERED || (self.bytes > REMEMBERED_BYTES && self.requests.len() > 1) {
             if let Some((bytes, _)) = self.requests.pop_front() {
@@ -198,7 +199,8 @@ impl Model {
         if body.len() > MAX_BODY {
             return Err(Failure::new(413, "Request exceeds the maximum size"));
         }
-        self.seen.lock().unwrap_or_else(PoisonError::into_inner).push(path, key, body);
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        seen.push(path, key, text(TRACE_HEADER), body);
         Ok(key.to_owned())
     }
 

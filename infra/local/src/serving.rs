@@ -1,10 +1,13 @@
-//! What the small servers share: how they stop, what time it is, and names that must not repeat.
+//! What the small servers share: how they stop, what time it is, names that must not repeat, and where in
+//! traces they were called.
 
+use std::collections::VecDeque;
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -18,6 +21,31 @@ use tokio::net::{TcpListener, TcpStream};
 /// How long requests that are still running may go on after the stop signal. A client that keeps a
 /// stream open must not keep the whole stack alive.
 const GRACE: Duration = Duration::from_secs(2);
+
+/// The header by which a caller says where in a trace of X-Ray it is.
+pub(crate) const TRACE_HEADER: &str = "x-amzn-trace-id";
+/// How many of the latest calls are remembered.
+const REMEMBERED: usize = 64;
+
+/// Where in traces a server was called of late, for tests to look at.
+#[derive(Clone, Debug, Default)]
+pub struct Traces(Arc<Mutex<VecDeque<String>>>);
+
+impl Traces {
+    /// Notes a call; `header` is empty if it is in no trace.
+    pub(crate) fn note(&self, header: &str) {
+        let mut seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if seen.len() == REMEMBERED {
+            seen.pop_front();
+        }
+        seen.push_back(header.to_owned());
+    }
+
+    /// The latest calls, oldest first.
+    pub(crate) fn all(&self) -> Vec<String> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
+    }
+}
 
 /// A connection on which nothing waits for company: what is written goes out at once, and what is read is
 /// acknowledged at once. Otherwise a short body that follows its head, in either direction, waits 40 ms for

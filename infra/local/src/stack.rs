@@ -22,7 +22,7 @@ use crate::gateway::{Gateway, Poison};
 use crate::iam::{Caller, Callers};
 use crate::identity::{AdminKey, Identity, SeededTenant};
 use crate::lambda::{Lambda, Options as LambdaOptions};
-use crate::serving::{replace_file, system_clock, unique_id};
+use crate::serving::{Traces, replace_file, system_clock, unique_id};
 use crate::sigv4::Credentials;
 use crate::template::{self, Function, Template, TemplateError};
 use crate::{
@@ -324,8 +324,12 @@ impl Stack {
         let stopped = back.stopped();
         back.run("S3", s3::serve(s3_listener, s3_options, system_clock, stopped));
         let stopped = back.stopped();
+        let traces = Traces::default();
         let (root_key, webhook_key) = (identity.qdrant_root_key.clone(), identity.webhook_key.clone());
-        back.run("Qdrant", qdrant::serve(qdrant_listener, in_data("qdrant"), root_key.clone(), stopped));
+        back.run(
+            "Qdrant",
+            qdrant::serve(qdrant_listener, in_data("qdrant"), root_key.clone(), traces.clone(), stopped),
+        );
         let sts = sts::Sts::new(template.roles.clone(), Arc::clone(&callers));
         let stopped = back.stopped();
         back.run("STS", sts::serve(sts_listener, Arc::clone(&sts), stopped));
@@ -383,7 +387,8 @@ impl Stack {
             Gateway::serve(gateway_listener, api, Arc::clone(&lambda), operators, decisions.clone(), stopped);
         front.run("the gateway", gateway);
         let stopped = front.stopped();
-        let steered = Control { lambda: Arc::clone(&lambda), dynamodb: dynamodb_front, sts, kms, decisions };
+        let steered =
+            Control { lambda: Arc::clone(&lambda), dynamodb: dynamodb_front, sts, kms, decisions, traces };
         front.run("the control address", control::serve(control_listener, steered, stopped));
 
         if config.seed && identity.tenants.is_empty() {

@@ -309,7 +309,7 @@ impl Template {
             queues,
             buckets: of_kind(&resources, "AWS::S3::Bucket", bucket)?,
             secrets: of_kind(&resources, "AWS::SecretsManager::Secret", secret)?,
-            roles: of_kind(&resources, "AWS::IAM::Role", role)?,
+            roles: of_kind(&resources, "AWS::IAM::Role", role)?.into_iter().flatten().collect(),
             api,
             outputs: evaluator.outputs()?,
         };
@@ -484,15 +484,21 @@ fn policies<'a>(
     entries.into_iter().map(parse).collect()
 }
 
-fn role(resource: &Resource) -> Result<Role, TemplateError> {
+/// A role that callers may assume; none if it is for services of AWS, which nothing here does.
+fn role(resource: &Resource) -> Result<Option<Role>, TemplateError> {
+    let services = |statement: &Value| statement.pointer("/Principal/Service").is_some();
+    let statements = resource.get("/AssumeRolePolicyDocument/Statement").and_then(Value::as_array);
+    if statements.is_some_and(|statements| statements.iter().all(services)) {
+        return Ok(None);
+    }
     resource.refuse(&["ManagedPolicyArns", "Path", "PermissionsBoundary"])?;
     let at = "/AssumeRolePolicyDocument";
     let trust = resource.get(at).ok_or_else(|| invalid(resource.at(at), "is missing"))?;
-    Ok(Role {
+    Ok(Some(Role {
         arn: role_arn(&physical_name(resource)),
         policies: policies(resource, |entry| entry.get("PolicyDocument"))?,
         trust: Trust::parse(trust).map_err(|problem| invalid(resource.at(at), problem))?,
-    })
+    }))
 }
 
 /// A role's ARN.

@@ -89,5 +89,9 @@ fn every_alert_and_every_alarm_has_its_entry() {
     }
     for alarm in alarms {
         assert!(page.contains(&format!("| `{alarm}Alarm` |")), "{alarm}Alarm is not in docs/operations.md");
+        // Its description ends with a link, which leads there.
+        assert!(page.contains(&format!("<a id=\"{alarm}Alarm\"></a>")), "{alarm}Alarm has no anchor");
+        let link = format!(" ${{RunbookUrl}}#{alarm}Alarm\"\n");
+        assert!(template.contains(&link), "{alarm}Alarm does not link to its entry");
     }
 }

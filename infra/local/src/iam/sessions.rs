@@ -133,11 +133,13 @@ fn a_tenant_roles_session_opens_its_own_tenant_with_every_statement_and_no_other
     // function of the keys writes there that a tenant holds the name, and which issuer of its that is.
     let claims = json!({
         "Effect": "Allow",
-        "Action": ["dynamodb:PutItem", "dynamodb:UpdateItem"],
+        "Action": "dynamodb:UpdateItem",
         "Resource": "arn:aws:dynamodb:us-east-1:000000000000:table/bulkhead-tenants",
         "Condition": {
             "ForAllValues:StringLike": {"dynamodb:LeadingKeys": "issuer#*"},
-            "ForAllValues:StringEquals": {"dynamodb:Attributes": ["tenant_id", "sk", "holder", "issuer_id"]},
+            "ForAllValues:StringEquals": {"dynamodb:Attributes": [
+                "tenant_id", "sk", "holder", "issuer_id", "since",
+            ]},
             "Null": {"dynamodb:LeadingKeys": "false", "dynamodb:Attributes": "false"},
         },
     });
@@ -167,9 +169,9 @@ fn the_function_of_the_keys_writes_issuers_claims_and_nothing_else_that_is_no_te
         intent.context.insert("dynamodb:Attributes".to_owned(), all(attributes));
         keys.may(&intent)
     };
-    let claim = ["tenant_id", "sk", "holder", "issuer_id"];
-    assert!(may("PutItem", &["issuer#x"], &claim) && may("UpdateItem", &["issuer#x"], &claim));
-    for action in ["DeleteItem", "GetItem", "Query", "Scan", "BatchWriteItem", "ConditionCheckItem"] {
+    let claim = ["tenant_id", "sk", "holder", "issuer_id", "since"];
+    assert!(may("UpdateItem", &["issuer#x"], &claim));
+    for action in ["PutItem", "DeleteItem", "GetItem", "Query", "Scan", "BatchWriteItem", "ConditionCheckItem"] {
         assert!(!may(action, &["issuer#x"], &claim), "{action}");
     }
     for action in ["PutItem", "UpdateItem"] {

@@ -52,7 +52,9 @@ impl Pool {
     pub(super) fn new(function: Function, shared: Arc<Shared>) -> io::Result<Self> {
         let path = shared.options.logs.join(format!("{}.log", function.binary));
         let file = File::options().create(true).append(true).open(path)?;
-        let most = function.reserved_concurrency.unwrap_or(shared.options.default_concurrency);
+        // A machine bears fewer processes than an account does.
+        let bearable = shared.options.default_concurrency;
+        let most = function.reserved_concurrency.map_or(bearable, |reserved| reserved.min(bearable));
         Ok(Self {
             function,
             shared,

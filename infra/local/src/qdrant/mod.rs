@@ -27,6 +27,8 @@ use access::Keys;
 use service::Service;
 use store::Store;
 
+use crate::serving::Traces;
+
 /// The largest message taken or sent: a write of a few hundred passages with their vectors.
 const MOST_BYTES: usize = 64 << 20;
 
@@ -42,7 +44,8 @@ pub enum Error {
 }
 
 /// Serves Qdrant's gRPC interface until `shutdown` resolves. Collections live in `directory`, one
-/// folder each; `root_key` opens everything and signs the tokens of single collections.
+/// folder each; `root_key` opens everything and signs the tokens of single collections. Where in a trace
+/// each call says to be is noted in `traces`.
 ///
 /// # Errors
 /// If the directory cannot be used or the server fails.
@@ -50,9 +53,10 @@ pub async fn serve(
     listener: TcpListener,
     directory: PathBuf,
     root_key: String,
+    traces: Traces,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(), Error> {
-    let service = Arc::new(Service::new(Store::open(directory)?, Keys::new(root_key)));
+    let service = Arc::new(Service::new(Store::open(directory)?, Keys::new(root_key), traces));
     Server::builder()
         .add_service(QdrantServer::from_arc(Arc::clone(&service)))
         .add_service(

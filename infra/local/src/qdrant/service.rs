@@ -16,6 +16,7 @@ use tonic::{Request, Response, Status};
 use super::access::{Access, Keys, Needs};
 use super::convert;
 use super::store::Store;
+use crate::serving::{TRACE_HEADER, Traces};
 
 /// Points of a page of a scroll that names no size.
 const DEFAULT_PAGE: u32 = 10;
@@ -24,16 +25,19 @@ const DEFAULT_PAGE: u32 = 10;
 pub(super) struct Service {
     store: Arc<Store>,
     keys: Keys,
+    traces: Traces,
 }
 
 impl Service {
-    pub(super) fn new(store: Store, keys: Keys) -> Self {
-        Self { store: Arc::new(store), keys }
+    pub(super) fn new(store: Store, keys: Keys, traces: Traces) -> Self {
+        Self { store: Arc::new(store), keys, traces }
     }
 
     /// The request, once its bearer is known to be allowed what it needs. Every call that is served
     /// comes through here.
     fn admit<T>(&self, request: Request<T>, needs: impl FnOnce(&T) -> Needs<'_>) -> Result<T, Status> {
+        let trace = request.metadata().get(TRACE_HEADER).and_then(|value| value.to_str().ok());
+        self.traces.note(trace.unwrap_or_default());
         let access = self.keys.identify(request.metadata())?;
         access.require(needs(request.get_ref()))?;
         Ok(request.into_inner())

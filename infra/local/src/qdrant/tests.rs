@@ -17,6 +17,8 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tonic::Code;
 
+use crate::serving::Traces;
+
 const ROOT: &str = "the-root-key";
 
 struct Server {
@@ -30,7 +32,7 @@ impl Server {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let (stop, stopped) = oneshot::channel();
-        let serving = super::serve(listener, directory.to_owned(), ROOT.into(), async {
+        let serving = super::serve(listener, directory.to_owned(), ROOT.into(), Traces::default(), async {
             let _ = stopped.await;
         });
         Self { url, stop, task: tokio::spawn(async { serving.await.unwrap() }) }

@@ -204,6 +204,8 @@ impl<'a> Evaluator<'a> {
         })?;
         let value = match kind {
             "AWS::Serverless::Api" => API_ID.to_owned(),
+            // CloudFormation makes an id up.
+            "AWS::ApiGateway::Account" => format!("{STACK}-{name}"),
             // Secrets Manager's `Ref` is the ARN.
             "AWS::SecretsManager::Secret" => return self.attribute(name, "Arn", at, depth),
             // SQS's is the address.

@@ -1,3 +1,5 @@
+mod deployed;
+
 use super::*;
 
 fn real(overrides: &[(&str, &str)]) -> Result<Template, TemplateError> {
