@@ -657,14 +657,15 @@ async fn a_warm_request_takes_one_write_to_admit_and_two_round_trips_to_settle()
     all_events(acme.open_stream(json!({"message": "How many days of leave?"})).await).await;
     assert_eq!(asked(&stack.dynamodb_calls().await), [admit(), settle.clone(), release()]);
 
-    // A conversation that goes on reads its history beside the embedding.
+    // A conversation that goes on reads its history, and that it is still there, beside the embedding.
     stack.forget_dynamodb_calls().await;
     acme.chat(json!({"message": "And then?", "conversation_id": conversation}))
         .await
         .expect_status(StatusCode::OK);
     let calls = asked(&stack.dynamodb_calls().await);
-    assert_eq!((calls.len(), &calls[0], calls[1].0.as_str()), (4, &admit(), "Query"), "{calls:?}");
-    assert_eq!((calls[1].1.as_slice(), &calls[3]), (&["conversations".to_owned()][..], &release()));
+    assert_eq!((calls.len(), &calls[0], calls[1].0.as_str()), (5, &admit(), "Query"), "{calls:?}");
+    assert_eq!(calls[2], call("GetItem", &["conversations"], 1.0), "{calls:?}");
+    assert_eq!((calls[1].1.as_slice(), &calls[4]), (&["conversations".to_owned()][..], &release()));
 
     acme.search("leave", 3).await;
     stack.forget_dynamodb_calls().await;

@@ -19,7 +19,7 @@ async fn post_raw(tenant: &Tenant, path: &str, content_type: Option<&str>, body:
 async fn bad_bodies() {
     let stack = Stack::start().await;
     let acme = stack.tenant("acme");
-    for path in ["/v1/chat", "/v1/documents", "/v1/search"] {
+    for path in ["/v1/chat", "/v1/documents", "/v1/search", "/v1/chat/completions", "/v1/feedback"] {
         for body in [&b""[..], b"{", b"[1", b"nonsense", b"null", b"3", b"\"x\"", b"{}", b"{} trailing"] {
             let answer = post_raw(&acme, path, Some("application/json"), body).await;
             let error = answer.expect_error(400, "invalid_request");
@@ -91,6 +91,64 @@ async fn bad_questions() {
         texts.push(answer.await.json()["error"].clone());
     }
     assert_eq!(texts[0], texts[1]);
+}
+
+#[tokio::test]
+async fn bad_completions() {
+    let stack = Stack::start().await;
+    let acme = stack.tenant("acme");
+    let long = "x".repeat(100_000);
+    let with = |name: &str, value: Value| {
+        let mut body = json!({"messages": [{"role": "user", "content": "x"}]});
+        body[name] = value;
+        body
+    };
+    let cases: Vec<(Value, u16, &str, &str)> = vec![
+        (with("messages", json!("x")), 400, "invalid_request", "messages"),
+        (with("messages", json!([])), 400, "invalid_request", "messages"),
+        (with("messages", json!(["x"])), 400, "invalid_request", "messages[0]"),
+        (with("messages", json!([["user", "x"]])), 400, "invalid_request", "messages[0]"),
+        (with("messages", json!([{"content": "x"}])), 400, "invalid_request", "messages[0].role"),
+        (
+            with("messages", json!([{"role": "root", "content": "x"}])),
+            400,
+            "invalid_request",
+            "messages[0].role",
+        ),
+        (with("messages", json!([{"role": "user"}])), 400, "invalid_request", "messages[0].content"),
+        (with("messages", json!([{"role": "user", "content": " "}])), 400, "invalid_request", "messages"),
+        (
+            with("messages", json!([{"role": "user", "content": [{"type": "text", "text": 7}]}])),
+            400,
+            "invalid_request",
+            "messages[0].content[0].text",
+        ),
+        (
+            with("messages", json!([{"role": "user", "content": "x".repeat(2 << 20)}])),
+            413,
+            "too_large",
+            "messages",
+        ),
+        (with("model", json!(["claude"])), 400, "invalid_request", "model"),
+        (with("model", json!("gpt-4o")), 400, "invalid_request", "model"),
+        (with("model", json!("claude-opus-4-6")), 403, "model_not_allowed", "model"),
+        (with("max_tokens", json!(0)), 400, "invalid_request", "max_tokens"),
+        (with("max_completion_tokens", json!(10_000_000)), 400, "invalid_request", "max_completion_tokens"),
+        (with("max_tokens", json!("7")), 400, "invalid_request", "max_tokens"),
+        (with("top_k", json!(0)), 400, "invalid_request", "top_k"),
+        (with("stream", json!("yes")), 400, "invalid_request", "stream"),
+        (with("stream_options", json!({"include_usage": true})), 400, "invalid_request", "stream_options"),
+        (with("tools", json!([])), 400, "invalid_request", "tools"),
+        (with("stop", json!("\n")), 400, "invalid_request", "stop"),
+        (with("conversation_id", json!("conv_x")), 400, "invalid_request", "conversation_id"),
+        (with(&long, json!(1)), 400, "invalid_request", long.get(..64).unwrap()),
+    ];
+    for (body, status, code, param) in cases {
+        let error = acme.post("/v1/chat/completions", &body).await.expect_error(status, code);
+        assert_eq!(error["param"], param, "{error}");
+        assert!(error["type"].is_string(), "{error}");
+    }
+    assert_eq!(stack.items("conversations", "acme", "").await, Vec::<Value>::new());
 }
 
 #[tokio::test]

@@ -210,7 +210,9 @@ fn furnished() -> BTreeMap<String, u64> {
     [
         ("collections", 1),
         ("passages", 3),
+        ("conversations", 4),
         ("turns", 4),
+        ("answers", 4),
         ("idempotency_records", 4),
         ("documents", 3),
         // Four versions and two delete markers.
@@ -255,7 +257,9 @@ async fn a_tenant_is_deleted_with_all_that_it_had_and_nobody_else() {
     assert_eq!(delete(&stack, "acme").await, id);
     let view = completed(&stack, &id).await;
     let mut expected = furnished();
-    *expected.get_mut("turns").unwrap() += 1;
+    for store in ["conversations", "turns", "answers"] {
+        *expected.get_mut(store).unwrap() += 1;
+    }
     assert_eq!(deleted(&view), expected, "{view:#}");
     assert_eq!(left(&stack, "acme").await, Vec::<String>::new());
     assert_eq!(delete(&stack, "acme").await, id);
@@ -817,6 +821,7 @@ async fn what_is_past_its_retention_is_gone_at_once_and_deleted_by_the_daily_job
     let young = acme.ask("Where does the heron nest?").await;
     let young = json!({"message": "And?", "conversation_id": young["conversation_id"]});
     // The one was two days ago, the other just now.
+    let of_old = json!({"id": asked["id"], "rating": "up"});
     let (now, day) = (Clock::system().now().as_millis(), 86_400_000);
     age_conversation(&stack, "acme", old["conversation_id"].as_str().unwrap(), now - 2 * day).await;
     age_document(&stack, "acme", "heron", now - 2 * day).await;
@@ -828,6 +833,14 @@ async fn what_is_past_its_retention_is_gone_at_once_and_deleted_by_the_daily_job
     retention_days(&stack, "acme", 1).await;
     acme.chat(old.clone()).await.expect_error(404, "not_found");
     acme.chat(young.clone()).await.expect_status(StatusCode::OK);
+    let path = |asked: &Value| format!("/v1/conversations/{}", asked["conversation_id"].as_str().unwrap());
+    acme.get(&path(&old)).await.expect_error(404, "not_found");
+    acme.delete(&path(&old)).await.expect_error(404, "not_found");
+    acme.post("/v1/feedback", &of_old).await.expect_error(404, "not_found");
+    acme.get(&path(&young)).await.expect_status(StatusCode::OK);
+    let listed = acme.get("/v1/conversations").await.json();
+    let ids: Vec<&Value> = listed["conversations"].as_array().unwrap().iter().map(|c| &c["id"]).collect();
+    assert_eq!(ids, [&young["conversation_id"]]);
     assert_eq!(found(&acme, "heron stork nests").await, ["stork"]);
     acme.get("/v1/documents/heron").await.expect_error(404, "not_found");
     acme.delete("/v1/documents/heron").await.expect_error(404, "not_found");
@@ -844,6 +857,9 @@ async fn what_is_past_its_retention_is_gone_at_once_and_deleted_by_the_daily_job
     let is_old = |turn: &Value| turn["asked_at"].as_i64().unwrap() < now - day;
     let turns = stack.items("conversations", "acme", "CONV#").await;
     assert!(!turns.is_empty() && !turns.iter().any(is_old));
+    let answers = stack.items("conversations", "acme", "ANSWER#").await;
+    assert!(answers.len() == turns.len() && !answers.iter().any(is_old), "{answers:?}");
+    assert_eq!(stack.items("conversations", "acme", "LIST#").await.len(), 2);
     let passages = stack.qdrant().collection_info("tenant_acme").await.unwrap().result.unwrap().points_count;
     assert_eq!(passages, Some(1));
     let events = stack.items("audit", "acme", "EVENT#").await;
@@ -891,6 +907,19 @@ async fn age_conversation(stack: &Stack, id: &str, conversation: &str, asked_at:
         let key = json!({"Key": {"tenant_id": {"S": id}, "sk": {"S": sort}}});
         stack.dynamodb("DeleteItem", "conversations", key).await;
         stack.put_item("conversations", turn).await;
+        let set = |sort: String, attribute: &str| {
+            json!({"Key": {"tenant_id": {"S": id}, "sk": {"S": sort}},
+                "UpdateExpression": "SET #a = :at", "ExpressionAttributeNames": {"#a": attribute},
+                "ExpressionAttributeValues": {":at": {"N": asked_at.to_string()}}})
+        };
+        let answer = set(format!("ANSWER#{message}"), "asked_at");
+        stack.dynamodb("UpdateItem", "conversations", answer).await;
+        for listed in stack.items("conversations", id, "LIST#").await {
+            if listed["id"] == conversation {
+                let listed = set(listed["sk"].as_str().unwrap().to_owned(), "updated_at");
+                stack.dynamodb("UpdateItem", "conversations", listed).await;
+            }
+        }
     }
 }
 

@@ -214,7 +214,11 @@ async fn a_session_opens_its_own_tenant_and_no_other() {
     let (usage, log) =
         (session("usage", "UsageTenantRole").await, session("audit-log", "AuditLogTenantRole").await);
     let keys = session("keys", "KeysTenantRole").await;
-    let cases: [(&Key, &str, Input<'_>); 16] = [
+    let deletion = |ids: &[&str]| {
+        let deletes = ids.iter().map(|id| json!({"DeleteRequest": {"Key": key_of("conversations", id)}}));
+        json!({"RequestItems": {Stack::table("conversations"): deletes.collect::<Vec<_>>()}})
+    };
+    let cases: [(&Key, &str, Input<'_>); 18] = [
         (&keys, "GetItem", &|id| get("tenants", id)),
         (&keys, "PutItem", &|id| put_with("secret_hash", id)),
         (&keys, "UpdateItem", &|id| set("epoch", id)),
@@ -224,6 +228,8 @@ async fn a_session_opens_its_own_tenant_and_no_other() {
         (&chat, "PutItem", &|id| put("audit", id)),
         (&chat, "Query", &|id| query("conversations", id)),
         (&chat, "DeleteItem", &|id| get("conversations", id)),
+        (&chat, "GetItem", &|id| get("conversations", id)),
+        (&chat, "BatchWriteItem", &|id| deletion(&[id])),
         (&chat, "TransactWriteItems", &|id| transaction(&[("Put", put("audit", id))])),
         // The second of two parts is looked at as the first is.
         (&chat, "TransactWriteItems", &|id| {
@@ -264,6 +270,7 @@ async fn a_session_opens_its_own_tenant_and_no_other() {
         (&chat, "Scan", table_of("conversations")),
         (&chat, "GetItem", on("meters", json!({"Key": {}}))),
         (&chat, "BatchGetItem", batch("meters", &["acme"])),
+        (&chat, "BatchWriteItem", deletion(&["acme", "globex"])),
         (&chat, "PutItem", put("tenants", "acme")),
         (&chat, "GetItem", get("documents", "acme")),
         (&chat, "DeleteItem", get("audit", "acme")),

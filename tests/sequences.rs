@@ -149,7 +149,7 @@ impl Actor {
     async fn step(&mut self) {
         let (document, user) =
             (self.rng.random_range(0..DOCUMENTS.len()), self.rng.random_range(0..USERS.len()));
-        match self.rng.random_range(0..100) {
+        match self.rng.random_range(0..112) {
             0..18 => self.store(document).await,
             18..24 => self.store_again(document).await,
             24..32 => self.delete(document).await,
@@ -161,7 +161,9 @@ impl Actor {
             82..88 => self.intrude(user).await,
             88..92 => self.usage().await,
             92..97 => self.audit().await,
-            _ => self.export().await,
+            97..100 => self.export().await,
+            100..107 => self.conversations(user).await,
+            _ => self.forget(user).await,
         }
     }
 
@@ -306,6 +308,50 @@ impl Actor {
             // It was admitted, and its question's vector computed, beside the look for the conversation.
             answer.expect_error(404, "not_found");
             self.model.metered += 1;
+        }
+    }
+
+    /// All of a user's conversations and no other, the last begun first, in pages; and one of them as it went.
+    async fn conversations(&mut self, user: usize) {
+        let limit = self.rng.random_range(1..=6);
+        let (mut shown, mut cursor) = (Vec::new(), String::new());
+        loop {
+            let path = format!("/v1/conversations?limit={limit}{cursor}");
+            let answer =
+                self.send(user, Method::GET, &path, &Value::Null).await.expect_status(StatusCode::OK);
+            self.did(&answer, "conversations_listed");
+            let page = answer.json();
+            let ids = page["conversations"].as_array().unwrap().iter();
+            shown.extend(ids.map(|listed| listed["id"].as_str().unwrap().to_owned()));
+            match page["cursor"].as_str() {
+                Some(next) => cursor = format!("&cursor={next}"),
+                None => break,
+            }
+        }
+        let own = self.model.conversations.iter().rev().filter(|(_, owner)| *owner == user);
+        let own: Vec<String> = own.map(|(id, _)| id.clone()).collect();
+        assert_eq!(shown, own);
+        let Some((id, owner)) = self.model.conversations.choose(&mut self.rng).cloned() else { return };
+        let answer = self.send(user, Method::GET, &format!("/v1/conversations/{id}"), &Value::Null).await;
+        if user == owner {
+            let answer = answer.expect_status(StatusCode::OK);
+            assert_eq!(answer.json()["id"], id.as_str());
+            self.did(&answer, "conversation_read");
+        } else {
+            answer.expect_error(404, "not_found");
+        }
+    }
+
+    /// A conversation is deleted by its own user alone.
+    async fn forget(&mut self, user: usize) {
+        let Some((id, owner)) = self.model.conversations.choose(&mut self.rng).cloned() else { return };
+        let answer = self.send(user, Method::DELETE, &format!("/v1/conversations/{id}"), &Value::Null).await;
+        if user == owner {
+            let answer = answer.expect_status(StatusCode::NO_CONTENT);
+            self.model.conversations.retain(|(known, _)| *known != id);
+            self.did(&answer, "conversation_deleted");
+        } else {
+            answer.expect_error(404, "not_found");
         }
     }
 

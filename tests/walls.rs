@@ -168,14 +168,18 @@ async fn what_a_table_answers_of_another_tenant_is_dropped_and_on_record() {
     // A conversation: globex has one of the same id, which no route lets anybody make.
     let asked = acme.ask("Where does the heron nest?").await;
     let id = asked["conversation_id"].as_str().unwrap();
-    let query = json!({
-        "KeyConditionExpression": "tenant_id = :t",
-        "ExpressionAttributeValues": {":t": {"S": "acme"}},
-    });
-    let mut turn = stack.dynamodb("Query", "conversations", query).await["Items"][0].clone();
-    turn["tenant_id"] = json!({"S": "globex"});
-    turn["answer"] = json!({"S": secret});
-    stack.put_item("conversations", turn).await;
+    for (kind, said) in [("CONV#", Some("answer")), ("LIST#", Some("title")), ("ANSWER#", None)] {
+        let query = json!({
+            "KeyConditionExpression": "tenant_id = :t AND begins_with(sk, :s)",
+            "ExpressionAttributeValues": {":t": {"S": "acme"}, ":s": {"S": kind}},
+        });
+        let mut item = stack.dynamodb("Query", "conversations", query).await["Items"][0].clone();
+        item["tenant_id"] = json!({"S": "globex"});
+        if let Some(said) = said {
+            item[said] = json!({"S": secret});
+        }
+        stack.put_item("conversations", item).await;
+    }
     let goes_on = json!({"message": "And where is that?", "conversation_id": id});
     swap("conversations", "Query").await;
     let answer = acme.chat(goes_on.clone()).await;
@@ -183,6 +187,16 @@ async fn what_a_table_answers_of_another_tenant_is_dropped_and_on_record() {
     dropped("a conversation", &answer).await;
     assert!(!stack.last_model_request().await.to_string().contains(&secret));
     acme.chat(goes_on.clone()).await.expect_status(StatusCode::OK);
+    swap("conversations", "Query").await;
+    let answer = acme.get("/v1/conversations").await;
+    assert_eq!(answer.json()["conversations"], json!([]));
+    dropped("a list of conversations", &answer).await;
+
+    // An answer that is rated.
+    swap("conversations", "GetItem").await;
+    let answer = acme.post("/v1/feedback", &json!({"id": asked["id"], "rating": "up"})).await;
+    answer.expect_error(404, "not_found");
+    dropped("an answer", &answer).await;
 
     // A first result under an idempotency key.
     let keyed = async || {

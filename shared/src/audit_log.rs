@@ -162,6 +162,8 @@ pub struct WireRecord {
     pub cost_nano_usd: NanoUsd,
     pub documents: Vec<DocumentId>,
     pub chunks: Vec<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub subject: Option<String>,
     pub injection: Vec<String>,
     // Records from before there was such a thing lack it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -209,6 +211,7 @@ impl WireRecord {
             cost_nano_usd: record.cost_nano_usd,
             documents: record.documents,
             chunks: record.chunks,
+            subject: record.subject,
             injection: record.injection,
             keys: record.keys,
             changed: record.changed,
@@ -252,6 +255,7 @@ impl From<WireRecord> for Record {
             estimated: wire.estimated,
             documents: wire.documents,
             chunks: wire.chunks,
+            subject: wire.subject,
             injection: wire.injection,
             keys: wire.keys,
             changed: wire.changed,

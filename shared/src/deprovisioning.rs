@@ -92,7 +92,7 @@ pub enum Step {
     Drain,
     /// The vector collection.
     Vectors,
-    /// Turns, and first results under idempotency keys.
+    /// Conversations with their turns, answers, and first results under idempotency keys.
     Conversations,
     /// Documents.
     Documents,
@@ -135,8 +135,12 @@ pub enum Store {
     Collections,
     /// Passages in it.
     Passages,
+    /// Conversations, as they are listed.
+    Conversations,
     /// Turns of conversations.
     Turns,
+    /// Whose each answer is, and what was said of it.
+    Answers,
     /// Whatever else stands beside them: first results under idempotency keys.
     IdempotencyRecords,
     /// Documents.
@@ -159,10 +163,12 @@ pub enum Store {
 
 impl Store {
     /// All of them.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 14] = [
         Self::Collections,
         Self::Passages,
+        Self::Conversations,
         Self::Turns,
+        Self::Answers,
         Self::IdempotencyRecords,
         Self::Documents,
         Self::Uploads,
@@ -178,7 +184,9 @@ impl Store {
     pub const fn step(self) -> Step {
         match self {
             Self::Collections | Self::Passages => Step::Vectors,
-            Self::Turns | Self::IdempotencyRecords => Step::Conversations,
+            Self::Conversations | Self::Turns | Self::Answers | Self::IdempotencyRecords => {
+                Step::Conversations
+            }
             Self::Documents => Step::Documents,
             Self::Uploads => Step::Uploads,
             Self::Secrets => Step::Secrets,

@@ -53,6 +53,29 @@ impl Code {
     }
 }
 
+impl Code {
+    /// The family of the code, by the names that OpenAI's clients know.
+    ///
+    /// <https://platform.openai.com/docs/guides/error-codes>
+    pub const fn family(self) -> &'static str {
+        match self {
+            Self::InvalidRequest
+            | Self::NotFound
+            | Self::Conflict
+            | Self::TooLarge
+            | Self::UnsupportedContentType
+            | Self::InjectionRefused => "invalid_request_error",
+            Self::InvalidKey => "authentication_error",
+            Self::InsufficientScope | Self::IpNotAllowed | Self::TenantSuspended | Self::ModelNotAllowed => {
+                "permission_error"
+            }
+            Self::RateLimitExceeded | Self::ConcurrencyLimitExceeded => "rate_limit_error",
+            Self::TokenBudgetExceeded => "insufficient_quota",
+            Self::ModelUnavailable | Self::Unavailable | Self::DeadlineExceeded => "server_error",
+        }
+    }
+}
+
 /// An error as a caller sees it. The message is for the caller's developer: it names the field or the
 /// limit, and never holds what another tenant or an internal service said.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, thiserror::Error)]
@@ -105,7 +128,14 @@ impl ApiError {
 
     /// The error object of `api.md`.
     pub fn body(&self, request_id: &RequestId) -> serde_json::Value {
-        serde_json::json!({ "error": self, "request_id": request_id })
+        #[derive(Serialize)]
+        struct Shown<'a> {
+            #[serde(flatten)]
+            error: &'a ApiError,
+            r#type: &'static str,
+        }
+        let shown = Shown { error: self, r#type: self.code.family() };
+        serde_json::json!({ "error": shown, "request_id": request_id })
     }
 }
 
@@ -118,7 +148,7 @@ mod tests {
         let error = ApiError::invalid("message", "message is empty");
         assert_eq!(
             error.body(&RequestId::from("r-1".to_owned())).to_string(),
-            r#"{"error":{"code":"invalid_request","message":"message is empty","param":"message"},"request_id":"r-1"}"#
+            r#"{"error":{"code":"invalid_request","message":"message is empty","param":"message","type":"invalid_request_error"},"request_id":"r-1"}"#
         );
     }
 }

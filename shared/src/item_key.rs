@@ -7,7 +7,9 @@
 use crate::api_key::KeyId;
 use crate::clock::Timestamp;
 use crate::deprovisioning::DeprovisioningId;
-use crate::ids::{ConversationId, DocumentId, IssuerId, MessageId};
+use sha2::{Digest, Sha256};
+
+use crate::ids::{ConversationId, DocumentId, IssuerId, MessageId, UserId};
 use crate::issuer::Provenance;
 use crate::meter::{BillingMonth, Ticket};
 #[cfg(feature = "webhooks")]
@@ -104,6 +106,29 @@ pub fn turn(conversation: &ConversationId, asked_at: Timestamp, id: &MessageId) 
     format!("CONV#{conversation}#{:015}#{id}", asked_at.as_millis())
 }
 
+/// Table `conversations`: what every listed conversation starts with.
+pub const CONVERSATIONS: &str = "LIST#";
+
+/// Table `conversations`: what every listed conversation of a user starts with, or of nobody in particular. A
+/// user's name may hold anything, so its hash stands for it.
+pub fn conversations(user: Option<&UserId>) -> String {
+    let whose = user.map(|user| hex::encode(Sha256::digest(user.as_str())));
+    format!("{CONVERSATIONS}{}#", whose.as_deref().unwrap_or("nobody"))
+}
+
+/// Table `conversations`: one listed conversation. A user's sort by the time they were begun.
+pub fn conversation(user: Option<&UserId>, begun_at: Timestamp, id: &ConversationId) -> String {
+    format!("{}{:015}#{id}", conversations(user), begun_at.as_millis())
+}
+
+/// Table `conversations`: what every answer starts with.
+pub const ANSWERS: &str = "ANSWER#";
+
+/// Table `conversations`: an answer, by its id alone.
+pub fn answer(id: &MessageId) -> String {
+    format!("{ANSWERS}{id}")
+}
+
 /// Table `documents`: what every document starts with.
 pub const DOCUMENTS: &str = "DOC#";
 
@@ -194,5 +219,17 @@ mod tests {
         assert!(key(999_999_999_999) < key(1_000_000_000_000));
         assert!(key(1).starts_with(&turns(&conversation)));
         assert!(!key(1).starts_with(&turns(&ConversationId::new(&mut rng))));
+    }
+
+    #[test]
+    fn a_users_conversations_sort_by_time_under_that_user_alone() {
+        let id = ConversationId::new(&mut entropy());
+        let user = |name: &str| name.parse::<UserId>().unwrap();
+        let key = |user: Option<&UserId>, ms| conversation(user, Timestamp::from_millis(ms), &id);
+        let (ann, other) = (user("ann"), user("ann#0"));
+        assert!(key(Some(&ann), 9) < key(Some(&ann), 10));
+        assert!(key(Some(&ann), 1).starts_with(&conversations(Some(&ann))));
+        assert!(!key(Some(&other), 1).starts_with(&conversations(Some(&ann))));
+        assert!(!key(Some(&user("nobody")), 1).starts_with(&conversations(None)));
     }
 }

@@ -7,10 +7,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::api_key::KeyId;
 use crate::clock::Timestamp;
+use crate::conversation::Rating;
 use crate::credential::CredentialId;
 use crate::deprovisioning::{Receipt, Saga};
 use crate::error::Code;
-use crate::ids::{DocumentId, UserId};
+use crate::ids::{ConversationId, DocumentId, MessageId, UserId};
 use crate::meter::{BillingMonth, Charged, Day, Lease, Limit, Ticket, Work};
 use crate::pricing::{self, Usage};
 use crate::scope::{Expired, Operator, RequestId, Subject, TenantScope};
@@ -44,6 +45,18 @@ pub enum Action {
     DocumentRead,
     /// A document was deleted.
     DocumentDeleted,
+    /// A user's conversations were listed.
+    ConversationsListed,
+    /// Turns of a conversation were read again, with what they cite.
+    ConversationRead,
+    /// A conversation was deleted.
+    ConversationDeleted,
+    /// A user said that an answer helped.
+    FeedbackUp,
+    /// A user said that an answer did not help.
+    FeedbackDown,
+    /// The models that may be asked for were listed.
+    ModelsListed,
     /// A bill was read.
     UsageRead,
     /// The audit log was read.
@@ -241,6 +254,9 @@ pub struct Record {
     /// Passages shown.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub chunks: Vec<String>,
+    /// The conversation that was read or deleted; or the answer that was given, or rated.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub subject: Option<String>,
     /// Injection patterns found, by name.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub injection: Vec<String>,
@@ -282,6 +298,8 @@ pub struct Entry {
     pub documents: Vec<DocumentId>,
     /// Passages shown.
     pub chunks: Vec<String>,
+    /// The answer that was given, if one was.
+    pub answer: Option<MessageId>,
     /// Injection patterns found, by name.
     pub injection: Vec<String>,
     /// How long it took, in milliseconds.
@@ -303,6 +321,8 @@ pub struct Line<'a> {
     pub unreported_tokens: Tokens,
     /// What they cost.
     pub cost: NanoUsd,
+    /// Answers that helped, and that did not.
+    pub feedback: (u64, u64),
     /// How long the request took, where this line counts it.
     pub latency_ms: Option<u64>,
 }
@@ -336,6 +356,7 @@ impl Record {
             estimated: false,
             documents: Vec::new(),
             chunks: Vec::new(),
+            subject: None,
             injection: Vec::new(),
             keys: Vec::new(),
             changed: Vec::new(),
@@ -359,6 +380,7 @@ impl Record {
             estimated: entry.estimated,
             documents: entry.documents,
             chunks: entry.chunks,
+            subject: entry.answer.map(String::from),
             injection: entry.injection,
             latency_ms: Some(entry.latency_ms),
             ..Self::blank(scope.tenant_id().clone(), lease.work.into(), now, request)
@@ -437,6 +459,40 @@ impl Record {
         }
     }
 
+    /// The record of passages of a conversation that are shown again.
+    pub fn shown_again(
+        scope: &TenantScope,
+        conversation: &ConversationId,
+        documents: Vec<DocumentId>,
+        chunks: Vec<String>,
+        now: Timestamp,
+    ) -> Self {
+        let subject = Some(conversation.to_string());
+        Self { chunks, subject, ..Self::event(scope, Action::ConversationRead, documents, now) }
+    }
+
+    /// The record of a conversation's deletion.
+    pub fn conversation_deleted(scope: &TenantScope, conversation: &ConversationId, now: Timestamp) -> Self {
+        let subject = Some(conversation.to_string());
+        Self { subject, ..Self::event(scope, Action::ConversationDeleted, Vec::new(), now) }
+    }
+
+    /// The record of what a user says of an answer of `model`.
+    pub fn rated(
+        scope: &TenantScope,
+        answer: &MessageId,
+        model: String,
+        rating: Rating,
+        now: Timestamp,
+    ) -> Self {
+        let action = match rating {
+            Rating::Up => Action::FeedbackUp,
+            Rating::Down => Action::FeedbackDown,
+        };
+        let (subject, model) = (Some(answer.to_string()), Some(model));
+        Self { subject, model, ..Self::event(scope, action, Vec::new(), now) }
+    }
+
     /// The record of something that an operator did to a tenant; `key_id` is the key that came of it.
     pub fn operation(
         operator: &Operator,
@@ -503,11 +559,9 @@ impl Record {
         }
     }
 
-    /// What it adds to the month's bill, by line. Events without a ticket add nothing.
+    /// What it adds to the month's bill, by line. Events without a ticket add nothing, but for what users say
+    /// of answers.
     pub fn lines(&self) -> Vec<Line<'_>> {
-        if self.ticket.is_none() {
-            return Vec::new();
-        }
         let blank = |model| Line {
             model,
             requests: 0,
@@ -515,8 +569,18 @@ impl Record {
             embedding_tokens: Tokens(0),
             unreported_tokens: Tokens(0),
             cost: NanoUsd(0),
+            feedback: (0, 0),
             latency_ms: None,
         };
+        let feedback = match self.action {
+            Action::FeedbackUp => (1, 0),
+            Action::FeedbackDown => (0, 1),
+            _ => (0, 0),
+        };
+        if self.ticket.is_none() {
+            let rated = self.model.iter().filter(|_| feedback != (0, 0));
+            return rated.map(|model| Line { feedback, ..blank(model) }).collect();
+        }
         let mut lines = Vec::new();
         if let Some(model) = &self.model {
             lines.push(Line { usage: self.usage, cost: self.model_cost_nano_usd, ..blank(model) });
@@ -569,6 +633,7 @@ mod tests {
         record.documents = vec![document.parse().unwrap(); 100];
         record.chunks = vec![format!("{document}:{}", "0".repeat(16)); 100];
         record.injection = vec!["p".repeat(64); 100];
+        record.subject = Some("s".repeat(64));
         record.changed = vec!["limits.monthly_token_budget".into(); 20];
         record.model = Some("m".repeat(256));
         record.embedding_model = record.model.clone();

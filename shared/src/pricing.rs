@@ -139,6 +139,13 @@ impl ChatModel {
     }
 }
 
+impl ChatModel {
+    /// The second from which on there is a price, in UTC.
+    pub fn since_s(&self) -> i64 {
+        self.prices.first().map_or(0, |price| price.from.midnight().assume_utc().unix_timestamp())
+    }
+}
+
 impl EmbeddingPrices {
     /// What embedding `tokens` costs at the price in force at `at`.
     pub fn cost(&self, tokens: Tokens, at: Timestamp) -> NanoUsd {

@@ -862,6 +862,19 @@ impl TenantScope {
         self.user_id.as_ref()
     }
 
+    /// Takes the user that a parameter names, as if the header had: where that or a token names another, the
+    /// request contradicts itself.
+    ///
+    /// # Errors
+    /// [`ScopeError::OtherUser`].
+    pub fn speak_for(&mut self, user: UserId) -> Result<(), ScopeError> {
+        if self.user_id.get_or_insert_with(|| user.clone()) == &user {
+            Ok(())
+        } else {
+            Err(ScopeError::OtherUser)
+        }
+    }
+
     /// The key that was presented, or the issuer of the token that was.
     pub fn credential(&self) -> &CredentialId {
         &self.decision.credential

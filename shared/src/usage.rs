@@ -23,6 +23,10 @@ pub struct Sums {
     pub unreported_tokens: Tokens,
     /// What they cost.
     pub cost_nano_usd: NanoUsd,
+    /// Answers of which users said that they helped.
+    pub feedback_up: u64,
+    /// Answers of which users said that they did not.
+    pub feedback_down: u64,
     /// How long the line's requests took.
     #[serde(skip)]
     pub latency: Histogram,
@@ -36,13 +40,16 @@ impl Sums {
         self.embedding_tokens = self.embedding_tokens + line.embedding_tokens;
         self.unreported_tokens = self.unreported_tokens + line.unreported_tokens;
         self.cost_nano_usd = self.cost_nano_usd + line.cost;
+        let (up, down) = line.feedback;
+        self.feedback_up += up;
+        self.feedback_down += down;
         if let Some(ms) = line.latency_ms {
             self.latency.add(ms);
         }
     }
 
     /// What is counted, beside durations, by name.
-    pub const fn counters(&self) -> [(&'static str, u64); 8] {
+    pub const fn counters(&self) -> [(&'static str, u64); 10] {
         [
             ("requests", self.requests),
             ("input_tokens", self.usage.input_tokens.0),
@@ -52,6 +59,8 @@ impl Sums {
             ("embedding_tokens", self.embedding_tokens.0),
             ("unreported_tokens", self.unreported_tokens.0),
             ("cost_nano_usd", self.cost_nano_usd.0),
+            ("feedback_up", self.feedback_up),
+            ("feedback_down", self.feedback_down),
         ]
     }
 
@@ -62,6 +71,8 @@ impl Sums {
         self.embedding_tokens = self.embedding_tokens + other.embedding_tokens;
         self.unreported_tokens = self.unreported_tokens + other.unreported_tokens;
         self.cost_nano_usd = self.cost_nano_usd + other.cost_nano_usd;
+        self.feedback_up += other.feedback_up;
+        self.feedback_down += other.feedback_down;
         self.latency.merge(&other.latency);
     }
 }
@@ -76,6 +87,14 @@ impl Bill {
         for line in record.lines() {
             self.0.entry((record.month, line.model.to_owned())).or_default().add(&line);
         }
+    }
+
+    /// What of it is charged for: without what users say of answers, which has no ticket.
+    #[must_use]
+    pub fn charged(&self) -> Self {
+        let charged = |sums: &Sums| Sums { feedback_up: 0, feedback_down: 0, ..sums.clone() };
+        let lines = self.0.iter().map(|(line, sums)| (line.clone(), charged(sums)));
+        Self(lines.filter(|(_, sums)| *sums != Sums::default()).collect())
     }
 
     /// All of a month.

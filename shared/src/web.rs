@@ -23,6 +23,12 @@ use crate::telemetry;
 /// The header that carries a request's id.
 pub const REQUEST_ID: &str = "x-request-id";
 
+/// The header by which OpenAI's clients let themselves be told whether to repeat a request.
+const SHOULD_RETRY: &str = "x-should-retry";
+
+/// The longest that a client is expected to wait before it repeats a request by itself.
+const MOST_RETRY_AFTER_S: u64 = 60;
+
 /// Kept free at the end of an invocation, so that there is time to answer that there was none.
 const MARGIN: Duration = Duration::from_millis(1_500);
 
@@ -333,9 +339,15 @@ pub async fn handle<B: From<String>>(
         let mut response = match result {
             Ok(response) => response,
             Err(error) => {
-                let mut response = reply(error.code.status(), &error.body(&id));
-                if let Some(seconds) = error.retry_after_ms.map(|ms| ms.div_ceil(1_000)) {
+                let status = error.code.status();
+                let mut response = reply(status, &error.body(&id));
+                let wait_s = error.retry_after_ms.map(|ms| ms.div_ceil(1_000));
+                if let Some(seconds) = wait_s {
                     response.headers_mut().insert(header::RETRY_AFTER, seconds.into());
+                }
+                // OpenAI's clients repeat by themselves what was answered 429: in vain, where it stays so.
+                if status == StatusCode::TOO_MANY_REQUESTS && wait_s.is_none_or(|s| s > MOST_RETRY_AFTER_S) {
+                    response.headers_mut().insert(SHOULD_RETRY, HeaderValue::from_static("false"));
                 }
                 response
             }

@@ -904,3 +904,9 @@ pub async fn all_events(mut response: Response) -> Vec<Event> {
     assert!(buffer.is_empty(), "an unfinished event: {}", String::from_utf8_lossy(&buffer));
     events
 }
+
+/// Reads the data of all events of a stream, whatever they are called.
+pub async fn all_lines(response: Response) -> Vec<String> {
+    let text = response.text().await.expect("a whole body");
+    text.lines().filter_map(|line| line.strip_prefix("data: ")).map(str::to_owned).collect()
+}

@@ -220,7 +220,7 @@ async fn by_token(
         Err(refusal) => {
             let code = match refusal {
                 Refusal::Unauthorized => Code::InvalidKey,
-                Refusal::Unknown => Code::Unavailable,
+                Refusal::Unknown | Refusal::Foreign => Code::Unavailable,
             };
             deny(context, event, ward, code, Some(issuer.issuer_id.into())).await;
             return Err(refusal);

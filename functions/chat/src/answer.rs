@@ -6,7 +6,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use shared::aws::ledger::Along;
 use shared::clock::Timestamp;
-use shared::conversation::{Citation, Turn};
+use shared::conversation::{Citation, Exchange, Given, Turn};
 use shared::error::{ApiError, Code};
 use shared::gate::{Admission, Need};
 use shared::idempotency::{IdempotencyKey, Stored};
@@ -25,7 +25,8 @@ use shared::valve::Call;
 use tokio::time::Instant;
 
 use crate::Context;
-use crate::question::{Body, Question, searched};
+use crate::question::{Asked, Question, searched};
+use crate::wire::Wire;
 
 /// What is reserved beyond the service's own count of a prompt, which is an estimate: one percent, and
 /// at least so many tokens.
@@ -35,7 +36,10 @@ const COUNT_MARGIN: u64 = 64;
 /// An answer on its way.
 pub(crate) struct Answering {
     id: MessageId,
-    conversation_id: ConversationId,
+    /// The conversation whose turn it becomes, if it becomes one.
+    conversation: Option<ConversationId>,
+    /// When that was begun, if it was before.
+    begun_at: Option<Timestamp>,
     started: Timestamp,
     question: String,
     model_name: String,
@@ -62,31 +66,42 @@ struct Ticketed {
 /// What is known before the first word.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Meta {
-    id: MessageId,
-    conversation_id: ConversationId,
-    model: String,
-    documents_retrieved: usize,
+    pub(crate) id: MessageId,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) conversation_id: Option<ConversationId>,
+    pub(crate) model: String,
+    pub(crate) documents_retrieved: usize,
+    /// When it was asked, in seconds.
+    #[serde(skip)]
+    pub(crate) created_s: i64,
 }
 
 /// The whole answer.
 #[derive(Debug, Serialize)]
 pub(crate) struct Done {
-    id: MessageId,
-    conversation_id: ConversationId,
-    response: String,
-    model: String,
-    citations: Vec<Citation>,
-    usage: DoneUsage,
-    latency_ms: u64,
-    documents_retrieved: usize,
+    pub(crate) id: MessageId,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    conversation_id: Option<ConversationId>,
+    pub(crate) response: String,
+    pub(crate) model: String,
+    pub(crate) citations: Vec<Citation>,
+    pub(crate) usage: DoneUsage,
+    pub(crate) latency_ms: u64,
+    pub(crate) documents_retrieved: usize,
+    /// When it was asked, in seconds.
+    #[serde(skip)]
+    pub(crate) created_s: i64,
+    /// Why the model ended it, as the service says.
+    #[serde(skip)]
+    pub(crate) stop_reason: Option<String>,
 }
 
 #[derive(Debug, Serialize)]
-struct DoneUsage {
+pub(crate) struct DoneUsage {
     #[serde(flatten)]
-    model: Usage,
-    embedding_tokens: Tokens,
-    cost_nano_usd: NanoUsd,
+    pub(crate) model: Usage,
+    pub(crate) embedding_tokens: Tokens,
+    pub(crate) cost_nano_usd: NanoUsd,
 }
 
 /// What a question needs at most: everything, reserved before anything is known of it; and what it
@@ -98,8 +113,9 @@ fn needs(context: &Context, scope: &TenantScope, question: &Question, searched: 
         profile: scope.profile(),
         tier: scope.tier(),
         message: &question.message.text,
+        preface: &question.preface,
         top_k: question.top_k,
-        continues: question.conversation.is_some(),
+        continues: question.conversation.is_some() || !question.history.is_empty(),
         max_context: Tokens(scope.limits().max_context_tokens),
         form: question.model.passages,
     };
@@ -126,7 +142,7 @@ fn answering(question: &Question, finding_out: Need, input: Tokens, at: Timestam
 pub(crate) async fn begin(
     context: &Context,
     scope: &mut TenantScope,
-    body: &Body,
+    asked: &Asked,
     mut question: Question,
     started: Timestamp,
     time: Time,
@@ -138,7 +154,7 @@ pub(crate) async fn begin(
     let mut checked_in = scope.epoch();
     let needs = |scope: &TenantScope| {
         if scope.epoch() != checked_in {
-            question = Question::parse(body, scope)?;
+            question = Question::parse(asked, scope)?;
             checked_in = scope.epoch();
         }
         Ok(needs(context, scope, &question, &text))
@@ -149,11 +165,14 @@ pub(crate) async fn begin(
     let exact = place > 0;
     let prepared = Box::pin(prepare(context, scope, &question, text, exact, &mut ticketed, time));
     match prepared.await {
-        Ok(Prepared { upstream, reader, documents_retrieved, input_most, seal }) => {
+        Ok(Prepared { upstream, reader, begun_at, documents_retrieved, input_most, seal }) => {
             let mut rng = context.entropy;
+            let id = MessageId::new(&mut rng);
+            let conversation = question.conversation.unwrap_or_else(|| ConversationId::new(&mut rng));
             Ok(Answering {
-                id: MessageId::new(&mut rng),
-                conversation_id: question.conversation.unwrap_or_else(|| ConversationId::new(&mut rng)),
+                id,
+                conversation: question.keeps.then_some(conversation),
+                begun_at,
                 started,
                 question: question.message.text,
                 model_name: question.model_name,
@@ -211,6 +230,8 @@ async fn fail(
 struct Prepared {
     upstream: model::Answer,
     reader: AnswerReader,
+    /// When the conversation was begun that is continued, if one is.
+    begun_at: Option<Timestamp>,
     documents_retrieved: usize,
     input_most: Tokens,
     seal: Option<Arc<DataKey>>,
@@ -253,7 +274,7 @@ async fn prepare(
             return Err(error.into_api("the embedding model"));
         }
     };
-    let history = history?;
+    let (history, begun_at) = history?;
     let hits = collection.search(&text, vector, question.top_k, now).await?;
     let passages = hits
         .into_iter()
@@ -277,6 +298,7 @@ async fn prepare(
         profile: scope.profile(),
         tier: scope.tier(),
         message: &question.message.text,
+        preface: &question.preface,
         passages,
         history: &history,
         max_context: Tokens(scope.limits().max_context_tokens),
@@ -284,7 +306,7 @@ async fn prepare(
         form: question.model.passages,
     };
     let prompt = prompt::build(inputs, &mut context.entropy.clone())
-        .map_err(|e| ApiError::new(Code::TooLarge, e.to_string()).with_param("message"))?;
+        .map_err(|e| ApiError::new(Code::TooLarge, e.to_string()).with_param(question.message_param))?;
     let mut input_most = prompt.most_tokens();
     let Prompt { system, messages, passages, form } = prompt;
     let request = MessagesRequest {
@@ -315,7 +337,7 @@ async fn prepare(
     match model.ask(&request, trace.as_ref(), deadline).await {
         Ok(upstream) => {
             let reader = AnswerReader::new(passages, form);
-            Ok(Prepared { upstream, reader, documents_retrieved, input_most, seal })
+            Ok(Prepared { upstream, reader, begun_at, documents_retrieved, input_most, seal })
         }
         Err(error) => {
             let usage = if error.may_have_cost() {
@@ -332,18 +354,19 @@ async fn prepare(
     }
 }
 
-/// The turns before this one, newest first. A conversation that is not the user's own does not exist.
+/// What was said before, newest first, and when it was begun. A conversation that is not the user's own does not exist.
 async fn history(
     context: &Context,
     scope: &TenantScope,
     question: &Question,
     now: Timestamp,
-) -> Result<Vec<Turn>, ApiError> {
+) -> Result<(Vec<Exchange>, Option<Timestamp>), ApiError> {
     match &question.conversation {
-        None => Ok(Vec::new()),
+        None => Ok((question.history.clone(), None)),
         Some(id) => {
             let turns = context.conversations.history(scope, id, now).await?;
-            if turns.is_empty() { Err(ApiError::not_found()) } else { Ok(turns) }
+            let begun_at = turns.first().ok_or_else(ApiError::not_found)?.begun_at;
+            Ok((turns.into_iter().map(Exchange::from).collect(), Some(begun_at)))
         }
     }
 }
@@ -353,9 +376,10 @@ impl Answering {
     pub(crate) fn meta(&self) -> Meta {
         Meta {
             id: self.id.clone(),
-            conversation_id: self.conversation_id.clone(),
+            conversation_id: self.conversation.clone(),
             model: self.upstream.model().to_owned(),
             documents_retrieved: self.documents_retrieved,
+            created_s: self.started.as_seconds(),
         }
     }
 
@@ -405,6 +429,7 @@ impl Answering {
         self,
         context: &Context,
         scope: &TenantScope,
+        wire: Wire,
         read: Result<(), ApiError>,
         key: Option<&IdempotencyKey>,
     ) -> Result<Stored, ApiError> {
@@ -421,31 +446,15 @@ impl Answering {
         let now = context.clock.now();
         let latency_ms = now.millis_since(self.started);
         entry.latency_ms = latency_ms;
+        entry.answer = Some(self.id.clone());
         let injection = entry.injection.clone();
         let record = context.gate.draft(scope, &admission, entry);
-        let turn = Turn {
-            tenant_id: scope.tenant_id().clone(),
-            conversation_id: self.conversation_id,
-            id: self.id,
-            user_id: scope.user_id().cloned(),
-            asked_at: self.started,
-            question: self.question,
-            answer: self.text,
-            citations: self.citations,
-            model: self.model_name,
-            usage,
-            embedding_tokens: record.embedding_tokens,
-            cost_nano_usd: record.cost_nano_usd,
-            latency_ms,
-            injection,
-            expires_at_s: self.started.plus_days(scope.limits().data_retention_days).as_seconds(),
-        };
         let done = Done {
-            id: turn.id.clone(),
-            conversation_id: turn.conversation_id.clone(),
-            response: turn.answer.clone(),
+            id: self.id,
+            conversation_id: self.conversation,
+            response: self.text,
             model: self.upstream.model().to_owned(),
-            citations: turn.citations.clone(),
+            citations: self.citations,
             usage: DoneUsage {
                 model: usage,
                 embedding_tokens: record.embedding_tokens,
@@ -453,14 +462,51 @@ impl Answering {
             },
             latency_ms,
             documents_retrieved: self.documents_retrieved,
+            created_s: self.started.as_seconds(),
+            stop_reason: self.upstream.stop_reason().map(str::to_owned),
         };
-        let body = serde_json::to_string(&done).map_err(|error| {
+        let body = wire.write(&done).map_err(|error| {
             tracing::error!("An answer does not serialise: {error}");
             ApiError::unavailable("the answer")
         })?;
         let stored = Stored { status: http::StatusCode::OK.as_u16(), body };
+        // On whatever clock: each turn is later than the first.
+        let after = |begun_at: Timestamp| self.started.max(begun_at.plus_millis(1));
+        let asked_at = self.begun_at.map_or(self.started, after);
+        let expires_at_s = asked_at.plus_days(scope.limits().data_retention_days).as_seconds();
+        let given = Given {
+            tenant_id: scope.tenant_id().clone(),
+            id: done.id.clone(),
+            user_id: scope.user_id().cloned(),
+            conversation_id: done.conversation_id.clone(),
+            asked_at,
+            model: self.model_name.clone(),
+            feedback: None,
+            expires_at_s,
+        };
+        let turn = done.conversation_id.map(|conversation_id| Turn {
+            tenant_id: scope.tenant_id().clone(),
+            conversation_id,
+            id: done.id,
+            user_id: scope.user_id().cloned(),
+            begun_at: self.begun_at.unwrap_or(asked_at),
+            asked_at,
+            question: self.question,
+            answer: done.response,
+            citations: done.citations,
+            model: self.model_name.clone(),
+            usage,
+            embedding_tokens: record.embedding_tokens,
+            cost_nano_usd: record.cost_nano_usd,
+            latency_ms,
+            injection,
+            idempotency: key.map(|key| key.hash().to_owned()),
+            feedback: None,
+            expires_at_s,
+        });
         let along = Along {
-            turn: Some((&context.conversations, &turn)),
+            turn: turn.as_ref().map(|turn| (&context.conversations, turn)),
+            given: Some((&context.conversations, &given)),
             finished: key.map(|key| context.idempotency.finished(key, &stored, now)),
             seal: self.seal.as_deref(),
         };

@@ -7,6 +7,7 @@ use std::task::{Context, Poll, ready};
 use bytes::Bytes;
 use http_body::{Body, Frame};
 use serde::Serialize;
+use serde_json::Value;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 /// A response's body.
@@ -35,6 +36,16 @@ impl Events {
     /// Sends an event whose data is JSON already.
     pub fn send_json(&self, event: &str, json: &str) {
         drop(self.0.send(format!("event: {event}\ndata: {json}\n\n").into()));
+    }
+
+    /// Sends an event without a name.
+    pub fn send_line(&self, data: &str) {
+        drop(self.0.send(format!("data: {data}\n\n").into()));
+    }
+
+    /// Sends an event without a name, whose data is JSON.
+    pub fn send_data(&self, data: &Value) {
+        self.send_line(&data.to_string());
     }
 
     /// Sends an event. A client that has gone is not an error.

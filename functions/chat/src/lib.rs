@@ -1,20 +1,25 @@
-//! Questions and answers: `POST /v1/chat`, as JSON or as server-sent events.
+//! Questions and answers: `POST /v1/chat` and, in the form of OpenAI's clients, `POST /v1/chat/completions`, as
+//! JSON or as server-sent events; and what users come back to: conversations, and what answers were worth.
 
 mod answer;
 mod body;
+mod conversations;
+mod feedback;
+mod models;
+mod openai;
 mod question;
+mod wire;
 
 use std::sync::Arc;
 
 use http::{HeaderValue, Method, Response, StatusCode, header};
 use lambda_http::{Error, Request};
 use reqwest::Url;
-use serde::Deserialize;
-use serde_json::json;
 use shared::api_key::Permission;
 use shared::aws::conversations::ConversationStore;
 use shared::aws::data_keys::DataKeys;
 use shared::aws::idempotency::IdempotencyStore;
+use shared::aws::ledger::Ledger;
 use shared::aws::secrets::TenantKeys;
 use shared::aws::{self, secrets};
 use shared::clock::Clock;
@@ -36,11 +41,13 @@ use tracing::Instrument;
 use answer::Time;
 pub use body::ChatBody;
 use body::Events;
-use question::{Body, Question};
+use question::Question;
+use wire::{Said, Speaker, Wire};
 
 /// What the function works with.
 pub struct Context {
     gate: Gate,
+    ledger: Ledger,
     valve: Valve,
     conversations: ConversationStore,
     idempotency: IdempotencyStore,
@@ -80,6 +87,7 @@ impl Context {
         let conversations = env::text("CONVERSATIONS_TABLE")?;
         Ok(Self {
             gate: Gate::from_env(&access, clock.clone())?,
+            ledger: Ledger::new(&access, env::text("AUDIT_TABLE")?),
             valve: Valve::from_env(&access, clock.clone())?,
             idempotency: IdempotencyStore::new(&access, conversations.clone()),
             conversations: ConversationStore::new(&access, conversations),
@@ -119,39 +127,54 @@ impl Context {
 /// Answers one request.
 pub async fn handle(context: Arc<Context>, request: Request) -> Response<ChatBody> {
     let clock = context.clock.clone();
-    web::handle(request, &clock, async |request| {
-        if (request.method(), web::route(&request)) != (&Method::POST, "/v1/chat") {
-            return Err(ApiError::not_found());
-        }
-        chat(context, request).await
+    web::handle(request, &clock, async |request| match (request.method(), web::route(&request)) {
+        (&Method::POST, "/v1/chat" | wire::COMPLETIONS) => chat(context, request).await,
+        (&Method::GET, "/v1/models") => context.run(request, models::handle).await,
+        (&Method::GET, "/v1/conversations") => context.run(request, conversations::list).await,
+        (&Method::GET, "/v1/conversations/{id}") => context.run(request, conversations::one).await,
+        (&Method::DELETE, "/v1/conversations/{id}") => context.run(request, conversations::delete).await,
+        (&Method::POST, "/v1/feedback") => context.run(request, feedback::handle).await,
+        _ => Err(ApiError::not_found()),
     })
     .await
+}
+
+impl Context {
+    /// Handles a request that is no question.
+    async fn run(
+        &self,
+        request: Request,
+        handler: impl AsyncFnOnce(&Self, &mut TenantScope, Request) -> Result<Response<ChatBody>, ApiError>,
+    ) -> Result<Response<ChatBody>, ApiError> {
+        let caller = web::caller(&request)?;
+        let run = async |mut scope: TenantScope| handler(self, &mut scope, request).await;
+        self.gate.enter(caller, Permission::Chat, run).await
+    }
 }
 
 async fn chat(context: Arc<Context>, request: Request) -> Result<Response<ChatBody>, ApiError> {
     let prepared = async |mut scope: TenantScope| Ok((prepare(&context, &mut scope, &request).await?, scope));
     let (prepared, scope) = context.gate.enter(web::caller(&request)?, Permission::Chat, prepared).await?;
-    let (answering, key) = match prepared {
-        Prepared::Answering(answering, key) => (answering, key),
+    let (Begun { answer, wire, stream }, key) = match prepared {
+        Prepared::Answering(begun, key) => (begun, key),
         Prepared::Answered(response) => return Ok(response),
     };
-    if !answering.stream {
-        let stored = finish(&context, &scope, *answering.answer, key, |_| {}).await?;
+    if !stream {
+        let stored = finish(&context, &scope, *answer, wire, key, |_| {}).await?;
         return Ok(web::repeated(stored));
     }
     let (events, response) = streamed();
     scope.note().hold();
     // A task of its own: whether or not the client stays, the answer is read to its end and settled.
     let task = async move {
-        events.send("meta", &answering.answer.meta());
-        let show = |text: &str| events.send("delta", &json!({ "text": text }));
-        let finished = finish(&context, &scope, *answering.answer, key, show).await;
+        let speaker = Speaker::begin(wire, events, &answer.meta());
+        let finished = finish(&context, &scope, *answer, wire, key, |text| speaker.text(text)).await;
         // Before the last event, after which Lambda may stop the process.
         let error = finished.as_ref().err().map(|error| error.code);
         web::conclude(scope.note(), Ending { status: StatusCode::OK, error }, &context.clock);
         match finished {
-            Ok(stored) => events.send_json("done", &stored.body),
-            Err(error) => events.send("error", &error.body(scope.request_id())),
+            Ok(stored) => speaker.end(&stored),
+            Err(error) => speaker.fail(&error, scope.request_id()),
         }
     };
     tokio::spawn(task.instrument(tracing::Span::current()));
@@ -167,6 +190,7 @@ enum Prepared {
 
 struct Begun {
     answer: Box<answer::Answering>,
+    wire: Wire,
     stream: bool,
 }
 
@@ -177,23 +201,22 @@ async fn prepare(
 ) -> Result<Prepared, ApiError> {
     let started = context.clock.now();
     let time = Time { deadline: web::deadline(request, &context.clock), ends_at_s: web::ends_at_s(request) };
-    let body: Body = web::json(request)?;
-    let question = match Question::parse(&body, scope) {
+    let Said { asked, wire, stream } = wire::read(request)?;
+    let question = match Question::parse(&asked, scope) {
         // What is allowed now may not have been when the decision was made that API Gateway has kept.
         Err(error) if error.code == Code::ModelNotAllowed => {
             context.gate.recheck(scope).await?;
-            Question::parse(&body, scope)?
+            Question::parse(&asked, scope)?
         }
         parsed => parsed?,
     };
-    let stream = question.stream;
     let key = web::idempotency_key(request, scope)?;
     let first = context.gate.first_result(scope, &context.idempotency, key.as_ref(), time.ends_at_s);
     if let Some(stored) = Box::pin(first).await? {
-        return Ok(Prepared::Answered(if stream { again(&stored)? } else { web::repeated(stored) }));
+        return Ok(Prepared::Answered(if stream { again(wire, &stored)? } else { web::repeated(stored) }));
     }
-    match answer::begin(context, scope, &body, question, started, time).await {
-        Ok(answer) => Ok(Prepared::Answering(Begun { answer: Box::new(answer), stream }, key)),
+    match answer::begin(context, scope, &asked, question, started, time).await {
+        Ok(answer) => Ok(Prepared::Answering(Begun { answer: Box::new(answer), wire, stream }, key)),
         Err(error) => {
             context.idempotency.give_back(scope, key.as_ref()).await;
             Err(error)
@@ -206,11 +229,12 @@ async fn finish(
     context: &Context,
     scope: &TenantScope,
     mut answer: answer::Answering,
+    wire: Wire,
     key: Option<IdempotencyKey>,
     show: impl FnMut(&str),
 ) -> Result<Stored, ApiError> {
     let read = answer.read(context, scope, show).await;
-    let settled = answer.settle(context, scope, read, key.as_ref()).await;
+    let settled = answer.settle(context, scope, wire, read, key.as_ref()).await;
     if settled.is_err() {
         context.idempotency.give_back(scope, key.as_ref()).await;
     }
@@ -228,20 +252,14 @@ fn streamed() -> (Events, Response<ChatBody>) {
 }
 
 /// A first answer, streamed once more.
-fn again(stored: &Stored) -> Result<Response<ChatBody>, ApiError> {
-    #[derive(Deserialize)]
-    struct Told {
-        #[serde(flatten)]
-        meta: answer::Meta,
-        response: String,
-    }
-    let told: Told = serde_json::from_str(&stored.body).map_err(|error| {
+fn again(wire: Wire, stored: &Stored) -> Result<Response<ChatBody>, ApiError> {
+    let (meta, text) = wire.told(stored).map_err(|error| {
         tracing::error!("A kept answer does not parse: {error}");
         ApiError::unavailable("the first answer")
     })?;
     let (events, response) = streamed();
-    events.send("meta", &told.meta);
-    events.send("delta", &json!({ "text": told.response }));
-    events.send_json("done", &stored.body);
+    let speaker = Speaker::begin(wire, events, &meta);
+    speaker.text(&text);
+    speaker.end(stored);
     Ok(response)
 }

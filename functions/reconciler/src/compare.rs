@@ -9,6 +9,8 @@
 //!   ≤ what it has settled after;
 //! - a ticket given before has a record, or was in flight before.
 //!
+//! What users say of answers is on the bill without a ticket, and is left out.
+//!
 //! Where the tenant rests the two sides meet, and the books must be equal.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -54,7 +56,7 @@ pub(crate) struct Reading {
 impl Reading {
     /// Of the books of `months`, of which `before` was read first.
     pub(crate) fn new(months: [BillingMonth; 2], now: Timestamp, before: Standing) -> Self {
-        let (meter, bill) = before;
+        let (meter, bill) = (before.0, before.1.charged());
         let tickets = Tickets::new(&meter);
         let (all, exported) = (Bill::default(), Bill::default());
         Self { months, now, meter, bill, all, exported, overdue: None, recent: BTreeMap::new(), tickets }
@@ -85,7 +87,10 @@ impl Reading {
     }
 
     /// The verdict, once meter and bill were read again.
-    pub(crate) fn judge(self, after: &Standing) -> Verdict {
+    pub(crate) fn judge(mut self, after: &Standing) -> Verdict {
+        let after = &(after.0.clone(), after.1.charged());
+        self.all = self.all.charged();
+        self.exported = self.exported.charged();
         let found = (self.completeness(after).and_then(|()| self.bill(after)))
             .and_then(|bill| Ok(self.meter(after)? && bill));
         match found {

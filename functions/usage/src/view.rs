@@ -11,7 +11,7 @@ use shared::usage::{Bill, Histogram, Sums};
 
 /// The first line of a table.
 pub(crate) const CSV_HEADER: &str = "tenant_id,month,model,requests,input_tokens,output_tokens,\
-    cache_read_input_tokens,cache_creation_input_tokens,embedding_tokens,unreported_tokens,cost_nano_usd\r\n";
+    cache_read_input_tokens,cache_creation_input_tokens,embedding_tokens,unreported_tokens,cost_nano_usd,feedback_up,feedback_down\r\n";
 
 /// A month: its sums, its models, and what is left now.
 #[derive(Debug, Serialize)]
@@ -80,6 +80,8 @@ impl View {
                 sums.embedding_tokens.0,
                 sums.unreported_tokens.0,
                 sums.cost_nano_usd.0,
+                sums.feedback_up,
+                sums.feedback_down,
             ]
             .map(|number| number.to_string())
             .join(",");

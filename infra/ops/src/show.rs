@@ -183,6 +183,9 @@ fn for_a_person(record: &WireRecord) -> String {
     if !record.chunks.is_empty() {
         add(format!("chunks {}", quoted(record.chunks.iter().map(String::as_str))));
     }
+    if let Some(subject) = &record.subject {
+        add(format!("about \"{}\"", OneLine(subject)));
+    }
     if let Some(receipt) = &record.receipt {
         let deleted: u64 = receipt.stores.iter().map(|store| store.deleted).sum();
         let found: u64 = receipt.stores.iter().map(|store| store.found).sum();
@@ -205,7 +208,7 @@ fn quoted<'a>(texts: impl Iterator<Item = &'a str>) -> String {
     texts.map(|text| format!("\"{}\"", OneLine(text))).collect::<Vec<_>>().join(",")
 }
 
-const COLUMNS: [&str; 40] = [
+const COLUMNS: [&str; 41] = [
     "time",
     "tenant_id",
     "position",
@@ -238,6 +241,7 @@ const COLUMNS: [&str; 40] = [
     "cost_usd",
     "documents",
     "chunks",
+    "subject",
     "injection",
     "keys",
     "changed",
@@ -248,7 +252,7 @@ const COLUMNS: [&str; 40] = [
     "retain_until",
 ];
 
-fn cells(line: &Line) -> [String; 40] {
+fn cells(line: &Line) -> [String; 41] {
     let record = &line.record;
     let text = |text: Option<&str>| text.map_or_else(String::new, |text| safe(text).into_owned());
     let number = |number: Option<u64>| number.map_or_else(String::new, |number| number.to_string());
@@ -286,6 +290,7 @@ fn cells(line: &Line) -> [String; 40] {
         dollars(record.cost_nano_usd),
         list(record.documents.iter().map(|id| id.as_str()).collect()),
         list(record.chunks.iter().map(String::as_str).collect()),
+        text(record.subject.as_deref()),
         list(record.injection.iter().map(String::as_str).collect()),
         list(record.keys.iter().map(|id| id.as_str()).collect()),
         list(record.changed.iter().map(String::as_str).collect()),

@@ -43,6 +43,10 @@ pub struct Names {
 /// The most documents that are deleted, and named by one record, at once.
 pub const MOST_AT_ONCE: usize = 50;
 
+/// The kinds of items in table `conversations`.
+const CONVERSATIONS: [Store; 4] =
+    [Store::Conversations, Store::Turns, Store::Answers, Store::IdempotencyRecords];
+
 /// Where to go on deleting.
 #[derive(Clone, Debug, Default)]
 pub struct Onward(Option<String>);
@@ -65,8 +69,8 @@ impl TenantItems {
     /// has no kind of its own counts with the last.
     const fn partition(&self, store: Store) -> Option<(&Table, &'static [Store])> {
         match store {
-            Store::Turns | Store::IdempotencyRecords => {
-                Some((&self.conversations, &[Store::Turns, Store::IdempotencyRecords]))
+            Store::Conversations | Store::Turns | Store::Answers | Store::IdempotencyRecords => {
+                Some((&self.conversations, &CONVERSATIONS))
             }
             Store::Documents => Some((&self.documents, &[Store::Documents])),
             Store::Webhooks => Some((&self.webhooks, &[Store::Webhooks])),
@@ -275,8 +279,44 @@ impl TenantItems {
         expired: &Expired,
         from: Onward,
     ) -> Result<(u64, Option<Onward>), StoreError> {
-        let page = Page { prefix: item_key::TURNS, newest_first: false, limit: 500, after: from.0 };
-        let (old, next) = self.conversations.older(expired, page, "asked_at").await?;
+        self.delete_expired(expired, item_key::TURNS, "asked_at", from).await
+    }
+
+    /// As [`TenantItems::delete_expired_turns`], of conversations as they are listed.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn delete_expired_conversations(
+        &self,
+        expired: &Expired,
+        from: Onward,
+    ) -> Result<(u64, Option<Onward>), StoreError> {
+        self.delete_expired(expired, item_key::CONVERSATIONS, "updated_at", from).await
+    }
+
+    /// As [`TenantItems::delete_expired_turns`], of what is kept of answers by their ids.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn delete_expired_answers(
+        &self,
+        expired: &Expired,
+        from: Onward,
+    ) -> Result<(u64, Option<Onward>), StoreError> {
+        self.delete_expired(expired, item_key::ANSWERS, "asked_at", from).await
+    }
+
+    /// Deletes the items of a page of table `conversations` whose time, in attribute `at`, is past the
+    /// retention.
+    async fn delete_expired(
+        &self,
+        expired: &Expired,
+        prefix: &str,
+        at: &str,
+        from: Onward,
+    ) -> Result<(u64, Option<Onward>), StoreError> {
+        let page = Page { prefix, newest_first: false, limit: 500, after: from.0 };
+        let (old, next) = self.conversations.older(expired, page, at).await?;
         self.conversations.delete_all(expired.tenant_id(), &old).await?;
         Ok((old.len() as u64, next.map(|sort| Onward(Some(sort)))))
     }
@@ -346,7 +386,9 @@ fn ends_with_the_tenant(sort: &str) -> bool {
 /// Of these kinds of items, the one that is kept under that sort key.
 fn kind(kinds: &[Store], sort: &str) -> Store {
     let starts = |kind: Store| match kind {
+        Store::Conversations => sort.starts_with(item_key::CONVERSATIONS),
         Store::Turns => sort.starts_with(item_key::TURNS),
+        Store::Answers => sort.starts_with(item_key::ANSWERS),
         Store::Keys => sort.starts_with(item_key::API_KEYS),
         Store::Issuers => sort.starts_with(item_key::ISSUERS) || sort.starts_with(item_key::CLAIMS),
         _ => true,
@@ -372,9 +414,10 @@ mod tests {
             assert_eq!(kind(&tenants, sort), expected);
             assert!(ends_with_the_tenant(sort));
         }
-        let conversations = [Store::Turns, Store::IdempotencyRecords];
-        assert_eq!(kind(&conversations, "CONV#x#1#y"), Store::Turns);
-        assert_eq!(kind(&conversations, "IDEM#x"), Store::IdempotencyRecords);
+        assert_eq!(kind(&CONVERSATIONS, "LIST#x#1#y"), Store::Conversations);
+        assert_eq!(kind(&CONVERSATIONS, "CONV#x#1#y"), Store::Turns);
+        assert_eq!(kind(&CONVERSATIONS, "ANSWER#x"), Store::Answers);
+        assert_eq!(kind(&CONVERSATIONS, "IDEM#x"), Store::IdempotencyRecords);
         assert!(!ends_with_the_tenant("CONFIG") && !ends_with_the_tenant("DEPROVISIONING#x"));
     }
 }

@@ -1,7 +1,7 @@
 //! Table `audit`: the ledger. A record waits there, visible to the index `pending`, until the audit log
 //! has it; its table forgets it long after. And the one transaction that settles a request: its record, its turn and
-//! its idempotency record together. None of these items is written by anybody else, so nothing
-//! contends for them.
+//! its idempotency record together. Of these items only the conversation, as it is listed, is written by anybody
+//! else: by the user's other questions in it.
 
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ use super::idempotency::{Finished, IdempotencyStore};
 use super::session::Access;
 use super::table::{Cancelled, Item, Page, StoreError, Table};
 use crate::clock::Timestamp;
-use crate::conversation::Turn;
+use crate::conversation::{Given, Turn};
 use crate::item_key::{self, PARTITION, SORT};
 use crate::ledger::{Outcome, Record};
 use crate::meter::Ticket;
@@ -48,6 +48,8 @@ pub enum Entered {
 pub struct Along<'a> {
     /// The turn of a conversation.
     pub turn: Option<(&'a ConversationStore, &'a Turn)>,
+    /// What is kept of the answer by its id. It enters with the turn, if there is one, or not at all.
+    pub given: Option<(&'a ConversationStore, &'a Given)>,
     /// The first result under an idempotency key.
     pub finished: Option<(&'a IdempotencyStore, Finished<'a>)>,
     /// What seals both, where the tenant has a key of its own.
@@ -119,15 +121,19 @@ impl Ledger {
         let mut failed = 0;
         loop {
             let mut parts = Vec::new();
-            let (mut record_at, mut turn_at, mut finished_at) = (None, None, None);
+            let (mut record_at, mut finished_at) = (None, None);
             if entered.is_none() {
                 record_at = Some(parts.len());
                 parts.push(self.0.put_new(self.item(record, &sort)?)?);
             }
+            let first = parts.len();
             if let Some((store, turn)) = along.turn {
-                turn_at = Some(parts.len());
-                parts.push(store.new_part(scope, turn, along.seal)?);
+                parts.extend(store.turn_parts(scope, turn, along.seal)?);
             }
+            if let Some((store, given)) = along.given {
+                parts.push(store.given_part(scope, given)?);
+            }
+            let turn_at = first..parts.len();
             if let Some((store, finished)) = &along.finished {
                 finished_at = Some(parts.len());
                 parts.push(store.finished_part(scope, finished, along.seal)?);
@@ -148,10 +154,11 @@ impl Ledger {
                         }
                         // Too late: the lease had expired. A turn enters with its ticket's record or not at
                         // all: once every ticket has its record, none can appear any more, however late.
-                        along.turn = None;
+                        (along.turn, along.given) = (None, None);
                         entered = Some(Entered::Theirs(Box::new(there)));
-                    } else if take(turn_at).is_some() {
-                        along.turn = None;
+                    } else if turn_at.into_iter().any(|at| take(Some(at)).is_some()) {
+                        // The conversation has been deleted meanwhile, and nothing of it is to be kept.
+                        along = Along::default();
                     } else if take(finished_at).is_some() {
                         // The key has been given to another request meanwhile; it answers for it.
                         along.finished = None;
@@ -159,7 +166,8 @@ impl Ledger {
                 }
                 // Such as an answer too long for an item. The charge is known, and must be on record.
                 Err(Cancelled::Failed(error))
-                    if !error.passes() && (along.turn.is_some() || along.finished.is_some()) =>
+                    if !error.passes()
+                        && (along.turn.is_some() || along.given.is_some() || along.finished.is_some()) =>
                 {
                     tracing::error!(
                         alert = "turn_not_kept",

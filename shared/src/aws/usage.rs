@@ -106,6 +106,8 @@ impl UsageStore {
             embedding_tokens: Tokens(number("embedding_tokens")?),
             unreported_tokens: Tokens(number("unreported_tokens")?),
             cost_nano_usd: NanoUsd(number("cost_nano_usd")?),
+            feedback_up: number("feedback_up")?,
+            feedback_down: number("feedback_down")?,
             ..Sums::default()
         };
         sums.usage.input_tokens = Tokens(number("input_tokens")?);

@@ -135,5 +135,14 @@ async fn turns(context: &Context, expired: &Expired) -> Result<u64, Failed> {
         turns += deleted;
         from = next;
     }
+    // The conversations after their turns: what is left by a crash goes tomorrow.
+    let mut from = Some(Onward::default());
+    while let Some(place) = from {
+        from = context.items.delete_expired_conversations(expired, place).await?.1;
+    }
+    let mut from = Some(Onward::default());
+    while let Some(place) = from {
+        from = context.items.delete_expired_answers(expired, place).await?.1;
+    }
     Ok(turns)
 }
