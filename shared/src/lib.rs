@@ -39,6 +39,7 @@ pub mod placement;
 pub mod pressure;
 pub mod pricing;
 pub mod random;
+pub mod roots;
 pub mod scope;
 pub mod sealing;
 pub mod secret;

@@ -9,6 +9,7 @@ use tokio::time::{Instant, timeout_at};
 use crate::error::{ApiError, Code};
 use crate::random;
 use crate::retry::Backoff;
+use crate::roots::{self, RootsError};
 use crate::trace::{self, Trace};
 
 /// Why a call brought no answer.
@@ -91,16 +92,18 @@ impl OutboundError {
 /// A client for all of a function's outbound calls; connections are kept between invocations.
 ///
 /// # Errors
-/// If the TLS library does not start.
-pub fn client() -> Result<reqwest::Client, reqwest::Error> {
-    reqwest::Client::builder()
+/// If the roots cannot be had, or the TLS library does not start.
+pub fn client() -> Result<reqwest::Client, RootsError> {
+    let client = reqwest::Client::builder()
+        .tls_certs_only(roots::certificates()?)
         .connect_timeout(Duration::from_secs(3))
         // Below the idle time of the services' load balancers, so that a thawed function does not
         // write into a connection that is gone.
         .pool_idle_timeout(Duration::from_secs(30))
         .redirect(reqwest::redirect::Policy::none())
         .user_agent("bulkhead")
-        .build()
+        .build()?;
+    Ok(client)
 }
 
 /// How paid calls are repeated: only where the service has done nothing, so none is paid twice.

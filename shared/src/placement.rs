@@ -21,7 +21,7 @@ use crate::tenant::TenantId;
 pub const CLAIM_MS: u64 = 30_000;
 
 /// The collections that a cell takes where its operator does not say. A cluster bears about a thousand.
-const CAPACITY: u32 = 900;
+pub const CAPACITY: u32 = 900;
 /// The most that can be said.
 const MOST_CAPACITY: u32 = 100_000;
 

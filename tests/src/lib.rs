@@ -42,6 +42,8 @@ pub struct Options {
     pub data: Option<PathBuf>,
     /// Services elsewhere to call instead of the offline ones: the model's and the embeddings'.
     pub services: Option<(String, String)>,
+    /// A folder with the functions' programs; those that are built with the tests otherwise.
+    pub functions: Option<PathBuf>,
 }
 
 /// A running stack.
@@ -95,13 +97,16 @@ pub struct Event {
 }
 
 /// Builds everything once per test binary and says where it is. `cargo test` builds the tests alone;
-/// the same selection of packages and targets keeps cargo from compiling anything twice.
+/// the same selection of packages and targets keeps cargo from compiling anything twice. A benchmark does
+/// without the tests.
 fn binaries() -> &'static Path {
     static DIRECTORY: OnceLock<PathBuf> = OnceLock::new();
     DIRECTORY.get_or_init(|| {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace's root");
+        let benchmark = std::env::args().any(|argument| argument == "--bench");
+        let beside = if benchmark { "--benches" } else { "--tests" };
         let status = local::cargo::command()
-            .args(["build", "--quiet", "--workspace", "--bins", "--tests"])
+            .args(["build", "--quiet", "--workspace", "--bins", beside])
             .current_dir(root)
             .status()
             .expect("cargo runs");
@@ -148,7 +153,7 @@ impl Stack {
         let mut command = Command::new(binaries.join("local"));
         command
             .args(["--port", "0", "--functions"])
-            .arg(binaries)
+            .arg(options.functions.as_deref().unwrap_or(binaries))
             .arg("--data")
             .arg(options.data.clone().unwrap_or_else(|| directory.path().join("data")))
             .arg("--ready-file")

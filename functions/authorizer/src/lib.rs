@@ -52,7 +52,7 @@ impl Context {
     /// # Errors
     /// If a variable or secret is absent or malformed; the error names it.
     pub async fn from_env() -> Result<Self, Error> {
-        let config = aws::config().await;
+        let config = aws::config().await?;
         let access = aws::Access::own(&config);
         let clock = Clock::system();
         Ok(Self {

@@ -44,7 +44,10 @@ pub(crate) async fn handle(
     }
     if comment.is_some() && scope.kms_key().is_some() {
         // What is kept of an answer by its id is not sealed.
-        return Err(ApiError::invalid("comment", "comments are not kept for a tenant with a KMS key of its own"));
+        return Err(ApiError::invalid(
+            "comment",
+            "comments are not kept for a tenant with a KMS key of its own",
+        ));
     }
     // A text that cannot be an id is answered like an id that is nobody's.
     let id: MessageId = id.parse().map_err(|_| ApiError::not_found())?;

@@ -56,7 +56,7 @@ impl Context {
     /// # Errors
     /// If a variable or secret is absent or malformed; the error names it.
     pub async fn from_env() -> Result<Self, Error> {
-        let config = aws::config().await;
+        let config = aws::config().await?;
         let access = aws::Access::own(&config);
         #[expect(clippy::disallowed_methods, reason = "a schedule and a table's stream drive this function")]
         let bookkeeper = Bookkeeper::driven_by_events();

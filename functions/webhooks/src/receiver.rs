@@ -7,6 +7,7 @@ use std::time::Duration;
 use reqwest::redirect::Policy;
 use reqwest::{Client, StatusCode, Url};
 use shared::internet::{Guarded, Refused};
+use shared::roots::{self, RootsError};
 use shared::webhook::{Receivers, SIGNATURE};
 
 /// How long a try may take, with everything.
@@ -34,9 +35,10 @@ impl Sender {
     /// For these receivers.
     ///
     /// # Errors
-    /// If the TLS library does not start.
-    pub(crate) fn new(receivers: Receivers) -> Result<Self, reqwest::Error> {
+    /// If the roots cannot be had, or the TLS library does not start.
+    pub(crate) fn new(receivers: Receivers) -> Result<Self, RootsError> {
         let http = Client::builder()
+            .tls_certs_only(roots::certificates()?)
             .dns_resolver(Guarded::new(move |address| receivers.admit(address)))
             // A redirect would lead to where nobody has looked, and a proxy would look up the name itself.
             .redirect(Policy::none())

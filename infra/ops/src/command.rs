@@ -42,6 +42,8 @@ pub enum Command {
     Usage(Usage),
     /// Show how far the deletion of a tenant is
     Deprovisioning(Deprovisioning),
+    /// Estimate what a deployment costs by AWS's list prices, and which limit it meets next
+    Cost(Cost),
 }
 
 /// `audit`
@@ -426,6 +428,24 @@ pub enum DeprovisioningCommand {
         #[arg(value_parser = deprovisioning_id)]
         id: String,
     },
+}
+
+/// `cost`
+#[derive(Debug, Args)]
+pub struct Cost {
+    /// The numbers of tenants
+    #[arg(long, value_delimiter = ',', default_value = "10,400,10000,100000",
+          value_parser = clap::value_parser!(u64).range(..=1_000_000))]
+    pub tenants: Vec<u64>,
+    /// Chats of a tenant in a month
+    #[arg(long, value_parser = clap::value_parser!(u64).range(..=100_000))]
+    pub chats: Option<u64>,
+    /// How long a model writes at an answer, in milliseconds
+    #[arg(long, value_parser = clap::value_parser!(u64).range(..=900_000))]
+    pub model_ms: Option<u64>,
+    /// Print every line as JSON, in nano-dollars
+    #[arg(long)]
+    pub json: bool,
 }
 
 fn instant(text: &str) -> Result<Timestamp, String> {

@@ -6,6 +6,7 @@
 
 pub mod api;
 pub mod command;
+pub mod cost;
 mod files;
 pub mod operate;
 mod s3;

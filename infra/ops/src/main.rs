@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use ops::api::CallError;
 use ops::command::{Audit, Command, Show, Verify};
-use ops::{Failure, Source, operate, show, verify};
+use ops::{Failure, Source, cost, operate, show, verify};
 use shared::audit_filter::Filter;
 use tokio::runtime::Builder;
 
@@ -21,6 +21,9 @@ fn main() -> ExitCode {
     let result = match Command::parse() {
         Command::Audit(Audit::Verify(arguments)) => verify(&arguments),
         Command::Audit(Audit::Show(arguments)) => show(*arguments),
+        Command::Cost(wanted) => {
+            cost::run(&wanted, &mut io::stdout().lock()).map(|()| ExitCode::SUCCESS).map_err(Failure::Output)
+        }
         command => return operate(command),
     };
     result.unwrap_or_else(|failure| {

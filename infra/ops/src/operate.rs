@@ -44,6 +44,7 @@ pub async fn run(
         Command::Usage(usage) => &usage.at,
         Command::Deprovisioning(deprovisioning) => &deprovisioning.at,
         Command::Audit(_) => return Err(CallError::Setup("the audit log is read where it is stored".into())),
+        Command::Cost(_) => return Err(CallError::Setup("costs are worked out without the API".into())),
     };
     let api = Api::open(at.endpoint.as_deref()).await?;
     let mut console = Console { input, out, beside, json: at.json };
@@ -56,7 +57,7 @@ pub async fn run(
             DeprovisioningCommand::Show { id } => deprovisioning::show(&api, &id, &mut console).await?,
             DeprovisioningCommand::Watch { id } => deprovisioning::watch(&api, &id, &mut console).await?,
         },
-        Command::Audit(_) => {}
+        Command::Audit(_) | Command::Cost(_) => {}
     }
     Ok(console.out.flush()?)
 }

@@ -20,7 +20,17 @@ impl Table {
         Self { headings: headings.map(str::to_owned).into(), rows: Vec::new() }
     }
 
+    /// One with as many columns as there are headings.
+    pub(crate) fn of(headings: impl IntoIterator<Item = String>) -> Self {
+        Self { headings: headings.into_iter().collect(), rows: Vec::new() }
+    }
+
     pub(crate) fn row<const N: usize>(&mut self, cells: [String; N]) {
+        self.cells(cells.into());
+    }
+
+    /// A row of as many cells as there are columns.
+    pub(crate) fn cells(&mut self, cells: Vec<String>) {
         self.rows.push(cells.iter().map(|cell| OneLine(cell).to_string()).collect());
     }
 

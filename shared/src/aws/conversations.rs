@@ -93,9 +93,12 @@ impl ConversationStore {
     async fn listed(&self, scope: &TenantScope, turn: &Turn) -> Result<Option<Conversation>, StoreError> {
         let sort = listed_at(turn);
         let Some(item) = self.0.item_at(scope.tenant_id(), &sort).await? else { return Ok(None) };
-        Ok(self.0.opened(scope, vec![item]).await?.pop().filter(|listed: &Conversation| {
-            scope.owns(listed.tenant_id.as_str(), "conversations").is_ok()
-        }))
+        Ok(self
+            .0
+            .opened(scope, vec![item])
+            .await?
+            .pop()
+            .filter(|listed: &Conversation| scope.owns(listed.tenant_id.as_str(), "conversations").is_ok()))
     }
 
     /// A conversation of the scope's tenant and user: as it is listed, with a page of its turns, oldest

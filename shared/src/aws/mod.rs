@@ -2,9 +2,15 @@
 
 use std::time::Duration;
 
+use aws_config::environment::{EnvironmentVariableCredentialsProvider, EnvironmentVariableRegionProvider};
 use aws_config::retry::RetryConfig;
 use aws_config::timeout::TimeoutConfig;
 use aws_config::{BehaviorVersion, SdkConfig};
+use aws_smithy_http_client::Builder;
+use aws_smithy_http_client::tls::rustls_provider::CryptoMode;
+use aws_smithy_http_client::tls::{Provider, TlsContext, TrustStore};
+
+use crate::roots;
 
 #[cfg(feature = "dynamodb")]
 pub mod accounts;
@@ -51,11 +57,30 @@ pub use session::{Access, LINKS_HOLD};
 #[cfg(feature = "dynamodb")]
 pub use table::StoreError;
 
+/// Why no AWS client can be made.
+#[derive(Debug, thiserror::Error)]
+#[error("connections to AWS cannot be made")]
+pub struct NoConnections(#[source] Box<dyn std::error::Error + Send + Sync>);
+
 /// The configuration of every AWS client: credentials, region and endpoints from the environment, and
 /// a bound on each call. DynamoDB answers in milliseconds; one that takes a second is better asked
 /// again.
-pub async fn config() -> SdkConfig {
-    aws_config::defaults(BehaviorVersion::latest())
+///
+/// All clients, whosever credentials they use, have one pool of connections: a connection belongs to
+/// nobody, since each call is signed by itself. Credentials and region are looked for in the environment
+/// alone: to ask profiles, containers and machines as well takes clients of its own.
+///
+/// # Errors
+/// [`NoConnections`].
+pub async fn config() -> Result<SdkConfig, NoConnections> {
+    let roots = TrustStore::empty().with_pem_certificate(roots::pem());
+    let tls = TlsContext::builder().with_trust_store(roots).build();
+    let tls = tls.map_err(|error| NoConnections(Box::new(error)))?;
+    let http = Builder::new().tls_provider(Provider::Rustls(CryptoMode::AwsLc)).tls_context(tls);
+    let config = aws_config::defaults(BehaviorVersion::latest())
+        .http_client(http.build_https())
+        .credentials_provider(EnvironmentVariableCredentialsProvider::new())
+        .region(EnvironmentVariableRegionProvider::new())
         .retry_config(RetryConfig::standard().with_max_attempts(3))
         .timeout_config(
             TimeoutConfig::builder()
@@ -63,7 +88,6 @@ pub async fn config() -> SdkConfig {
                 .operation_attempt_timeout(Duration::from_secs(2))
                 .operation_timeout(Duration::from_secs(5))
                 .build(),
-        )
-        .load()
-        .await
+        );
+    Ok(config.load().await)
 }

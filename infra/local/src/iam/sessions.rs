@@ -171,7 +171,9 @@ fn the_function_of_the_keys_writes_issuers_claims_and_nothing_else_that_is_no_te
     };
     let claim = ["tenant_id", "sk", "holder", "issuer_id", "since"];
     assert!(may("UpdateItem", &["issuer#x"], &claim));
-    for action in ["PutItem", "DeleteItem", "GetItem", "Query", "Scan", "BatchWriteItem", "ConditionCheckItem"] {
+    for action in
+        ["PutItem", "DeleteItem", "GetItem", "Query", "Scan", "BatchWriteItem", "ConditionCheckItem"]
+    {
         assert!(!may(action, &["issuer#x"], &claim), "{action}");
     }
     for action in ["PutItem", "UpdateItem"] {

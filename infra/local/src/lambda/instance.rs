@@ -358,14 +358,17 @@ fn kill(child: &mut Child) {
     let _ = child.start_kill();
 }
 
-/// The process with the environment that Lambda gives it; nothing is inherited but `PATH`.
+/// The process with the environment that Lambda gives it; nothing is inherited but `PATH`, and which
+/// certificates this machine trusts beyond the usual: it may be behind a proxy that signs with its own.
 fn command(pool: &Pool, shared: &Shared, instance: &str) -> Command {
     let options = &shared.options;
     let function = pool.function();
     let mut command = Command::new(options.binaries.join(&function.binary));
     command.env_clear();
-    if let Some(path) = std::env::var_os("PATH") {
-        command.env("PATH", path);
+    for name in ["PATH", "SSL_CERT_FILE"] {
+        if let Some(value) = std::env::var_os(name) {
+            command.env(name, value);
+        }
     }
     command
         .envs(&function.environment)

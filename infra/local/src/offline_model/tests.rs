@@ -222,7 +222,7 @@ async fn a_stream_adds_up_to_the_json_answer() {
 
     let seen: Value =
         reqwest::get(format!("{}/_requests?last=2", server.url)).await.unwrap().json().await.unwrap();
-    assert_eq!(seen[0], json!({"path": "/v1/messages", "api_key": "key", "body": request}));
+    assert_eq!(seen[0], json!({"path": "/v1/messages", "api_key": "key", "trace": "", "body": request}));
     assert_eq!(seen[1]["path"], "/v1/messages/count_tokens");
 }
 

@@ -54,6 +54,7 @@ fn every_route_leads_to_a_function_with_a_binary() {
             "DELETE /admin/issuer-claim provisioning iam buffered",
             "DELETE /admin/tenants/{id} deprovisioning iam buffered",
             "DELETE /admin/tenants/{id}/keys/{key_id} provisioning iam buffered",
+            "DELETE /v1/conversations/{id} chat tenant stream",
             "DELETE /v1/documents/{id} ingestion tenant buffered",
             "DELETE /v1/issuers/{id} keys tenant buffered",
             "DELETE /v1/keys/{id} keys tenant buffered",
@@ -67,18 +68,23 @@ fn every_route_leads_to_a_function_with_a_binary() {
             "GET /admin/usage usage iam buffered",
             "GET /v1/audit audit tenant buffered",
             "GET /v1/audit/exports/{id} audit tenant buffered",
+            "GET /v1/conversations chat tenant stream",
+            "GET /v1/conversations/{id} chat tenant stream",
             "GET /v1/documents ingestion tenant buffered",
             "GET /v1/documents/{id} ingestion tenant buffered",
             "GET /v1/issuers keys tenant buffered",
             "GET /v1/issuers/{id} keys tenant buffered",
             "GET /v1/keys keys tenant buffered",
+            "GET /v1/models chat tenant stream",
             "GET /v1/usage usage tenant buffered",
             "PATCH /admin/tenants/{id} provisioning iam buffered",
             "POST /admin/tenants provisioning iam buffered",
             "POST /admin/tenants/{id}/keys provisioning iam buffered",
             "POST /v1/audit/exports audit tenant buffered",
             "POST /v1/chat chat tenant stream",
+            "POST /v1/chat/completions chat tenant stream",
             "POST /v1/documents ingestion tenant buffered",
+            "POST /v1/feedback chat tenant stream",
             "POST /v1/issuers keys tenant buffered",
             "POST /v1/keys keys tenant buffered",
             "POST /v1/keys/{id}/rotate keys tenant buffered",
@@ -207,7 +213,14 @@ fn functions_get_their_environment_and_secrets_by_name_alone() {
     let keys = |id: &str| template.function(id).unwrap().environment.keys().cloned().collect::<Vec<_>>();
     assert_eq!(
         keys("Authorizer"),
-        ["AUDIT_TABLE", "ISSUER_REACH", "LOG_LEVEL", "QDRANT_ROOT_KEY_SECRET", "TENANTS_TABLE"]
+        [
+            "AUDIT_TABLE",
+            "ISSUER_REACH",
+            "LOG_LEVEL",
+            "METRICS_NAMESPACE",
+            "QDRANT_ROOT_KEY_SECRET",
+            "TENANTS_TABLE"
+        ]
     );
     let chat = template.function("Chat").unwrap();
     assert_eq!(chat.name, "bulkhead-chat");
