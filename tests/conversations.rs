@@ -1,6 +1,6 @@
 //! What users come back to: their conversations, and what they say that answers are worth.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
 use std::time::Duration;
 

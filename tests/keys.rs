@@ -550,17 +550,21 @@ fn tenant_routes() -> Vec<(Method, String, Value)> {
             ("POST", "/v1/documents") => json!({"title": "t", "content": "c"}),
             ("POST", "/v1/search") => json!({"query": "q"}),
             ("POST", "/v1/chat") => json!({"message": "m", "stream": true}),
+            ("POST", "/v1/chat/completions") => json!({"model": "claude-haiku-4-5-20251001",
+                "messages": [{"role": "user", "content": "m"}]}),
+            ("POST", "/v1/feedback") => json!({"id": format!("msg_{}", "0".repeat(22)), "rating": "up"}),
             ("POST", "/v1/issuers") => json!({"issuer": "https://login.acme.example", "audience": "bulkhead",
                 "jwks_url": "https://login.acme.example/keys"}),
             ("POST", _) => json!({}),
             _ => Value::Null,
         };
         let id = match path.split('/').nth(2) {
-            Some("keys") => "000000000000",
-            Some("issuers") => "iss_000000000000",
-            _ => "x",
+            Some("keys") => "000000000000".to_owned(),
+            Some("issuers") => "iss_000000000000".to_owned(),
+            Some("conversations") => format!("conv_{}", "0".repeat(22)),
+            _ => "x".to_owned(),
         };
-        (method.parse().unwrap(), path.replace("{id}", id), body)
+        (method.parse().unwrap(), path.replace("{id}", &id), body)
     };
     routes.map(|route| request(route.method.to_string(), route.path.to_string())).collect()
 }

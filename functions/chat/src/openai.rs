@@ -353,19 +353,22 @@ impl Chunks {
         Self { id, created, model, include_usage }
     }
 
-    fn chunk(&self, choices: Value) -> Value {
-        let mut chunk = json!({
-            "id": self.id, "object": "chat.completion.chunk", "created": self.created, "model": self.model,
-            "choices": choices,
-        });
-        if self.include_usage {
-            chunk["usage"] = Value::Null;
-        }
-        chunk
+    /// A chunk, and what stands beside its choices. Each says `usage` if that was asked for: most of them that
+    /// it is not known yet.
+    fn chunk(&self, choices: Value, beside: impl IntoIterator<Item = (&'static str, Value)>) -> Value {
+        let usage = self.include_usage.then_some(("usage", Value::Null));
+        let fields = [
+            ("id", json!(self.id)),
+            ("object", json!("chat.completion.chunk")),
+            ("created", json!(self.created)),
+            ("model", json!(self.model)),
+            ("choices", choices),
+        ];
+        fields.into_iter().chain(usage).chain(beside).map(|(name, value)| (name.to_owned(), value)).collect()
     }
 
     fn delta(&self, delta: Value) -> Value {
-        self.chunk(json!([{"index": 0, "delta": delta, "logprobs": null, "finish_reason": null}]))
+        self.chunk(json!([{"index": 0, "delta": delta, "logprobs": null, "finish_reason": null}]), [])
     }
 
     /// The first event.
@@ -385,16 +388,10 @@ impl Chunks {
         if !message.annotations.is_empty() {
             delta.insert("annotations".to_owned(), message.annotations.clone().into());
         }
-        let mut last = self
-            .chunk(json!([{"index": 0, "delta": delta, "logprobs": null, "finish_reason": finish_reason}]));
-        last["citations"] = json!(done.citations);
-        let mut events = vec![last];
-        if self.include_usage {
-            let mut used = self.chunk(json!([]));
-            used["usage"] = json!(done.usage);
-            events.push(used);
-        }
-        events
+        let choice = json!({"index": 0, "delta": delta, "logprobs": null, "finish_reason": finish_reason});
+        let last = self.chunk(json!([choice]), [("citations", json!(done.citations))]);
+        let used = self.include_usage.then(|| self.chunk(json!([]), [("usage", json!(done.usage))]));
+        std::iter::once(last).chain(used).collect()
     }
 }
 

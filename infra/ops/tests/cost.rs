@@ -1,7 +1,5 @@
 //! `docs/cost.md` shows what the calculator says.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 use std::fs;
 use std::path::Path;
 

@@ -46,7 +46,7 @@ fn shortened(pattern: &str, tenant: &str) -> Vec<String> {
     let Some((before, _)) = pattern.split_once(TENANT) else { return Vec::new() };
     let whole = example(pattern, tenant);
     let end = before.len() + tenant.len();
-    (0..=end.min(whole.len() - 1)).map(|length| whole[..length].to_owned()).collect()
+    (0..=end.min(whole.len() - 1)).filter_map(|length| whole.get(..length).map(str::to_owned)).collect()
 }
 
 impl Statement {
