@@ -14,15 +14,16 @@ use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKe
 use axum::Router;
 use axum::body::Bytes;
 use axum::extract::State;
-use axum::response::{IntoResponse as _, Response};
+use axum::response::Response;
 use axum::routing::post;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use http::{HeaderMap, HeaderValue, Method, StatusCode};
+use http::{HeaderMap, Method};
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
+use crate::aws_json::{self, Input, Refusal, refuse};
 use crate::iam::{Callers, Intent};
 use crate::serving::{replace_file, system_clock, unique_id};
 use crate::template::{ACCOUNT, REGION};
@@ -102,17 +103,6 @@ pub struct Call {
     pub error: Option<&'static str>,
 }
 
-/// An error in KMS's terms.
-#[derive(Debug)]
-struct Refusal {
-    kind: &'static str,
-    message: String,
-}
-
-fn refuse(kind: &'static str, message: impl Into<String>) -> Refusal {
-    Refusal { kind, message: message.into() }
-}
-
 /// Serves keys until `shutdown` resolves.
 ///
 /// # Errors
@@ -130,57 +120,7 @@ async fn call(State(kms): State<Arc<Kms>>, headers: HeaderMap, body: Bytes) -> R
     let work = move || kms.answer(&headers, &body);
     let answered = tokio::task::spawn_blocking(work).await;
     let answered = answered.unwrap_or_else(|_| Err(refuse("KMSInternalException", "The work was lost.")));
-    let (status, body) = match answered {
-        Ok(body) => (StatusCode::OK, body),
-        Err(Refusal { kind, message }) => {
-            let status = match kind {
-                "KMSInternalException" => StatusCode::INTERNAL_SERVER_ERROR,
-                _ => StatusCode::BAD_REQUEST,
-            };
-            (status, json!({"__type": kind, "message": message}))
-        }
-    };
-    let mut response = (status, body.to_string()).into_response();
-    let headers = response.headers_mut();
-    headers.insert(http::header::CONTENT_TYPE, HeaderValue::from_static("application/x-amz-json-1.1"));
-    if let Ok(id) = HeaderValue::from_str(&unique_id()) {
-        headers.insert("x-amzn-requestid", id);
-    }
-    response
-}
-
-/// A call's parameters. Those that are never asked for are refused at the end.
-struct Input(Map<String, Value>);
-
-impl Input {
-    fn parse(body: &[u8]) -> Result<Self, Refusal> {
-        match serde_json::from_slice(body) {
-            Ok(Value::Object(input)) => Ok(Self(input)),
-            _ => Err(refuse("SerializationException", "The request body is not a JSON object.")),
-        }
-    }
-
-    fn take<T: serde::de::DeserializeOwned>(&mut self, name: &str) -> Result<Option<T>, Refusal> {
-        match self.0.remove(name) {
-            None | Some(Value::Null) => Ok(None),
-            Some(value) => serde_json::from_value(value)
-                .map(Some)
-                .map_err(|_| refuse("SerializationException", format!("{name} has the wrong type."))),
-        }
-    }
-
-    fn context(&mut self) -> Result<BTreeMap<String, String>, Refusal> {
-        Ok(self.take("EncryptionContext")?.unwrap_or_default())
-    }
-
-    fn end(self) -> Result<(), Refusal> {
-        match self.0.into_iter().next() {
-            None => Ok(()),
-            Some((name, _)) => {
-                Err(refuse("ValidationException", format!("{name} is not implemented by the local KMS.")))
-            }
-        }
-    }
+    aws_json::reply(answered, "KMSInternalException")
 }
 
 impl Kms {
@@ -227,7 +167,7 @@ impl Kms {
         let target = headers.get("x-amz-target").and_then(|value| value.to_str().ok());
         let operation = target.and_then(|target| target.strip_prefix("TrentService.")).unwrap_or_default();
         let mut input = Input::parse(body)?;
-        let context = input.context()?;
+        let context: BTreeMap<String, String> = input.take("EncryptionContext")?.unwrap_or_default();
         let blob = input.take::<String>("CiphertextBlob")?;
         let blob = blob.map(|text| STANDARD.decode(text)).transpose();
         let blob = blob.map_err(|_| refuse("SerializationException", "CiphertextBlob is no base64."))?;
@@ -282,7 +222,7 @@ impl Kms {
         match operation {
             "CreateKey" => {
                 let _: Option<String> = input.take("Description")?;
-                input.end()?;
+                input.end("ValidationException", "KMS")?;
                 let id = unique_id();
                 let parts = [id.get(..8), id.get(8..12), id.get(12..16), id.get(16..20), id.get(20..)];
                 let new = arn(parts.map(Option::unwrap_or_default).join("-"));
@@ -292,12 +232,12 @@ impl Kms {
                 Ok(json!({"KeyMetadata": described(&new, KeyState::Enabled)}))
             }
             "DescribeKey" => {
-                input.end()?;
+                input.end("ValidationException", "KMS")?;
                 Ok(json!({"KeyMetadata": described(&arn_, at(keys)?.state)}))
             }
             "EnableKey" | "DisableKey" | "ScheduleKeyDeletion" | "CancelKeyDeletion" => {
                 let _: Option<u32> = input.take("PendingWindowInDays")?;
-                input.end()?;
+                input.end("ValidationException", "KMS")?;
                 let mut key = at(keys)?;
                 key.state = match (operation, key.state) {
                     ("EnableKey", KeyState::Disabled | KeyState::Enabled) => KeyState::Enabled,
@@ -314,7 +254,7 @@ impl Kms {
             }
             "GenerateDataKey" | "GenerateDataKeyWithoutPlaintext" => {
                 let spec: Option<String> = input.take("KeySpec")?;
-                input.end()?;
+                input.end("ValidationException", "KMS")?;
                 if spec.as_deref() != Some("AES_256") {
                     return Err(refuse("ValidationException", "Only KeySpec AES_256 is known here."));
                 }
@@ -333,7 +273,7 @@ impl Kms {
                 Ok(answer)
             }
             "Decrypt" => {
-                input.end()?;
+                input.end("ValidationException", "KMS")?;
                 let wrapped = wrapped.ok_or_else(|| refuse("InvalidCiphertextException", ""))?;
                 if named.is_some_and(|named| arn(named) != arn_) {
                     let message =

@@ -1,5 +1,6 @@
 //! The local stack: small servers that speak the protocols of the cloud services the functions use.
 
+mod aws_json;
 pub mod cargo;
 pub mod control;
 pub mod dynamodb;

@@ -13,14 +13,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use axum::Router;
 use axum::body::Bytes;
 use axum::extract::State;
-use axum::response::{IntoResponse as _, Response};
+use axum::response::Response;
 use axum::routing::post;
-use http::{HeaderMap, HeaderValue, Method, StatusCode};
+use http::{HeaderMap, Method};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use time::{Duration, OffsetDateTime};
 use tokio::net::TcpListener;
 
+use crate::aws_json::{self, Input, Refusal, refuse};
 use crate::iam::{Callers, Intent};
 use crate::serving::{replace_file, system_clock, unique_id};
 use crate::template::secret_arn;
@@ -97,17 +98,6 @@ enum SecretValue {
     Binary(String),
 }
 
-/// An error in Secrets Manager's terms.
-#[derive(Debug)]
-struct Refusal {
-    kind: &'static str,
-    message: String,
-}
-
-fn refuse(kind: &'static str, message: impl Into<String>) -> Refusal {
-    Refusal { kind, message: message.into() }
-}
-
 fn not_found() -> Refusal {
     refuse("ResourceNotFoundException", "Secrets Manager can't find the specified secret.")
 }
@@ -143,81 +133,35 @@ async fn call(
             })
         }
     };
-    let (status, body) = match answered {
-        Ok(body) => (StatusCode::OK, body),
-        Err(Refusal { kind, message }) => {
-            let status = match kind {
-                "InternalServiceError" => StatusCode::INTERNAL_SERVER_ERROR,
-                _ => StatusCode::BAD_REQUEST,
-            };
-            (status, json!({"__type": kind, "Message": message, "message": message}))
-        }
-    };
-    let mut response = (status, body.to_string()).into_response();
-    let headers = response.headers_mut();
-    headers.insert(http::header::CONTENT_TYPE, HeaderValue::from_static("application/x-amz-json-1.1"));
-    if let Ok(id) = HeaderValue::from_str(&unique_id()) {
-        headers.insert("x-amzn-requestid", id);
-    }
-    response
+    aws_json::reply(answered, "InternalServiceError")
 }
 
-/// A call's parameters. Those that are never asked for are refused at the end.
-struct Input(Map<String, Value>);
+fn required(input: &mut Input, name: &str) -> Result<String, Refusal> {
+    let value = input.take::<String>(name)?.filter(|value| !value.is_empty());
+    value.ok_or_else(|| {
+        refuse(
+            "ValidationException",
+            format!("Value null at '{name}' failed to satisfy constraint: Member must not be null"),
+        )
+    })
+}
 
-impl Input {
-    fn parse(body: &[u8]) -> Result<Self, Refusal> {
-        match serde_json::from_slice(body) {
-            Ok(Value::Object(input)) => Ok(Self(input)),
-            _ => Err(refuse("SerializationException", "The request body is not a JSON object.")),
+fn value(input: &mut Input) -> Result<Option<SecretValue>, Refusal> {
+    let value = match (input.take::<String>("SecretString")?, input.take::<String>("SecretBinary")?) {
+        (Some(_), Some(_)) => {
+            return Err(invalid(
+                "You can't specify both a binary secret value and a string secret value in the same secret.",
+            ));
         }
+        (Some(text), None) => SecretValue::Text(text),
+        (None, Some(binary)) => SecretValue::Binary(binary),
+        (None, None) => return Ok(None),
+    };
+    let (SecretValue::Text(content) | SecretValue::Binary(content)) = &value;
+    if content.is_empty() || content.len() > MAX_VALUE {
+        return Err(invalid(format!("A secret value has between 1 and {MAX_VALUE} bytes.")));
     }
-
-    fn take<T: serde::de::DeserializeOwned>(&mut self, name: &str) -> Result<Option<T>, Refusal> {
-        match self.0.remove(name) {
-            None | Some(Value::Null) => Ok(None),
-            Some(value) => serde_json::from_value(value)
-                .map(Some)
-                .map_err(|_| refuse("SerializationException", format!("{name} has the wrong type."))),
-        }
-    }
-
-    fn required(&mut self, name: &str) -> Result<String, Refusal> {
-        let value = self.take::<String>(name)?.filter(|value| !value.is_empty());
-        value.ok_or_else(|| {
-            refuse(
-                "ValidationException",
-                format!("Value null at '{name}' failed to satisfy constraint: Member must not be null"),
-            )
-        })
-    }
-
-    fn value(&mut self) -> Result<Option<SecretValue>, Refusal> {
-        let value = match (self.take::<String>("SecretString")?, self.take::<String>("SecretBinary")?) {
-            (Some(_), Some(_)) => {
-                return Err(invalid(
-                    "You can't specify both a binary secret value and a string secret value in the same secret.",
-                ));
-            }
-            (Some(text), None) => SecretValue::Text(text),
-            (None, Some(binary)) => SecretValue::Binary(binary),
-            (None, None) => return Ok(None),
-        };
-        let (SecretValue::Text(content) | SecretValue::Binary(content)) = &value;
-        if content.is_empty() || content.len() > MAX_VALUE {
-            return Err(invalid(format!("A secret value has between 1 and {MAX_VALUE} bytes.")));
-        }
-        Ok(Some(value))
-    }
-
-    fn end(self) -> Result<(), Refusal> {
-        match self.0.into_iter().next() {
-            None => Ok(()),
-            Some((name, _)) => {
-                Err(invalid(format!("{name} is not implemented by the local Secrets Manager.")))
-            }
-        }
-    }
+    Ok(Some(value))
 }
 
 impl Secrets {
@@ -342,7 +286,7 @@ impl Secrets {
                 ));
             }
         };
-        input.end()?;
+        input.end("InvalidParameterException", "Secrets Manager")?;
         if writes {
             self.save(&changed).map_err(|error| {
                 tracing::error!(path = %self.0.path.display(), error = %error, "secrets could not be saved");
@@ -354,9 +298,9 @@ impl Secrets {
     }
 
     fn create(&self, secrets: &mut BTreeMap<String, Secret>, input: &mut Input) -> Result<Value, Refusal> {
-        let name = input.required("Name")?;
+        let name = required(input, "Name")?;
         let token = input.take::<String>("ClientRequestToken")?.unwrap_or_else(unique_id);
-        let value = input.value()?;
+        let value = value(input)?;
         let description = input.take::<String>("Description")?;
         let tags = input.take::<Vec<Value>>("Tags")?.unwrap_or_default();
         if name.len() > 512
@@ -398,10 +342,10 @@ impl Secrets {
     }
 
     fn put(&self, secrets: &mut BTreeMap<String, Secret>, input: &mut Input) -> Result<Value, Refusal> {
-        let id = input.required("SecretId")?;
+        let id = required(input, "SecretId")?;
         let token = input.take::<String>("ClientRequestToken")?.unwrap_or_else(unique_id);
         let value =
-            input.value()?.ok_or_else(|| invalid("You must provide either SecretString or SecretBinary."))?;
+            value(input)?.ok_or_else(|| invalid("You must provide either SecretString or SecretBinary."))?;
         let stages = input.take::<Vec<String>>("VersionStages")?.unwrap_or_else(|| vec![CURRENT.to_owned()]);
         let now = self.now();
         let name = resolve(secrets, &id)?;
@@ -443,7 +387,7 @@ impl Secrets {
     }
 
     fn delete(&self, secrets: &mut BTreeMap<String, Secret>, input: &mut Input) -> Result<Value, Refusal> {
-        let id = input.required("SecretId")?;
+        let id = required(input, "SecretId")?;
         let force = input.take::<bool>("ForceDeleteWithoutRecovery")?.unwrap_or(false);
         let window = input.take::<i64>("RecoveryWindowInDays")?;
         if force && window.is_some() {
@@ -483,7 +427,7 @@ impl Secrets {
 }
 
 fn restore(secrets: &mut BTreeMap<String, Secret>, input: &mut Input) -> Result<Value, Refusal> {
-    let name = resolve(secrets, &input.required("SecretId")?)?;
+    let name = resolve(secrets, &required(input, "SecretId")?)?;
     let secret = secrets.get_mut(&name).ok_or_else(not_found)?;
     secret.delete_at = None;
     secret.deleted = None;
@@ -491,7 +435,7 @@ fn restore(secrets: &mut BTreeMap<String, Secret>, input: &mut Input) -> Result<
 }
 
 fn get(secrets: &BTreeMap<String, Secret>, input: &mut Input) -> Result<Value, Refusal> {
-    let id = input.required("SecretId")?;
+    let id = required(input, "SecretId")?;
     let version_id = input.take::<String>("VersionId")?;
     let stage = input.take::<String>("VersionStage")?;
     let name = resolve(secrets, &id)?;
@@ -528,7 +472,7 @@ fn get(secrets: &BTreeMap<String, Secret>, input: &mut Input) -> Result<Value, R
 }
 
 fn describe(secrets: &BTreeMap<String, Secret>, input: &mut Input) -> Result<Value, Refusal> {
-    let name = resolve(secrets, &input.required("SecretId")?)?;
+    let name = resolve(secrets, &required(input, "SecretId")?)?;
     let secret = secrets.get(&name).ok_or_else(not_found)?;
     let mut answer = summary(&name, secret);
     put_field(&mut answer, "VersionIdsToStages", stages(secret));
