@@ -9,6 +9,7 @@
 //! anew, leaves a log without a fault. Against that, an [`Anchor`] taken from an earlier run shows that
 //! the log seen now continues the log seen then.
 
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::fmt;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -321,6 +322,12 @@ pub fn position(key: &str) -> Option<u64> {
     let digits = key.rsplit('/').next()?.strip_suffix(SUFFIX)?;
     let plain = digits.len() >= 12 && digits.bytes().all(|b| b.is_ascii_digit());
     digits.parse().ok().filter(|position| plain && *position > 0)
+}
+
+/// The order in which a log's objects are verified, by their keys: that of their positions, across days. What
+/// has none comes first.
+pub fn in_order(a: &str, b: &str) -> Ordering {
+    (position(a), a).cmp(&(position(b), b))
 }
 
 /// What a log holds, in a line. [`Summary::anchor`] is what a later run is given.

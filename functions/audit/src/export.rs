@@ -5,7 +5,6 @@
 //! log went when it was made, and its links are made anew each time.
 
 use std::ops::ControlFlow;
-use std::time::Duration;
 
 use http::{Response, StatusCode};
 use lambda_http::{Body, Request};
@@ -28,7 +27,6 @@ use crate::{Context, Period, unavailable};
 const PAGE: usize = 200;
 /// The most records on a page that are not in the log yet.
 const MOST_PENDING: usize = 1_000;
-const MARGIN: Duration = Duration::from_secs(4);
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -130,7 +128,7 @@ async fn answer(
     cursor: Cursor,
     status: StatusCode,
 ) -> Result<Response<Body>, ApiError> {
-    let deadline = web::deadline(request, &context.clock) - MARGIN;
+    let deadline = context.deadline(request);
     let (from, to) = (Timestamp::from_millis(export.from), Timestamp::from_millis(export.to));
     let period = Period { from, to };
     let mut found = Vec::new();

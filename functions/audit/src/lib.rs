@@ -7,6 +7,8 @@ mod read;
 mod scan;
 mod verify;
 
+use std::time::Duration;
+
 use http::{Method, Response};
 use lambda_http::{Body, Error, Request};
 use shared::api_key::Permission;
@@ -20,6 +22,7 @@ use shared::error::ApiError;
 use shared::gate::Gate;
 use shared::scope::TenantScope;
 use shared::{env, web};
+use tokio::time::Instant;
 
 /// What the function works with.
 pub struct Context {
@@ -74,6 +77,11 @@ pub async fn handle(context: &Context, request: Request) -> Response<Body> {
 }
 
 impl Context {
+    /// Until when the log is read for a request.
+    fn deadline(&self, request: &Request) -> Instant {
+        web::deadline(request, &self.clock) - MARGIN
+    }
+
     async fn run(
         &self,
         request: Request,
@@ -85,6 +93,8 @@ impl Context {
     }
 }
 
+/// Kept free at the end of a request, to answer with what was found until then.
+const MARGIN: Duration = Duration::from_secs(4);
 /// The longest period that is read at once, in days.
 const MOST_DAYS: u32 = 366;
 /// The period where a request does not say, in days.

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
-use std::time::Duration;
 
 use http::{Response, StatusCode};
 use lambda_http::{Body, Request, RequestExt};
@@ -21,8 +20,6 @@ use crate::{Context, Period};
 
 /// The parameters that there are.
 const PARAMETERS: [&str; 8] = ["from", "to", "user", "action", "document", "chunk", "cursor", "limit"];
-/// Kept free at the end, to answer with what was found until then.
-const MARGIN: Duration = Duration::from_secs(4);
 
 #[derive(Serialize)]
 struct List {
@@ -36,7 +33,7 @@ pub(crate) async fn handle(
     scope: &mut TenantScope,
     request: Request,
 ) -> Result<Response<Body>, ApiError> {
-    let deadline = web::deadline(&request, &context.clock) - MARGIN;
+    let deadline = context.deadline(&request);
     let parameters = request.query_string_parameters_ref();
     let unknown = parameters.and_then(|all| all.iter().find(|(name, _)| !PARAMETERS.contains(name)));
     if let Some((name, _)) = unknown {

@@ -7,14 +7,13 @@ use http::{Response, StatusCode};
 use lambda_http::{Body, Request};
 use serde::Serialize;
 use shared::audit_log::{HEAD, Head, tenant_prefix};
-use shared::audit_verify::{Anchor, Finding, Rules, Verifier, position};
+use shared::audit_verify::{Anchor, Finding, Rules, Verifier, in_order, position};
 use shared::aws::audit_objects::First;
 use shared::error::ApiError;
 use shared::ledger::{Action, Record};
 use shared::scope::{Subject, Ward};
 use shared::tenant::TenantId;
 use shared::web;
-use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::scan::AHEAD;
@@ -22,7 +21,6 @@ use crate::{Context, unavailable};
 
 /// Findings that an answer tells; it counts the others.
 const MOST_TOLD: usize = 100;
-const MARGIN: Duration = Duration::from_secs(4);
 
 /// What a verification came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -86,7 +84,7 @@ pub(crate) async fn handle(context: &Context, request: Request) -> Result<Respon
     if since.as_ref().is_some_and(|since| since.tenant != tenant) {
         return Err(ApiError::invalid("since", "since is of another tenant's log"));
     }
-    let deadline = web::deadline(&request, &context.clock) - MARGIN;
+    let deadline = context.deadline(&request);
     let ward = operator.ward(tenant.clone());
     // The log may grow meanwhile: where it ends is asked before its objects are listed.
     let head = context.chains.read(&ward).await?.head;
@@ -122,7 +120,7 @@ async fn list(context: &Context, ward: &Ward) -> Result<Vec<First>, ApiError> {
         }
     }
     objects.retain(|first| first.key != format!("{prefix}{HEAD}"));
-    objects.sort_by(|a, b| (position(&a.key), &a.key).cmp(&(position(&b.key), &b.key)));
+    objects.sort_by(|a, b| in_order(&a.key, &b.key));
     Ok(objects)
 }
 

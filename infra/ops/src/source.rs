@@ -4,7 +4,7 @@ use std::io::{self, Read};
 use std::path::Path;
 
 use shared::audit_log::tenant_prefix;
-use shared::audit_verify::{Kept, position};
+use shared::audit_verify::{Kept, in_order};
 use shared::one_line::OneLine;
 use shared::tenant::TenantId;
 
@@ -69,7 +69,7 @@ pub struct Log {
 
 impl Log {
     pub(crate) fn new(head: Option<Vec<u8>>, mut objects: Vec<Name>) -> Self {
-        objects.sort_by(|a, b| (position(&a.key), &a.key).cmp(&(position(&b.key), &b.key)));
+        objects.sort_by(|a, b| in_order(&a.key, &b.key));
         Self { head, objects }
     }
 }

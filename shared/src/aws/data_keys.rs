@@ -211,6 +211,7 @@ mod kms {
     use aws_sdk_kms::types::DataKeySpec;
     use zeroize::Zeroizing;
 
+    use super::super::failure_code;
     use super::super::session::{Session, TENANT_TAG};
     use super::DataKeyError;
     use crate::sealing::{DataKey, KmsKeyArn, SealError, WrappedKey};
@@ -275,11 +276,7 @@ mod kms {
         E: ProvideErrorMetadata + std::error::Error + Send + Sync + 'static,
         R: std::fmt::Debug + Send + Sync + 'static,
     {
-        let code = match &error {
-            SdkError::TimeoutError(_) => "timeout".to_owned(),
-            SdkError::DispatchFailure(_) => "unreachable".to_owned(),
-            other => other.code().unwrap_or("unknown").to_owned(),
-        };
+        let code = failure_code(&error);
         let source = Box::new(error);
         if REFUSALS.contains(&code.as_str()) {
             return DataKeyError::Refused { code, source };

@@ -6,6 +6,8 @@ use aws_config::environment::{EnvironmentVariableCredentialsProvider, Environmen
 use aws_config::retry::RetryConfig;
 use aws_config::timeout::TimeoutConfig;
 use aws_config::{BehaviorVersion, SdkConfig};
+#[cfg(any(feature = "dynamodb", feature = "objects"))]
+use aws_sdk_sts::error::{ProvideErrorMetadata, SdkError};
 use aws_smithy_http_client::Builder;
 use aws_smithy_http_client::tls::rustls_provider::CryptoMode;
 use aws_smithy_http_client::tls::{Provider, TlsContext, TrustStore};
@@ -56,6 +58,17 @@ pub mod webhooks;
 pub use session::{Access, LINKS_HOLD};
 #[cfg(feature = "dynamodb")]
 pub use table::StoreError;
+
+/// The name of what went wrong with a call: the service's own, or what kept it from answering.
+#[cfg(any(feature = "dynamodb", feature = "objects"))]
+fn failure_code<E: ProvideErrorMetadata, R>(error: &SdkError<E, R>) -> String {
+    match error {
+        SdkError::TimeoutError(_) => "timeout",
+        SdkError::DispatchFailure(_) => "unreachable",
+        other => other.code().unwrap_or("unknown"),
+    }
+    .to_owned()
+}
 
 /// Why no AWS client can be made.
 #[derive(Debug, thiserror::Error)]

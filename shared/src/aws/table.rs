@@ -483,11 +483,7 @@ impl Table {
         E: ProvideErrorMetadata + std::error::Error + Send + Sync + 'static,
         R: std::fmt::Debug + Send + Sync + 'static,
     {
-        let code = match &error {
-            SdkError::TimeoutError(_) => "timeout".to_owned(),
-            SdkError::DispatchFailure(_) => "unreachable".to_owned(),
-            other => other.code().unwrap_or("unknown").to_owned(),
-        };
+        let code = super::failure_code(&error);
         match code.as_str() {
             "ConditionalCheckFailedException" => StoreError::Conflict,
             _ => StoreError::Unavailable { table: self.name.clone(), code, source: Box::new(error) },
