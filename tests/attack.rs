@@ -687,6 +687,9 @@ async fn nobody_is_shown_a_byte_of_anothers() {
     let mut running = JoinSet::new();
     let (mut statuses, mut attacked) = (BTreeMap::<u16, usize>::new(), BTreeSet::new());
     for n in 0..attempts {
+        if n > 0 && n % 50_000 == 0 {
+            eprintln!("{n} attempts in {:.0?}", began.elapsed());
+        }
         let pair: Vec<usize> = (0..targets.len()).collect::<Vec<_>>().sample(&mut rng, 2).copied().collect();
         let arsenal = &arsenals[&(pair[0], pair[1])];
         // Each route in turn, so that none is left out of a short run.
