@@ -8,6 +8,7 @@
 #![expect(
     clippy::unwrap_used,
     clippy::indexing_slicing,
+    clippy::string_slice,
     clippy::panic,
     reason = "a test fails by panicking, and prints its seed"
 )]
@@ -23,7 +24,7 @@ use rand::seq::IndexedRandom;
 use rand::{RngExt, SeedableRng};
 use serde_json::{Value, json};
 use shared::env;
-use shared::random::entropy;
+use shared::random::{self, entropy};
 use tests::tokens::{Signer, claims, signed_with_public, unsigned};
 use tests::{Options, Stack, Tenant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -34,6 +35,8 @@ use tokio::task::JoinSet;
 const ATTEMPTS: usize = 20_000;
 /// Attempts on one stack: what is tried writes the attackers' own logs, and who reads a long one takes long.
 const ROUND: usize = 50_000;
+/// Digits of a key's checksum, at its end.
+const CHECKSUM: usize = 6;
 /// Attempts under way at once.
 const AT_ONCE: usize = 16;
 /// Names that a careless comparison, or a person, takes for one another.
@@ -236,15 +239,24 @@ fn forged_tokens(attacker: &Target, victim: &Target) -> Vec<String> {
     ]
 }
 
+/// A key whose checksum is right, so that it is not refused before anything is compared.
+fn with_checksum(key: &str) -> String {
+    let body = &key[..key.len() - CHECKSUM];
+    format!("{body}{}", random::base62_u32(crc32fast::hash(body.as_bytes())))
+}
+
 /// Keys that are not quite one's own. All but the first, and the first of the tokens, must open nothing.
 fn forged_keys(attacker: &Target, victim: &Target, tokens: &[String]) -> Vec<Option<String>> {
     let (own, other) = (&attacker.tenant.key, &victim.tenant.key);
     let renamed = own.replacen(&format!("_{}_", attacker.tenant.id), &format!("_{}_", victim.tenant.id), 1);
     let secret = |key: &str| key.rsplit('_').next().unwrap().to_owned();
+    let swapped = other.replace(&secret(other), &secret(own));
     vec![
         Some(format!("Bearer {own}")),
+        Some(format!("Bearer {}", with_checksum(&renamed))),
         Some(format!("Bearer {renamed}")),
-        Some(format!("Bearer {}", other.replace(&secret(other), &secret(own)))),
+        Some(format!("Bearer {}", with_checksum(&swapped))),
+        Some(format!("Bearer {swapped}")),
         Some(format!("Bearer {}", other.to_uppercase())),
         Some(format!("Bearer {}", other.get(..other.len() - 1).unwrap())),
         Some(format!("Bearer {own},{other}")),
