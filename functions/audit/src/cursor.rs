@@ -60,6 +60,8 @@ mod tests {
         let text = cursor.clone().write(&acme);
         assert_eq!(Cursor::read(&text, &acme).unwrap(), cursor);
         assert!(Cursor::read(&text, &globex).is_err());
+        // One that names no object yet.
+        assert!(Cursor::read(&Cursor::default().write(&acme), &globex).is_err());
         let forged = Cursor { key: Some("tenant=globex/x".into()), ..cursor }.write(&acme);
         assert!(Cursor::read(&forged, &acme).is_err());
         for bad in ["", "zz", "7b7d", &hex::encode(r#"{"t":"acme","l":-1}"#), &"7b".repeat(5_000)] {
