@@ -11,6 +11,7 @@ use std::time::Duration;
 use crate::clock::{Clock, Timestamp};
 use crate::internet::{self, Guarded};
 use crate::issuer::{JwksUrl, PublicKey, Reach, published};
+use crate::roots::{self, RootsError};
 use crate::tenant::{Tenant, TenantId};
 
 /// How long a fetch may take, from the look-up of the name to the last byte.
@@ -227,6 +228,7 @@ impl KeySets {
         }
         let reach = self.reach;
         let http = reqwest::Client::builder()
+            .tls_certs_only(roots::certificates()?)
             .dns_resolver(Guarded::new(move |ip| reaches(reach, ip)))
             .https_only(self.reach == Reach::Internet)
             .redirect(reqwest::redirect::Policy::none())
@@ -253,6 +255,8 @@ enum FetchError {
     Slow,
     #[error("the address is not one that may be asked")]
     OutOfReach,
+    #[error(transparent)]
+    Roots(#[from] RootsError),
     #[error("the address cannot be reached: {0}")]
     Connection(#[source] reqwest::Error),
     #[error("HTTP {0}; redirects are not followed")]

@@ -86,7 +86,7 @@ pub struct NoConnections(#[source] Box<dyn std::error::Error + Send + Sync>);
 /// # Errors
 /// [`NoConnections`].
 pub async fn config() -> Result<SdkConfig, NoConnections> {
-    let roots = TrustStore::empty().with_pem_certificate(roots::pem());
+    let roots = TrustStore::empty().with_pem_certificate(roots::amazon());
     let tls = TlsContext::builder().with_trust_store(roots).build();
     let tls = tls.map_err(|error| NoConnections(Box::new(error)))?;
     let http = Builder::new().tls_provider(Provider::Rustls(CryptoMode::AwsLc)).tls_context(tls);
