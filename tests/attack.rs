@@ -3,7 +3,7 @@
 //!
 //! Each tenant's documents, conversations and names carry words that nobody else ever sends. No byte of
 //! an answer to anybody else may hold one: status line, headers, body, errors and streams alike; nor may
-//! a line of the logs. And no answer is a 5xx.
+//! a line of the logs. And no answer is a 5xx, or one that the contract does not describe.
 
 #![expect(
     clippy::unwrap_used,
@@ -25,6 +25,7 @@ use rand::{RngExt, SeedableRng};
 use serde_json::{Value, json};
 use shared::env;
 use shared::random::{self, entropy};
+use tests::contract::problem;
 use tests::tokens::{Signer, claims, signed_with_public, unsigned};
 use tests::{Options, Stack, Tenant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -119,6 +120,22 @@ fn body_of(answer: &[u8]) -> String {
     let mut value: Value = serde_json::from_str(body).unwrap_or_default();
     value.as_object_mut().map(|fields| fields.remove("request_id"));
     value.to_string()
+}
+
+/// What of a raw answer the contract does not describe.
+fn undescribed(attempt: &Attempt, answer: &[u8]) -> Option<String> {
+    let text = String::from_utf8_lossy(answer);
+    let (head, body) = text.split_once("\r\n\r\n")?;
+    let header = |wanted: &str| {
+        let mut fields = head.lines().filter_map(|line| line.split_once(": "));
+        fields.find(|(name, _)| name.eq_ignore_ascii_case(wanted)).map(|(_, value)| value)
+    };
+    // What comes in pieces, the rig puts together and looks at in other tests.
+    if header("transfer-encoding").is_some() {
+        return None;
+    }
+    let path = attempt.path.split('?').next().unwrap_or_default();
+    problem(&attempt.method, path, status(answer), header("content-type"), body)
 }
 
 /// Puts something before, behind and in the place of an id that is another's.
@@ -739,6 +756,8 @@ async fn attack(attempts: usize, rng: &mut StdRng) -> BTreeMap<u16, usize> {
             let status = status(&answer);
             let shown = String::from_utf8_lossy(&answer).into_owned();
             assert!((200..500).contains(&status), "{attempt:?}\n{shown}");
+            let undescribed = undescribed(&attempt, &answer);
+            assert_eq!(undescribed, None, "{attempt:?}\n{shown}");
             assert!(opens || status >= 400, "it opened: {attempt:?}\n{shown}");
             let others = targets.iter().enumerate().filter(|(n, _)| *n != attacker).map(|(_, other)| other);
             for word in others.flat_map(|other| other.canaries.iter().chain(&other.names)) {

@@ -311,8 +311,10 @@ async fn a_session_opens_its_own_tenant_and_no_other() {
     for prefix in [None, Some(""), Some("tenant="), Some("tenant=acme"), Some("tenant=globex/")] {
         assert!(list(prefix).await.unwrap_err().contains("AccessDenied"), "{prefix:?}");
     }
-    let read = async |key: &str| format!("{:?}", s3.get_object().bucket(bucket).key(key).send().await);
-    assert!(read("tenant=acme/nothing").await.contains("NoSuchKey"));
+    let read = async |key: &str| {
+        format!("{:?}", s3.get_object().bucket(bucket).key(key).version_id("none").send().await)
+    };
+    assert!(read("tenant=acme/nothing").await.contains("NoSuch"));
     for key in ["tenant=globex/nothing", "tenant=acme1/nothing", "x/tenant=acme/nothing"] {
         assert!(read(key).await.contains("AccessDenied"), "{key}");
     }

@@ -1,6 +1,6 @@
 //! The one error that callers see, as `api.md` fixes it.
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 
 use crate::scope::RequestId;
 
@@ -78,7 +78,7 @@ impl Code {
 
 /// An error as a caller sees it. The message is for the caller's developer: it names the field or the
 /// limit, and never holds what another tenant or an internal service said.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
 pub struct ApiError {
     /// The kind.
@@ -86,14 +86,38 @@ pub struct ApiError {
     /// One sentence.
     pub message: String,
     /// Which limit refused.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub limit: Option<&'static str>,
     /// When to come again, in milliseconds.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub retry_after_ms: Option<u64>,
     /// Which part of the request is at fault.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub param: Option<String>,
+}
+
+/// With its family, wherever it is shown.
+impl Serialize for ApiError {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        #[derive(Serialize)]
+        struct Shown<'a> {
+            code: Code,
+            message: &'a str,
+            #[serde(skip_serializing_if = "Option::is_none")]
+            limit: Option<&'static str>,
+            #[serde(skip_serializing_if = "Option::is_none")]
+            retry_after_ms: Option<u64>,
+            #[serde(skip_serializing_if = "Option::is_none")]
+            param: Option<&'a str>,
+            r#type: &'static str,
+        }
+        let shown = Shown {
+            code: self.code,
+            r#type: self.code.family(),
+            message: &self.message,
+            limit: self.limit,
+            retry_after_ms: self.retry_after_ms,
+            param: self.param.as_deref(),
+        };
+        shown.serialize(serializer)
+    }
 }
 
 impl ApiError {
@@ -128,14 +152,7 @@ impl ApiError {
 
     /// The error object of `api.md`.
     pub fn body(&self, request_id: &RequestId) -> serde_json::Value {
-        #[derive(Serialize)]
-        struct Shown<'a> {
-            #[serde(flatten)]
-            error: &'a ApiError,
-            r#type: &'static str,
-        }
-        let shown = Shown { error: self, r#type: self.code.family() };
-        serde_json::json!({ "error": shown, "request_id": request_id })
+        serde_json::json!({ "error": self, "request_id": request_id })
     }
 }
 

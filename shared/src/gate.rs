@@ -117,8 +117,8 @@ impl Books {
     /// # Errors
     /// If a variable is absent; the error names it.
     pub fn from_env(access: &Access, clock: Clock) -> Result<Self, EnvError> {
-        let meters = MeterStore::new(access, env::text("METERS_TABLE")?);
-        Ok(Self::new(meters, Ledger::new(access, env::text("AUDIT_TABLE")?), clock))
+        let meters = MeterStore::new(access, env::table("METERS_TABLE")?);
+        Ok(Self::new(meters, Ledger::new(access, env::table("AUDIT_TABLE")?), clock))
     }
 
     /// The meters.
@@ -247,7 +247,7 @@ impl Gate {
     /// # Errors
     /// If a variable is absent or malformed; the error names it.
     pub fn from_env(access: &Access, clock: Clock) -> Result<Self, EnvError> {
-        let tenants = TenantStore::new(access, env::text("TENANTS_TABLE")?);
+        let tenants = TenantStore::new(access, env::table("TENANTS_TABLE")?);
         Ok(Self::new(Books::from_env(access, clock)?, tenants, env::parsed("TENANT_ISOLATION")?))
     }
 

@@ -9,7 +9,7 @@ use tracing_subscriber::fmt::format::FmtSpan;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
-use crate::env::{self, EnvError};
+use crate::env;
 use crate::metrics::Line;
 
 /// Our own crates.
@@ -32,7 +32,40 @@ const OWN: [&str; 13] = [
 /// Where this process's metrics belong.
 static NAMESPACE: OnceLock<String> = OnceLock::new();
 
-/// Starts logging at the level that `LOG_LEVEL` names, or at `info`, and measuring in the namespace that
+/// Why a function cannot start: one line, which names the variable or the secret. `main` returns it, and so
+/// it is printed.
+pub struct CannotStart(String);
+
+impl CannotStart {
+    /// The reason with all of its own.
+    pub fn new(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        let error = error.into();
+        let mut line = error.to_string();
+        let mut source = error.source();
+        while let Some(error) = source {
+            line.push_str(": ");
+            line.push_str(&error.to_string());
+            source = error.source();
+        }
+        Self(line.replace(['\n', '\r'], " "))
+    }
+}
+
+impl std::fmt::Debug for CannotStart {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::fmt::Display for CannotStart {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for CannotStart {}
+
+/// Starts logging at the level that `LOG_LEVEL` names, and measuring in the namespace that
 /// `METRICS_NAMESPACE` names. Other people's crates are never heard below `info`: there they tell what goes
 /// over the wire, keys and answers included.
 ///
@@ -40,9 +73,10 @@ static NAMESPACE: OnceLock<String> = OnceLock::new();
 /// names are never logged, nor is anything else that a caller wrote.
 ///
 /// # Errors
-/// If a variable is absent; the error names it.
-pub fn init() -> Result<(), EnvError> {
-    let level = env::parsed::<Level>("LOG_LEVEL").unwrap_or(Level::INFO);
+/// If a variable is absent or malformed.
+pub fn init() -> Result<(), CannotStart> {
+    let level = env::parsed::<Level>("LOG_LEVEL").map_err(CannotStart::new)?;
+    let namespace = env::namespace("METRICS_NAMESPACE").map_err(CannotStart::new)?;
     let others = level.min(Level::INFO);
     let targets = Targets::new().with_default(others).with_targets(OWN.map(|own| (own, level)));
     tracing_subscriber::fmt()
@@ -56,7 +90,6 @@ pub fn init() -> Result<(), EnvError> {
         .finish()
         .with(targets)
         .init();
-    let namespace = env::text("METRICS_NAMESPACE")?;
     NAMESPACE.get_or_init(|| namespace);
     Ok(())
 }

@@ -60,7 +60,7 @@ impl Valve {
     pub fn from_env(access: &Access, clock: Clock) -> Result<Self, EnvError> {
         let ceiling: u32 = env::parsed("MODEL_MAX_IN_FLIGHT")?;
         Ok(Self {
-            accounts: AccountStore::new(access, env::text("ACCOUNTS_TABLE")?),
+            accounts: AccountStore::new(access, env::table("ACCOUNTS_TABLE")?),
             ceiling: Some(ceiling).filter(|ceiling| *ceiling > 0),
             shard: entropy().random_range(0..SHARDS),
             clock,

@@ -11,6 +11,7 @@
     reason = "a rig fails by panicking"
 )]
 
+pub mod contract;
 pub mod tokens;
 
 use std::collections::BTreeMap;
@@ -344,7 +345,8 @@ impl Stack {
         let at = system_clock() - ago;
         let signed =
             sigv4::sign(sigv4::GATEWAY, &key.credentials, &method, &url, &headers, body.as_bytes(), at);
-        let request = self.http.request(method, url).header(headers[0].0, headers[0].1).body(body);
+        let asked = contract::asked(&method, &url);
+        let request = self.http.request(method, asked).header(headers[0].0, headers[0].1).body(body);
         let signed = signed.expect("a signature").into_iter();
         signed.fold(request, |request, (name, value)| request.header(name, value))
     }
@@ -401,6 +403,12 @@ impl Stack {
         let path = format!("{}/sts", text(&self.ready, "control_url"));
         let sent = self.http.put(path).json(&steering).send().await.expect("the control address answers");
         assert!(sent.status().is_success(), "{steering}");
+    }
+
+    /// What the roles of functions and sessions were allowed so far; for each kind of call once.
+    pub async fn deeds(&self) -> Vec<local::iam::Deed> {
+        let deeds = self.control(Method::GET, "permissions", String::new()).await.json();
+        serde_json::from_value(deeds).expect("deeds")
     }
 
     /// How many sessions STS has given.
@@ -470,7 +478,8 @@ impl Stack {
         let token = key.token.as_deref().map(|token| (sigv4::SECURITY_TOKEN, token));
         let headers: Vec<(&str, &str)> = headers.iter().copied().chain(token).collect();
         let signed = sigv4::sign(service, &key.credentials, &method, url, &headers, &body, system_clock());
-        let mut request = self.http.request(method, url).body(body);
+        let asked = if service == sigv4::GATEWAY { contract::asked(&method, url) } else { url.to_owned() };
+        let mut request = self.http.request(method, asked).body(body);
         for (name, value) in headers {
             request = request.header(name, value);
         }
@@ -793,7 +802,8 @@ impl Tenant {
 
     /// A request with this tenant's key.
     pub fn request(&self, method: Method, path: &str) -> RequestBuilder {
-        let request = self.http.request(method, format!("{}{path}", self.url)).bearer_auth(&self.key);
+        let url = contract::asked(&method, &format!("{}{path}", self.url));
+        let request = self.http.request(method, url).bearer_auth(&self.key);
         match &self.user {
             Some(user) => request.header("x-user-id", user),
             None => request,
@@ -848,10 +858,14 @@ impl Tenant {
 }
 
 impl Answer {
-    /// Reads a response to its end.
+    /// Reads a response to its end, and holds it to the contract.
+    ///
+    /// # Panics
+    /// If the contract does not describe it.
     pub async fn read(response: Response) -> Self {
-        let (status, headers) = (response.status(), response.headers().clone());
+        let (status, headers, url) = (response.status(), response.headers().clone(), response.url().clone());
         let text = response.text().await.expect("a whole body");
+        contract::check(&url, status, &headers, &text);
         Self { status, headers, text }
     }
 
@@ -894,7 +908,9 @@ pub async fn next_event(response: &mut Response, buffer: &mut Vec<u8>) -> Option
                     data.push_str(value);
                 }
             }
-            return Some(Event { name, data: serde_json::from_str(&data).expect("data is JSON") });
+            let data = serde_json::from_str(&data).expect("data is JSON");
+            contract::check_event(response.url(), &name, &data);
+            return Some(Event { name, data });
         }
         buffer.extend(response.chunk().await.expect("the stream goes on")?);
     }
@@ -912,6 +928,8 @@ pub async fn all_events(mut response: Response) -> Vec<Event> {
 
 /// Reads the data of all events of a stream, whatever they are called.
 pub async fn all_lines(response: Response) -> Vec<String> {
+    let url = response.url().clone();
     let text = response.text().await.expect("a whole body");
-    text.lines().filter_map(|line| line.strip_prefix("data: ")).map(str::to_owned).collect()
+    let lines = text.lines().filter_map(|line| line.strip_prefix("data: "));
+    lines.inspect(|data| contract::check_line(&url, data)).map(str::to_owned).collect()
 }

@@ -42,15 +42,15 @@ impl Context {
     /// If a variable is absent; the error names it.
     pub async fn from_env() -> Result<Self, Error> {
         let config = aws::config().await?;
-        let access = aws::Access::from_env(&config);
+        let access = aws::Access::from_env(&config)?;
         let clock = Clock::system();
-        let ledger = Ledger::new(&access, env::text("AUDIT_TABLE")?);
+        let ledger = Ledger::new(&access, env::table("AUDIT_TABLE")?);
         Ok(Self {
             gate: Gate::from_env(&access, clock.clone())?,
-            chains: Chains::new(&access, env::text("USAGE_TABLE")?, ledger.clone()),
+            chains: Chains::new(&access, env::table("USAGE_TABLE")?, ledger.clone()),
             ledger,
-            objects: AuditObjects::new(&access, env::text("AUDIT_BUCKET")?),
-            tenants: TenantStore::new(&access, env::text("TENANTS_TABLE")?),
+            objects: AuditObjects::new(&access, env::bucket("AUDIT_BUCKET")?),
+            tenants: TenantStore::new(&access, env::table("TENANTS_TABLE")?),
             retention_days: env::parsed("AUDIT_RETENTION_DAYS")?,
             clock,
         })

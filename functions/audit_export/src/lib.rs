@@ -51,11 +51,11 @@ impl Context {
         let access = aws::Access::own(&config);
         #[expect(clippy::disallowed_methods, reason = "the table's stream drives this function")]
         let bookkeeper = Bookkeeper::driven_by_events();
-        let ledger = Ledger::new(&access, env::text("AUDIT_TABLE")?);
+        let ledger = Ledger::new(&access, env::table("AUDIT_TABLE")?);
         Ok(Self {
-            chains: Chains::new(&access, env::text("USAGE_TABLE")?, ledger.clone()),
+            chains: Chains::new(&access, env::table("USAGE_TABLE")?, ledger.clone()),
             ledger,
-            objects: AuditObjects::new(&access, env::text("AUDIT_BUCKET")?),
+            objects: AuditObjects::new(&access, env::bucket("AUDIT_BUCKET")?),
             retention_days: env::parsed("AUDIT_RETENTION_DAYS")?,
             bookkeeper,
             clock: Clock::system(),

@@ -56,9 +56,9 @@ impl Context {
         let access = aws::Access::own(&config);
         let clock = Clock::system();
         Ok(Self {
-            tenants: TenantStore::new(&access, env::text("TENANTS_TABLE")?),
-            keys: KeyStore::new(&access, env::text("TENANTS_TABLE")?),
-            denials: Denials::new(Ledger::new(&access, env::text("AUDIT_TABLE")?), clock.clone()),
+            tenants: TenantStore::new(&access, env::table("TENANTS_TABLE")?),
+            keys: KeyStore::new(&access, env::table("TENANTS_TABLE")?),
+            denials: Denials::new(Ledger::new(&access, env::table("AUDIT_TABLE")?), clock.clone()),
             key_sets: KeySets::new(env::parsed("ISSUER_REACH")?, clock.clone()),
             vector_root_key: secrets::read(&config, "QDRANT_ROOT_KEY_SECRET").await?,
             clock,

@@ -72,7 +72,7 @@ impl Context {
         let access = aws::Access::per_tenant(&config)?;
         let http = outbound::client()?;
         let embedding = EmbeddingModel {
-            name: env::text("EMBEDDINGS_MODEL")?,
+            name: env::model("EMBEDDINGS_MODEL")?,
             dimensions: env::parsed("EMBEDDINGS_DIMENSIONS")?,
         };
         let embedding_prices = pricing::embedding_model(&embedding.name)
@@ -84,10 +84,10 @@ impl Context {
             secrets::read(&config, "EMBEDDINGS_KEY_SECRET")
         )?;
         let clock = Clock::system();
-        let conversations = env::text("CONVERSATIONS_TABLE")?;
+        let conversations = env::table("CONVERSATIONS_TABLE")?;
         Ok(Self {
             gate: Gate::from_env(&access, clock.clone())?,
-            ledger: Ledger::new(&access, env::text("AUDIT_TABLE")?),
+            ledger: Ledger::new(&access, env::table("AUDIT_TABLE")?),
             valve: Valve::from_env(&access, clock.clone())?,
             idempotency: IdempotencyStore::new(&access, conversations.clone()),
             conversations: ConversationStore::new(&access, conversations),

@@ -62,12 +62,12 @@ impl Context {
         let bookkeeper = Bookkeeper::driven_by_events();
         let clock = Clock::system();
         let names = Names {
-            tenants: env::text("TENANTS_TABLE")?,
-            meters: env::text("METERS_TABLE")?,
-            conversations: env::text("CONVERSATIONS_TABLE")?,
-            documents: env::text("DOCUMENTS_TABLE")?,
-            webhooks: env::text("WEBHOOKS_TABLE")?,
-            usage: env::text("USAGE_TABLE")?,
+            tenants: env::table("TENANTS_TABLE")?,
+            meters: env::table("METERS_TABLE")?,
+            conversations: env::table("CONVERSATIONS_TABLE")?,
+            documents: env::table("DOCUMENTS_TABLE")?,
+            webhooks: env::table("WEBHOOKS_TABLE")?,
+            usage: env::table("USAGE_TABLE")?,
         };
         let books = Books::from_env(&access, clock.clone())?;
         Ok(Self {
@@ -76,7 +76,7 @@ impl Context {
             chains: Chains::new(&access, names.usage.clone(), books.ledger().clone()),
             items: TenantItems::new(&access, names),
             books,
-            uploads: Uploads::new(&access, env::text("DOCUMENTS_BUCKET")?),
+            uploads: Uploads::new(&access, env::bucket("DOCUMENTS_BUCKET")?),
             secrets: TenantSecrets::from_env(&access, "TENANT_SECRETS", "TENANT_MODEL_KEYS")?,
             cells: env::parsed("QDRANT_CELLS")?,
             vector_root_key: secrets::read(&config, "QDRANT_ROOT_KEY_SECRET").await?,

@@ -39,12 +39,12 @@ impl Context {
     pub async fn from_env() -> Result<Self, Error> {
         let config = aws::config().await?;
         let access = aws::Access::own(&config);
-        let tenants = env::text("TENANTS_TABLE")?;
+        let tenants = env::table("TENANTS_TABLE")?;
         Ok(Self {
             tenants: TenantStore::new(&access, tenants.clone()),
             deprovisionings: Deprovisionings::new(&access, tenants),
-            meters: MeterStore::new(&access, env::text("METERS_TABLE")?),
-            ledger: Ledger::new(&access, env::text("AUDIT_TABLE")?),
+            meters: MeterStore::new(&access, env::table("METERS_TABLE")?),
+            ledger: Ledger::new(&access, env::table("AUDIT_TABLE")?),
             clock: Clock::system(),
             entropy: entropy(),
         })

@@ -48,7 +48,7 @@ impl Context {
         let config = aws::config().await?;
         let access = aws::Access::per_tenant(&config)?;
         let embedding = EmbeddingModel {
-            name: env::text("EMBEDDINGS_MODEL")?,
+            name: env::model("EMBEDDINGS_MODEL")?,
             dimensions: env::parsed("EMBEDDINGS_DIMENSIONS")?,
         };
         let embedding_prices = pricing::embedding_model(&embedding.name)
@@ -58,9 +58,9 @@ impl Context {
         let clock = Clock::system();
         Ok(Self {
             gate: Gate::from_env(&access, clock.clone())?,
-            ledger: Ledger::new(&access, env::text("AUDIT_TABLE")?),
-            idempotency: IdempotencyStore::new(&access, env::text("CONVERSATIONS_TABLE")?),
-            documents: DocumentStore::new(&access, env::text("DOCUMENTS_TABLE")?),
+            ledger: Ledger::new(&access, env::table("AUDIT_TABLE")?),
+            idempotency: IdempotencyStore::new(&access, env::table("CONVERSATIONS_TABLE")?),
+            documents: DocumentStore::new(&access, env::table("DOCUMENTS_TABLE")?),
             data_keys: DataKeys::new(&access),
             cells: env::parsed("QDRANT_CELLS")?,
             embeddings: EmbeddingsClient::new(outbound::client()?, &url, key, embedding),

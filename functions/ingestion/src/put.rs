@@ -36,12 +36,11 @@ const MOST_METADATA_BYTES: usize = 16 << 10;
 /// How many documents of a request are worked on at the same time.
 const AT_ONCE: usize = 4;
 
-/// The body: `{"documents":[…]}`, or one document by itself.
+/// The body, if it is not one document by itself.
 #[derive(Deserialize)]
-#[serde(untagged)]
-enum Incoming {
-    Many { documents: Vec<Value> },
-    One(Value),
+#[serde(deny_unknown_fields)]
+struct Several {
+    documents: Vec<Value>,
 }
 
 #[derive(Deserialize)]
@@ -101,10 +100,9 @@ pub(crate) async fn handle(
     let deadline = web::deadline(&request, &context.clock);
     let key = web::idempotency_key(&request, scope)?;
     let ends_at_s = web::ends_at_s(&request);
-    let documents = match web::json(&request)? {
-        Incoming::Many { documents } => documents,
-        Incoming::One(document) => vec![document],
-    };
+    let body: Value = web::json(&request)?;
+    let several = body.get("documents").is_some();
+    let documents = if several { web::value::<Several>(body)?.documents } else { vec![body] };
     drop(request);
     if documents.is_empty() {
         return Err(ApiError::invalid("documents", "documents is empty"));

@@ -56,12 +56,12 @@ impl Context {
         let clock = Clock::system();
         Ok(Self {
             gate: Gate::from_env(&access, clock.clone())?,
-            keys: KeyStore::new(&access, env::text("TENANTS_TABLE")?),
-            issuers: IssuerStore::new(&access, env::text("TENANTS_TABLE")?),
+            keys: KeyStore::new(&access, env::table("TENANTS_TABLE")?),
+            issuers: IssuerStore::new(&access, env::table("TENANTS_TABLE")?),
             issuer_reach: env::parsed("ISSUER_REACH")?,
-            meters: MeterStore::new(&access, env::text("METERS_TABLE")?),
-            ledger: Ledger::new(&access, env::text("AUDIT_TABLE")?),
-            idempotency: IdempotencyStore::of_names(&access, env::text("CONVERSATIONS_TABLE")?),
+            meters: MeterStore::new(&access, env::table("METERS_TABLE")?),
+            ledger: Ledger::new(&access, env::table("AUDIT_TABLE")?),
+            idempotency: IdempotencyStore::of_names(&access, env::table("CONVERSATIONS_TABLE")?),
             clock,
             entropy: entropy(),
         })

@@ -62,22 +62,26 @@ impl Context {
     pub async fn from_env() -> Result<Self, Error> {
         let config = aws::config().await?;
         let access = aws::Access::own(&config);
+        let (vector_root_key, webhook_root) = tokio::try_join!(
+            secrets::read(&config, "QDRANT_ROOT_KEY_SECRET"),
+            WebhookRoot::from_env(&access, "WEBHOOK_KEY_SECRET")
+        )?;
         Ok(Self {
-            tenants: TenantStore::new(&access, env::text("TENANTS_TABLE")?),
-            keys: KeyStore::new(&access, env::text("TENANTS_TABLE")?),
-            issuers: IssuerStore::new(&access, env::text("TENANTS_TABLE")?),
-            deprovisionings: Deprovisionings::new(&access, env::text("TENANTS_TABLE")?),
-            kept: KeptRecords::new(&access, env::text("AUDIT_TABLE")?, env::text("USAGE_TABLE")?),
-            audit_objects: AuditObjects::new(&access, env::text("AUDIT_BUCKET")?),
-            meters: MeterStore::new(&access, env::text("METERS_TABLE")?),
-            ledger: Ledger::new(&access, env::text("AUDIT_TABLE")?),
+            tenants: TenantStore::new(&access, env::table("TENANTS_TABLE")?),
+            keys: KeyStore::new(&access, env::table("TENANTS_TABLE")?),
+            issuers: IssuerStore::new(&access, env::table("TENANTS_TABLE")?),
+            deprovisionings: Deprovisionings::new(&access, env::table("TENANTS_TABLE")?),
+            kept: KeptRecords::new(&access, env::table("AUDIT_TABLE")?, env::table("USAGE_TABLE")?),
+            audit_objects: AuditObjects::new(&access, env::bucket("AUDIT_BUCKET")?),
+            meters: MeterStore::new(&access, env::table("METERS_TABLE")?),
+            ledger: Ledger::new(&access, env::table("AUDIT_TABLE")?),
             cells: env::parsed("QDRANT_CELLS")?,
-            vector_root_key: secrets::read(&config, "QDRANT_ROOT_KEY_SECRET").await?,
+            vector_root_key,
             model_keys: TenantKeys::from_env(&access, "TENANT_MODEL_KEYS")?,
             data_keys: DataKeys::new(&access),
-            webhook_root: WebhookRoot::from_env(&access, "WEBHOOK_KEY_SECRET")?,
+            webhook_root,
             embedding: EmbeddingModel {
-                name: env::text("EMBEDDINGS_MODEL")?,
+                name: env::model("EMBEDDINGS_MODEL")?,
                 dimensions: env::parsed("EMBEDDINGS_DIMENSIONS")?,
             },
             clock: Clock::system(),

@@ -51,7 +51,7 @@ impl Context {
         let clock = Clock::system();
         Ok(Self {
             books: Books::from_env(&access, clock.clone())?,
-            usage: UsageStore::new(&access, env::text("USAGE_TABLE")?),
+            usage: UsageStore::new(&access, env::table("USAGE_TABLE")?),
             bookkeeper,
             clock,
         })

@@ -38,13 +38,13 @@ impl Context {
     /// # Errors
     /// If a variable is absent; the error names it.
     pub async fn from_env() -> Result<Self, Error> {
-        let access = aws::Access::from_env(&aws::config().await?);
+        let access = aws::Access::from_env(&aws::config().await?)?;
         let clock = Clock::system();
         Ok(Self {
             gate: Gate::from_env(&access, clock.clone())?,
-            meters: MeterStore::new(&access, env::text("METERS_TABLE")?),
-            tenants: TenantStore::new(&access, env::text("TENANTS_TABLE")?),
-            usage: UsageStore::new(&access, env::text("USAGE_TABLE")?),
+            meters: MeterStore::new(&access, env::table("METERS_TABLE")?),
+            tenants: TenantStore::new(&access, env::table("TENANTS_TABLE")?),
+            usage: UsageStore::new(&access, env::table("USAGE_TABLE")?),
             clock,
         })
     }

@@ -55,11 +55,11 @@ impl Context {
         #[expect(clippy::disallowed_methods, reason = "a schedule drives this function")]
         let bookkeeper = Bookkeeper::driven_by_events();
         Ok(Self {
-            meters: MeterStore::new(&access, env::text("METERS_TABLE")?),
-            tenants: TenantStore::new(&access, env::text("TENANTS_TABLE")?),
-            ledger: Ledger::new(&access, env::text("AUDIT_TABLE")?),
-            messages: WebhookStore::new(&access, env::text("WEBHOOKS_TABLE")?),
-            root: WebhookRoot::from_env(&access, "WEBHOOK_KEY_SECRET")?,
+            meters: MeterStore::new(&access, env::table("METERS_TABLE")?),
+            tenants: TenantStore::new(&access, env::table("TENANTS_TABLE")?),
+            ledger: Ledger::new(&access, env::table("AUDIT_TABLE")?),
+            messages: WebhookStore::new(&access, env::table("WEBHOOKS_TABLE")?),
+            root: WebhookRoot::from_env(&access, "WEBHOOK_KEY_SECRET").await?,
             sender: Sender::new(env::parsed("WEBHOOK_RECEIVERS")?)?,
             bookkeeper,
             clock: Clock::system(),

@@ -11,6 +11,7 @@
 //! | `DELETE /dynamodb/faults` | ends all faults |
 //! | `GET /dynamodb/calls?after=n` | the calls numbered higher than `n`, oldest first |
 //! | `DELETE /dynamodb/calls` | forgets them; numbers go on |
+//! | `GET /permissions` | what roles were allowed so far: for each kind of call once its role, the tags of its session, its action, its resource, and what conditions look at |
 //! | `GET /qdrant/traces` | where in traces the latest calls of the vector store say to be, oldest first |
 //! | `PUT /sts` | steers STS: `{"outage": true}`, `{"lifetime_s": n}`; `{}` ends it |
 //! | `GET /sts` | how it is steered, and how many sessions it has given |
@@ -39,6 +40,7 @@ use tokio::net::TcpListener;
 
 use crate::dynamodb::Front;
 use crate::gateway::Poison;
+use crate::iam::Callers;
 use crate::kms::{self, Kms};
 use crate::lambda::{InvokeError, Lambda, MAX_PAYLOAD, WITHOUT_HURRY};
 use crate::serving::{self, Traces};
@@ -56,6 +58,8 @@ pub struct Control {
     pub dynamodb: Arc<Front>,
     /// The sessions of tenants.
     pub sts: Arc<Sts>,
+    /// Who may do what, and did.
+    pub callers: Arc<Callers>,
     /// The tenants' own keys.
     pub kms: Arc<Kms>,
     /// The decisions that the gateway keeps.
@@ -80,6 +84,7 @@ pub async fn serve(
         .route("/decisions", put(poison))
         .route("/dynamodb/faults", put(set_faults).delete(clear_faults))
         .route("/dynamodb/calls", get(calls).delete(forget_calls))
+        .route("/permissions", get(async |State(control): State<Control>| Json(control.callers.deeds())))
         .route("/qdrant/traces", get(traces))
         .route("/sts", get(sts).put(steer_sts))
         .route("/kms", get(kms).put(steer_kms))
@@ -209,6 +214,7 @@ mod tests {
             dynamodb: front,
             decisions: Poison::default(),
             sts: Sts::new(Vec::new(), Arc::default()),
+            callers: Arc::default(),
             kms: Kms::open(&folder.path().join("kms.json"), Arc::default()).unwrap(),
             traces: Traces::default(),
         };

@@ -6,15 +6,18 @@
 //! read, so that no statement is ever half understood.
 //! <https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_policies_evaluation-logic.html>
 
-use std::collections::BTreeMap;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use http::{HeaderMap, Method};
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use time::OffsetDateTime;
 
 use crate::sigv4::{self, Credentials, Refusal};
 
+/// How many deeds are remembered; the first ones.
+const MOST_DEEDS: usize = 100_000;
 /// The condition keys that the services here set, or would if a call were about them.
 const KEYS: [&str; 5] = [
     "aws:TagKeys",
@@ -69,8 +72,31 @@ enum Test {
     Null,
 }
 
+/// The least that can be taken out of a policy: one action on one resource of one statement.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Grant {
+    /// Which statement of the policy, from 0.
+    pub statement: usize,
+    /// The action, as the statement has it.
+    pub action: String,
+    /// The resource, as the statement has it.
+    pub resource: String,
+}
+
+/// Something that a role was allowed; once for all calls alike.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Deed {
+    /// The role's ARN.
+    pub role: String,
+    /// The tags of the session.
+    pub tags: BTreeMap<String, String>,
+    /// What it was.
+    #[serde(flatten)]
+    pub intent: Intent,
+}
+
 /// What somebody wants to do: one action on one resource.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Intent {
     /// Such as `dynamodb:GetItem`.
     pub action: String,
@@ -124,6 +150,7 @@ pub struct Session {
 pub struct Callers {
     fixed: Vec<Arc<Caller>>,
     sessions: RwLock<BTreeMap<String, Arc<Caller>>>,
+    deeds: Mutex<BTreeSet<Deed>>,
 }
 
 impl Intent {
@@ -137,7 +164,7 @@ impl Callers {
     /// These.
     #[must_use]
     pub fn new(callers: Vec<Caller>) -> Self {
-        Self { fixed: callers.into_iter().map(Arc::new).collect(), sessions: RwLock::default() }
+        Self { fixed: callers.into_iter().map(Arc::new).collect(), ..Self::default() }
     }
 
     /// Whose access key that is.
@@ -153,6 +180,34 @@ impl Callers {
         let mut sessions = self.sessions.write().unwrap_or_else(PoisonError::into_inner);
         sessions.retain(|_, other| other.session.as_ref().is_none_or(|session| session.expires_at > now));
         sessions.insert(caller.credentials.access_key_id.clone(), Arc::new(caller));
+    }
+
+    /// Says why somebody may not do one of these, in AWS's words; nothing if all are allowed, which is
+    /// remembered.
+    pub fn refused(&self, caller: &Caller, intents: &[Intent]) -> Option<String> {
+        let refused = caller.refused(intents);
+        if refused.is_none() {
+            self.remember(caller, intents);
+        }
+        refused
+    }
+
+    /// Remembers that somebody was allowed these. Operators, who have no role, may do everything.
+    pub fn remember(&self, caller: &Caller, intents: &[Intent]) {
+        let Some(role) = &caller.role else { return };
+        let mut deeds = self.deeds.lock().unwrap_or_else(PoisonError::into_inner);
+        for intent in intents {
+            let deed = Deed { role: role.clone(), tags: caller.tags.clone(), intent: intent.clone() };
+            if deeds.len() < MOST_DEEDS {
+                deeds.insert(deed);
+            }
+        }
+    }
+
+    /// What roles were allowed so far.
+    #[must_use]
+    pub fn deeds(&self) -> Vec<Deed> {
+        self.deeds.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
     }
 
     /// Who signed a request to a service.
@@ -184,19 +239,24 @@ impl Role {
     /// <https://docs.aws.amazon.com/IAM/latest/UserGuide/id_session-tags.html#id_session-tags_permissions-required>
     #[must_use]
     pub fn refused(&self, caller: &Caller, tags: &BTreeMap<String, String>) -> Option<String> {
+        let intents = self.assuming(tags);
+        let refused = intents.iter().find(|intent| !self.trust.allows(caller, intent))?;
+        Some(format!(
+            "User: {} is not authorized to perform: {} on resource: {}",
+            caller.credentials.user_arn, refused.action, self.arn
+        ))
+    }
+
+    /// What assuming the role with these tags is to IAM.
+    #[must_use]
+    pub fn assuming(&self, tags: &BTreeMap<String, String>) -> Vec<Intent> {
         let mut context: BTreeMap<String, Vec<String>> =
             tags.iter().map(|(key, value)| (format!("aws:RequestTag/{key}"), vec![value.clone()])).collect();
         context.insert("aws:TagKeys".to_owned(), tags.keys().cloned().collect());
         let actions: &[&str] =
             if tags.is_empty() { &["sts:AssumeRole"] } else { &["sts:AssumeRole", "sts:TagSession"] };
-        let refused = actions.iter().find(|action| {
-            let intent = Intent { context: context.clone(), ..Intent::new(**action, self.arn.clone()) };
-            !self.trust.allows(caller, &intent)
-        })?;
-        Some(format!(
-            "User: {} is not authorized to perform: {refused} on resource: {}",
-            caller.credentials.user_arn, self.arn
-        ))
+        let intent = |action: &&str| Intent { context: context.clone(), ..Intent::new(*action, &*self.arn) };
+        actions.iter().map(intent).collect()
     }
 }
 
@@ -279,17 +339,22 @@ impl Caller {
     /// Whether the caller's policies allow something.
     #[must_use]
     pub fn may(&self, intent: &Intent) -> bool {
-        let Some(policies) = &self.policies else { return true };
-        let mut allowed = false;
-        let statements = policies.iter().flat_map(|policy| &policy.0);
-        for statement in statements.filter(|statement| statement.applies(intent, &self.tags)) {
-            if !statement.allows {
-                return false;
-            }
-            allowed = true;
-        }
-        allowed
+        self.policies.as_ref().is_none_or(|policies| allow(policies, &self.tags, intent))
     }
+}
+
+/// Whether policies allow something, to a session with these tags.
+#[must_use]
+pub fn allow(policies: &[Policy], tags: &BTreeMap<String, String>, intent: &Intent) -> bool {
+    let mut allowed = false;
+    let statements = policies.iter().flat_map(|policy| &policy.0);
+    for statement in statements.filter(|statement| statement.applies(intent, tags)) {
+        if !statement.allows {
+            return false;
+        }
+        allowed = true;
+    }
+    allowed
 }
 
 impl Policy {
@@ -299,6 +364,35 @@ impl Policy {
     /// What of it is not known here.
     pub fn parse(document: &Value) -> Result<Self, String> {
         statements(document)?.into_iter().map(Statement::parse).collect::<Result<_, _>>().map(Self)
+    }
+
+    /// All that it allows, taken apart.
+    #[must_use]
+    pub fn grants(&self) -> Vec<Grant> {
+        let of = |(statement, parts): (usize, &Statement)| {
+            let pairs =
+                parts.actions.iter().flat_map(|action| parts.resources.iter().map(move |r| (action, r)));
+            let grant = |(action, resource): (&String, &String)| Grant {
+                statement,
+                action: action.clone(),
+                resource: resource.clone(),
+            };
+            pairs.map(grant).collect::<Vec<_>>()
+        };
+        self.0.iter().enumerate().filter(|(_, statement)| statement.allows).flat_map(of).collect()
+    }
+
+    /// The same without one of its grants.
+    #[must_use]
+    pub fn without(&self, grant: &Grant) -> Self {
+        let mut statements = self.0.clone();
+        if let Some(statement) = statements.get_mut(grant.statement) {
+            let mut others = Statement { actions: vec![grant.action.clone()], ..statement.clone() };
+            others.resources.retain(|resource| *resource != grant.resource);
+            statement.actions.retain(|action| *action != grant.action);
+            statements.push(others);
+        }
+        Self(statements)
     }
 }
 
@@ -584,6 +678,37 @@ mod tests {
         assert!(holds(json!({"StringEqualsIfExists": {"s3:prefix": "a"}}), &["a"]));
         assert!(holds(json!({"StringNotEquals": {"s3:prefix": "a"}}), &["a"]));
         assert!(holds(json!({"Null": {"s3:prefix": true}}), &["a"]));
+    }
+
+    #[test]
+    fn a_policy_without_a_grant_lacks_that_alone() {
+        let statement =
+            |actions: Value| json!({"Effect": "Allow", "Action": actions, "Resource": ["a", "b"]});
+        let document = json!({"Version": "2012-10-17", "Statement": [statement(json!(["x", "y"])), statement(json!("z"))]});
+        let policy = Policy::parse(&document).unwrap();
+        let grants = policy.grants();
+        assert_eq!(grants.len(), 6);
+        for taken in &grants {
+            let less = [policy.without(taken)];
+            for other in &grants {
+                let intent = on(&other.action, &other.resource);
+                assert_eq!(allow(&less, &BTreeMap::new(), &intent), other != taken, "{taken:?} {other:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_roles_were_allowed_is_remembered_once() {
+        let chat = caller(json!({"Effect": "Allow", "Action": "x", "Resource": "a"}), &[("t", "acme")]);
+        let operator = Caller::operator(chat.credentials.clone());
+        let callers = Callers::default();
+        for who in [&chat, &chat, &operator] {
+            assert_eq!(callers.refused(who, &[on("x", "a")]), None);
+        }
+        assert!(callers.refused(&chat, &[on("x", "a"), on("x", "b")]).is_some());
+        let tags = BTreeMap::from([("t".to_owned(), "acme".to_owned())]);
+        let role = chat.role.clone().unwrap();
+        assert_eq!(callers.deeds(), [Deed { role, tags, intent: on("x", "a") }]);
     }
 
     #[test]

@@ -187,7 +187,7 @@ impl Kms {
         let mut inner = self.inner();
         let answered = if inner.steering.outage {
             Err(refuse("KMSInternalException", "The service is steered to be unavailable."))
-        } else if let Some(message) = caller.refused(&[intent]) {
+        } else if let Some(message) = self.callers.refused(&caller, &[intent]) {
             tracing::warn!("KMS refused {operation}: {message}");
             Err(refuse("AccessDeniedException", message))
         } else {

@@ -254,7 +254,8 @@ impl Secrets {
             Some(name) => secret_arn(name),
             None => "*".to_owned(),
         };
-        let message = caller.refused(&[Intent::new(format!("secretsmanager:{operation}"), resource)])?;
+        let intent = Intent::new(format!("secretsmanager:{operation}"), resource);
+        let message = callers.refused(&caller, &[intent])?;
         tracing::warn!("Secrets Manager refused {operation}: {message}");
         Some(refuse("AccessDeniedException", message))
     }

@@ -351,7 +351,8 @@ impl Stack {
             store.set(&secret.name, value).map_err(|e| failed("Secrets Manager")(&e))?;
         }
         let stopped = back.stopped();
-        back.run("Secrets Manager", secrets::serve(secrets_listener, store, callers, stopped));
+        let serving = secrets::serve(secrets_listener, store, Arc::clone(&callers), stopped);
+        back.run("Secrets Manager", serving);
 
         let mut front = Services::new();
         for function in &template.functions {
@@ -369,6 +370,8 @@ impl Stack {
                     position: in_data("streams")
                         .join(format!("{}-{}.json", function.logical_id, stream.name)),
                     queues: queues.clone(),
+                    callers: Arc::clone(&callers),
+                    caller: Arc::new(role(function)),
                 };
                 let (written, stopped) = (dynamodb_front.written(), front.stopped());
                 let reading = streams::run(mapping, database.clone(), written, system_clock, stopped);
@@ -387,8 +390,15 @@ impl Stack {
             Gateway::serve(gateway_listener, api, Arc::clone(&lambda), operators, decisions.clone(), stopped);
         front.run("the gateway", gateway);
         let stopped = front.stopped();
-        let steered =
-            Control { lambda: Arc::clone(&lambda), dynamodb: dynamodb_front, sts, kms, decisions, traces };
+        let steered = Control {
+            lambda: Arc::clone(&lambda),
+            dynamodb: dynamodb_front,
+            sts,
+            kms,
+            callers,
+            decisions,
+            traces,
+        };
         front.run("the control address", control::serve(control_listener, steered, stopped));
 
         if config.seed && identity.tenants.is_empty() {

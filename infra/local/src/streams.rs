@@ -10,6 +10,7 @@ mod batch;
 use std::future::Future;
 use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use dynoxide::Database;
@@ -21,10 +22,11 @@ use time::format_description::well_known::Rfc3339;
 use tokio::sync::watch;
 
 use self::batch::{Batch, Next, Record};
+use crate::iam::{Caller, Callers, Intent};
 use crate::lambda::{Invoke, InvokeError, uuid};
 use crate::queues;
 use crate::serving::{replace_file, unique_id};
-use crate::template::{REGION, StartingPosition, StreamEvent};
+use crate::template::{REGION, StartingPosition, StreamEvent, queue_arn};
 
 /// How often an idle stream is looked at. Writes that pass the front wake it sooner.
 const POLL: Duration = Duration::from_millis(100);
@@ -48,6 +50,10 @@ pub struct Mapping {
     pub position: PathBuf,
     /// The folder of the queues.
     pub queues: PathBuf,
+    /// The function's role, which Lambda sends to queues with.
+    pub caller: Arc<Caller>,
+    /// What remembers that it did.
+    pub callers: Arc<Callers>,
 }
 
 /// Why a stream cannot be read on.
@@ -255,8 +261,12 @@ impl<N: Fn() -> OffsetDateTime> Poller<N> {
             }
             fields.insert("responseContext".to_owned(), context);
         }
-        queues::send(&self.mapping.queues, queue, &message)
-            .map_err(|source| Error::File { path: self.mapping.queues.clone(), source })?;
+        let sending = Intent::new("sqs:SendMessage", queue_arn(queue));
+        match self.mapping.callers.refused(&self.mapping.caller, &[sending]) {
+            Some(message) => tracing::warn!("SQS refused SendMessage: {message}"),
+            None => queues::send(&self.mapping.queues, queue, &message)
+                .map_err(|source| Error::File { path: self.mapping.queues.clone(), source })?,
+        }
         self.done(&batch.records)
     }
 

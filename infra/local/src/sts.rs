@@ -96,6 +96,7 @@ impl Sts {
             tracing::warn!("STS refused AssumeRole: {message}");
             return Err(Refusal::new("AccessDenied", message));
         }
+        self.callers.remember(&caller, &role.map(|role| role.assuming(&wanted.tags)).unwrap_or_default());
         let name = wanted.role_arn.rsplit('/').next().unwrap_or_default();
         let arn = format!("arn:aws:sts::{ACCOUNT}:assumed-role/{name}/{}", wanted.session);
         let credentials = Credentials {

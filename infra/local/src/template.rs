@@ -15,10 +15,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use http::Method;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
-pub use self::events::{Events, ScheduleEvent, StartingPosition, StreamEvent};
+pub use self::events::{Events, ScheduleEvent, StartingPosition, StreamEvent, queue_arn};
 use self::intrinsics::Evaluator;
 use crate::iam::{Policy, Role, Trust};
 
@@ -437,6 +437,13 @@ fn function(
         }
     }
     let events = events::events(&merged, tables, queues)?;
+    let mut policies = policies(&merged, Some)?;
+    // SAM adds this one by itself.
+    for queue in events.streams.iter().filter_map(|stream| stream.on_failure.as_deref()) {
+        let statement = json!({"Effect": "Allow", "Action": "sqs:SendMessage", "Resource": queue_arn(queue)});
+        let document = json!({"Version": "2012-10-17", "Statement": [statement]});
+        policies.push(Policy::parse(&document).map_err(|problem| invalid(merged.at("/Events"), problem))?);
+    }
     Ok(Function {
         name: physical_name(&merged),
         binary,
@@ -447,7 +454,7 @@ fn function(
         reserved_concurrency: merged.number("/ReservedConcurrentExecutions")?,
         tenant_isolation: tenant_isolation(&merged, &events)?,
         events,
-        policies: policies(&merged, Some)?,
+        policies,
         logical_id: merged.id,
     })
 }

@@ -63,7 +63,7 @@ impl TenantKeys {
     /// # Errors
     /// If the variable is absent; the error names it.
     pub fn from_env(access: &Access, variable: &'static str) -> Result<Self, EnvError> {
-        Ok(Self { access: access.clone(), prefix: env::text(variable)?, known: Mutex::default() })
+        Ok(Self { access: access.clone(), prefix: env::secret_name(variable)?, known: Mutex::default() })
     }
 
     /// The name of a tenant's secret.
@@ -144,7 +144,7 @@ impl TenantSecrets {
         below: &'static str,
         model_keys: &'static str,
     ) -> Result<Self, EnvError> {
-        let (below, model_keys) = (env::text(below)?, env::text(model_keys)?);
+        let (below, model_keys) = (env::secret_name(below)?, env::secret_name(model_keys)?);
         Ok(Self { access: access.clone(), below, model_keys })
     }
 
@@ -207,12 +207,15 @@ pub struct WebhookRoot {
 
 #[cfg(feature = "webhooks")]
 impl WebhookRoot {
-    /// The secret whose id stands in the environment variable `variable`.
+    /// The secret whose id stands in the environment variable `variable`. It is read once, so that a function
+    /// without it does not start.
     ///
     /// # Errors
-    /// If the variable is absent; the error names it.
-    pub fn from_env(access: &Access, variable: &'static str) -> Result<Self, EnvError> {
-        Ok(Self { access: access.clone(), variable, id: env::text(variable)? })
+    /// [`SecretError`] says which variable and secret are at fault.
+    pub async fn from_env(access: &Access, variable: &'static str) -> Result<Self, SecretError> {
+        let root = Self { access: access.clone(), variable, id: env::secret_name(variable)? };
+        root.current().await?;
+        Ok(root)
     }
 
     /// The secret as it is now.
@@ -265,7 +268,7 @@ pub enum KeyError {
 /// # Errors
 /// [`SecretError`] says which variable and secret are at fault.
 pub async fn read(config: &SdkConfig, variable: &'static str) -> Result<Secret, SecretError> {
-    let id = env::text(variable)?;
+    let id = env::secret_name(variable)?;
     let answer = Client::new(config).get_secret_value().secret_id(&id).send().await;
     let value = answer.map_err(|source| SecretError::Unreadable {
         variable,

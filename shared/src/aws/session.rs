@@ -77,15 +77,18 @@ impl Access {
     /// # Errors
     /// If the variable is absent; the error names it.
     pub fn per_tenant(config: &SdkConfig) -> Result<Self, EnvError> {
-        let role = TenantRole { sts: aws_sdk_sts::Client::new(config), arn: env::text("TENANT_ROLE_ARN")? };
+        let role =
+            TenantRole { sts: aws_sdk_sts::Client::new(config), arn: env::role_arn("TENANT_ROLE_ARN")? };
         Ok(Self::new(config, Some(role)))
     }
 
-    /// A session for each tenant where `TENANT_ROLE_ARN` is set, the function's own role elsewhere: for a
-    /// program that serves tenants under one name and operators under another. The former's own role opens
-    /// nothing of any tenant, so a forgotten variable refuses.
-    pub fn from_env(config: &SdkConfig) -> Self {
-        Self::per_tenant(config).unwrap_or_else(|_| Self::own(config))
+    /// The function's own role where `TENANT_ROLE_ARN` is `none`, a session for each tenant elsewhere: for a
+    /// program that serves tenants under one name and operators under another.
+    ///
+    /// # Errors
+    /// If the variable is absent; the error names it.
+    pub fn from_env(config: &SdkConfig) -> Result<Self, EnvError> {
+        if env::text("TENANT_ROLE_ARN")? == "none" { Ok(Self::own(config)) } else { Self::per_tenant(config) }
     }
 
     fn new(config: &SdkConfig, role: Option<TenantRole>) -> Self {

@@ -289,7 +289,7 @@ impl Desk {
         let (method, headers) = (&parts.method, &parts.headers);
         let signer = self.front.callers.signer("dynamodb", method, uri, headers, body, system_clock());
         let (code, message) = match signer {
-            Ok(caller) => match caller.refused(&call.intents) {
+            Ok(caller) => match self.front.callers.refused(&caller, &call.intents) {
                 Some(message) => ("AccessDeniedException", message),
                 None => return Ok(caller.credentials.user_arn.clone()),
             },

@@ -5,12 +5,30 @@ use std::sync::Arc;
 use s3s::access::{S3Access, S3AccessContext};
 use s3s::{S3Result, s3_error};
 
-use crate::iam::{Callers, Intent};
+use crate::iam::{Caller, Callers, Intent};
 use crate::serving::system_clock;
 use crate::sigv4::{self, Refusal};
 
 /// The callers' policies.
 pub(super) struct Policies(pub(super) Arc<Callers>);
+
+/// What an answer with an object shows of its lock: what the caller might also ask for by itself.
+/// <https://docs.aws.amazon.com/AmazonS3/latest/API/API_GetObject.html>
+#[derive(Clone, Copy, Default)]
+pub(super) struct Shown {
+    pub(super) retention: bool,
+    pub(super) legal_hold: bool,
+}
+
+impl Policies {
+    fn shown(&self, caller: &Caller, read: &Intent) -> Shown {
+        let may = |action| self.0.refused(caller, &[Intent { action, ..read.clone() }]).is_none();
+        Shown {
+            retention: may("s3:GetObjectRetention".to_owned()),
+            legal_hold: may("s3:GetObjectLegalHold".to_owned()),
+        }
+    }
+}
 
 #[async_trait::async_trait]
 impl S3Access for Policies {
@@ -22,13 +40,16 @@ impl S3Access for Policies {
             Err(Refusal::Expired) => return Err(s3_error!(ExpiredToken, "The provided token has expired.")),
             Err(refusal) => return Err(s3_error!(InvalidToken, "{refusal}")),
         }
-        match caller.refused(&intents(cx)) {
-            None => Ok(()),
-            Some(message) => {
-                tracing::warn!("S3 refused {}: {message}", cx.s3_op().name());
-                Err(s3_error!(AccessDenied, "{message}"))
-            }
+        let intents = intents(cx);
+        if let Some(message) = self.0.refused(&caller, &intents) {
+            tracing::warn!("S3 refused {}: {message}", cx.s3_op().name());
+            return Err(s3_error!(AccessDenied, "{message}"));
         }
+        if let ("GetObject" | "HeadObject", Some(read)) = (cx.s3_op().name(), intents.first()) {
+            let shown = self.shown(&caller, read);
+            cx.extensions_mut().insert(shown);
+        }
+        Ok(())
     }
 }
 

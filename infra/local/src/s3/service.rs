@@ -12,6 +12,7 @@ use time::OffsetDateTime;
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::ObjectEvent;
+use super::access::Shown;
 use super::body::{self, Algorithm, Checksum, Expected};
 use super::rules::{self, DefaultRetention, Mode, Period, Retention};
 use super::store::{
@@ -543,6 +544,7 @@ impl S3 for Service {
     }
 
     async fn get_object(&self, req: S3Request<GetObjectInput>) -> S3Result<S3Response<GetObjectOutput>> {
+        let shown = req.extensions.get::<Shown>().copied().unwrap_or_default();
         let input = req.input;
         refuse!(input; part_number, sse_customer_algorithm, sse_customer_key, sse_customer_key_md5);
         let found =
@@ -568,6 +570,8 @@ impl S3 for Service {
             _ => S3Error::internal_error(error),
         })?;
         let object = found.object;
+        let retention = object.protection.retention.filter(|_| shown.retention);
+        let legal_hold = object.protection.legal_hold.filter(|_| shown.legal_hold);
         let with_checksum = input.checksum_mode.is_some() && range.is_none();
         let mut output = GetObjectOutput {
             accept_ranges: Some("bytes".to_owned()),
@@ -583,12 +587,9 @@ impl S3 for Service {
             e_tag: etag(&object),
             last_modified: timestamp(found.created),
             metadata: Some(object.attributes.metadata.clone().into_iter().collect()),
-            object_lock_legal_hold_status: object.protection.legal_hold.map(hold_status),
-            object_lock_mode: object
-                .protection
-                .retention
-                .map(|r| ObjectLockMode::from_static(r.mode.as_str())),
-            object_lock_retain_until_date: object.protection.retention.map(|r| r.until.into()),
+            object_lock_legal_hold_status: legal_hold.map(hold_status),
+            object_lock_mode: retention.map(|r| ObjectLockMode::from_static(r.mode.as_str())),
+            object_lock_retain_until_date: retention.map(|r| r.until.into()),
             version_id: found.version_id,
             ..Default::default()
         };
@@ -600,6 +601,7 @@ impl S3 for Service {
     }
 
     async fn head_object(&self, req: S3Request<HeadObjectInput>) -> S3Result<S3Response<HeadObjectOutput>> {
+        let shown = req.extensions.get::<Shown>().copied().unwrap_or_default();
         let input = req.input;
         refuse!(input; part_number, range, sse_customer_algorithm, sse_customer_key, sse_customer_key_md5);
         let found =
@@ -612,6 +614,8 @@ impl S3 for Service {
             input.if_unmodified_since.as_ref(),
         )?;
         let object = found.object;
+        let retention = object.protection.retention.filter(|_| shown.retention);
+        let legal_hold = object.protection.legal_hold.filter(|_| shown.legal_hold);
         let mut output = HeadObjectOutput {
             accept_ranges: Some("bytes".to_owned()),
             cache_control: object.attributes.cache_control.clone(),
@@ -623,12 +627,9 @@ impl S3 for Service {
             e_tag: etag(&object),
             last_modified: timestamp(found.created),
             metadata: Some(object.attributes.metadata.clone().into_iter().collect()),
-            object_lock_legal_hold_status: object.protection.legal_hold.map(hold_status),
-            object_lock_mode: object
-                .protection
-                .retention
-                .map(|r| ObjectLockMode::from_static(r.mode.as_str())),
-            object_lock_retain_until_date: object.protection.retention.map(|r| r.until.into()),
+            object_lock_legal_hold_status: legal_hold.map(hold_status),
+            object_lock_mode: retention.map(|r| ObjectLockMode::from_static(r.mode.as_str())),
+            object_lock_retain_until_date: retention.map(|r| r.until.into()),
             version_id: found.version_id,
             ..Default::default()
         };

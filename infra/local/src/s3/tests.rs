@@ -642,6 +642,24 @@ async fn one_of_sixteen_first_writers_wins() {
 }
 
 #[tokio::test]
+async fn a_lock_is_shown_to_those_who_may_ask_for_it() {
+    const LOCK: [&str; 2] = ["x-amz-object-lock-mode", "x-amz-object-lock-retain-until-date"];
+    let directory = tempfile::tempdir().unwrap();
+    let mut server = Server::start(directory.path()).await;
+    server.locked_bucket("notes").await;
+    let until = server.later(1000);
+    server.version("/notes/mine/a", "a", &[(LOCK[0], "COMPLIANCE"), (LOCK[1], &until)]).await;
+    for (key, shown) in [(KEY, true), (ROLE, false)] {
+        server.key = key;
+        for method in ["GET", "HEAD"] {
+            let reply = server.send(method, "/notes/mine/a", &[], "").await.expect(200);
+            assert!(LOCK.iter().all(|header| reply.header(header).is_some() == shown), "{method} by {key}");
+        }
+    }
+    server.stop().await;
+}
+
+#[tokio::test]
 async fn a_restart_keeps_everything() {
     let directory = tempfile::tempdir().unwrap();
     let server = Server::start(directory.path()).await;

@@ -19,7 +19,7 @@ pub(super) fn stream_arn(table: &str) -> String {
 }
 
 /// The ARN of a queue.
-pub(super) fn queue_arn(queue: &str) -> String {
+pub fn queue_arn(queue: &str) -> String {
     format!("arn:aws:sqs:{REGION}:{ACCOUNT}:{queue}")
 }
 

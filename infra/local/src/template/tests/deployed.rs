@@ -111,7 +111,7 @@ fn every_function_is_bounded_traced_and_logs_for_so_long() {
         // Nothing that a schedule asked for ends nowhere.
         if function.get("/Events").is_some() {
             let queue = text("/EventInvokeConfig/DestinationConfig/OnFailure/Destination");
-            assert_eq!(queue, events::queue_arn("bulkhead-schedule-failures"), "{id}");
+            assert_eq!(queue, queue_arn("bulkhead-schedule-failures"), "{id}");
         }
     }
     // Of an account's usual 1,000, 100 have to stay unreserved.

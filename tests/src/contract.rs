@@ -1,0 +1,183 @@
+//! Holds answers to `infra/openapi.yaml`: what the document does not describe fails the test that got it.
+//!
+//! A request of the rig carries its method as the fragment of its address, which is never sent and which
+//! the response still has: see [`asked`].
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::LazyLock;
+
+use boon::{Compiler, Draft, SchemaIndex, Schemas};
+use reqwest::header::{CONTENT_TYPE, HeaderMap};
+use reqwest::{StatusCode, Url};
+use serde_json::{Map, Value, json};
+
+/// The document.
+pub static DOCUMENT: LazyLock<Value> = LazyLock::new(|| {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace's root");
+    let text = std::fs::read_to_string(root.join("infra/openapi.yaml")).expect("the contract");
+    serde_yaml_ng::from_str(&text).expect("the contract is YAML")
+});
+
+/// The events of a streamed answer to `POST /v1/chat`, and their schemas.
+const EVENTS: [(&str, &str); 4] =
+    [("meta", "ChatMeta"), ("delta", "ChatDelta"), ("done", "ChatResponse"), ("error", "ErrorResponse")];
+/// What ends a streamed answer to `POST /v1/chat/completions`.
+const DONE: &str = "[DONE]";
+
+/// A path with the method that it is asked with, as [`check`] wants it.
+pub fn asked(method: &reqwest::Method, url: &str) -> String {
+    format!("{url}#{method}")
+}
+
+/// Holds an answer to the document, if its request came from the rig.
+///
+/// # Panics
+/// If the document does not describe it.
+#[track_caller]
+pub fn check(url: &Url, status: StatusCode, headers: &HeaderMap, body: &str) {
+    let Some(method) = url.fragment() else { return };
+    let content_type = headers.get(CONTENT_TYPE).map(|value| value.to_str().expect("a content type"));
+    let found = problem(method, url.path(), status.as_u16(), content_type, body);
+    assert_eq!(found, None, "{method} {}: {status} {body}", url.path());
+    let id = headers.get("x-request-id").and_then(|id| id.to_str().ok()).unwrap_or_default();
+    assert!(!id.is_empty(), "{method} {}: {status} has no x-request-id", url.path());
+}
+
+/// Holds an event of a stream to the document, if its request came from the rig.
+///
+/// # Panics
+/// If the document does not describe it.
+#[track_caller]
+pub fn check_event(url: &Url, name: &str, data: &Value) {
+    if url.fragment().is_none() || url.path() != "/v1/chat" {
+        return;
+    }
+    let (_, schema) = EVENTS.iter().find(|(event, _)| *event == name).expect("an event of the contract");
+    let found = misfit(&named(schema), data);
+    assert_eq!(found, None, "{name}: {data}");
+}
+
+/// Holds the data of a stream's event without a name to the document, if its request came from the rig.
+///
+/// # Panics
+/// If the document does not describe it.
+#[track_caller]
+pub fn check_line(url: &Url, data: &str) {
+    if url.fragment().is_none() || url.path() != "/v1/chat/completions" || data == DONE {
+        return;
+    }
+    let data: Value = serde_json::from_str(data).expect("data is JSON");
+    let schema = if data.get("error").is_some() { "ErrorResponse" } else { "CompletionChunk" };
+    assert_eq!(misfit(&named(schema), &data), None, "{data}");
+}
+
+/// A reference to a schema.
+fn named(schema: &str) -> Value {
+    json!({ "$ref": format!("#/components/schemas/{schema}") })
+}
+
+/// What of an answer the document does not describe; nothing if it does.
+pub fn problem(
+    method: &str,
+    path: &str,
+    status: u16,
+    content_type: Option<&str>,
+    body: &str,
+) -> Option<String> {
+    let Some(operation) = operation(method, path) else {
+        // No route: API Gateway's own answer.
+        let error = serde_json::from_str(body).unwrap_or_default();
+        return misfit(&json!({ "$ref": "#/components/schemas/ErrorResponse" }), &error);
+    };
+    let Some(response) = operation["responses"].get(status.to_string()) else {
+        return Some(format!("{status} is not described"));
+    };
+    let content = resolved(response).get("content");
+    if content.is_none() {
+        return (!body.is_empty()).then(|| "a body where none is described".to_owned());
+    }
+    let essence = content_type.and_then(|kind| kind.split(';').next()).unwrap_or_default().trim();
+    let Some(media) = content.and_then(|content| content.get(essence)) else {
+        return Some(format!("the content type `{essence}` is not described"));
+    };
+    if essence != "application/json" {
+        return None;
+    }
+    match serde_json::from_str(body) {
+        Ok(value) => misfit(&media["schema"], &value),
+        Err(error) => Some(error.to_string()),
+    }
+}
+
+/// The operation that a request is one of.
+fn operation(method: &str, path: &str) -> Option<&'static Value> {
+    let segments: Vec<&str> = path.split('/').collect();
+    let fits = |template: &str| {
+        let wanted: Vec<&str> = template.split('/').collect();
+        wanted.len() == segments.len()
+            && wanted.iter().zip(&segments).all(|(wanted, segment)| {
+                wanted == segment || (wanted.starts_with('{') && !segment.is_empty())
+            })
+    };
+    let paths = DOCUMENT["paths"].as_object()?;
+    // As API Gateway does: the one with the fewest variables.
+    let fitting = paths.iter().filter(|(template, _)| fits(template));
+    let (_, item) = fitting.min_by_key(|(template, _)| template.matches('{').count())?;
+    item.get(method.to_ascii_lowercase())
+}
+
+/// What a reference means.
+pub fn resolved(value: &'static Value) -> &'static Value {
+    match value.get("$ref").and_then(Value::as_str) {
+        Some(reference) => DOCUMENT.pointer(reference.trim_start_matches('#')).expect("what is referred to"),
+        None => value,
+    }
+}
+
+/// Why a value does not fit a schema of the document, which is named by a reference.
+pub fn misfit(schema: &Value, value: &Value) -> Option<String> {
+    static COMPILED: LazyLock<(Schemas, HashMap<String, SchemaIndex>)> = LazyLock::new(compiled);
+    let (schemas, named) = &*COMPILED;
+    let schema = named[schema["$ref"].as_str().expect("a named schema")];
+    schemas.validate(value, schema).err().map(|error| error.to_string())
+}
+
+/// The document's schemas, by the references to them. Nothing is fetched.
+fn compiled() -> (Schemas, HashMap<String, SchemaIndex>) {
+    const RESOURCE: &str = "contract:/openapi.json";
+    let (mut compiler, mut schemas) = (Compiler::new(), Schemas::new());
+    compiler.set_default_draft(Draft::V2020_12);
+    compiler.enable_format_assertions();
+    compiler.add_resource(RESOURCE, json_schema(&DOCUMENT)).expect("a document");
+    let names = DOCUMENT["components"]["schemas"].as_object().expect("schemas").keys();
+    let references = names.map(|name| format!("#/components/schemas/{name}"));
+    let named = references.map(|reference| {
+        let schema = compiler.compile(&format!("{RESOURCE}{reference}"), &mut schemas).expect("a schema");
+        (reference, schema)
+    });
+    let named = named.collect();
+    (schemas, named)
+}
+
+/// A schema of OpenAPI 3.0 as JSON Schema: it says `nullable` where the other has a type `null`.
+fn json_schema(schema: &Value) -> Value {
+    match schema {
+        Value::Object(fields) => {
+            let mut out: Map<String, Value> =
+                fields.iter().map(|(name, value)| (name.clone(), json_schema(value))).collect();
+            if out.remove("nullable").is_none_or(|nullable| nullable != true) {
+                return out.into();
+            }
+            match out.remove("type") {
+                Some(kind) => {
+                    out.insert("type".to_owned(), json!([kind, "null"]));
+                    out.into()
+                }
+                None => json!({"anyOf": [out, {"type": "null"}]}),
+            }
+        }
+        Value::Array(all) => all.iter().map(json_schema).collect(),
+        other => other.clone(),
+    }
+}

@@ -1,0 +1,202 @@
+//! A function whose environment or secrets are not as they must be does not start, and says in one line
+//! which of them it is. Every function, every variable that the template gives it.
+
+#![expect(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "a test fails by panicking")]
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::Stdio;
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use local::template::{Function, Template};
+use serde_json::{Value, json};
+use tests::Stack;
+use tokio::io::AsyncReadExt;
+use tokio::net::TcpListener;
+use tokio::process::Command;
+
+/// How long a process may take to start or to end. Generous: this is no measurement.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Processes at once.
+const AT_ONCE: usize = 8;
+/// Read by the library that speaks to Lambda, which takes its absence for "no".
+const NOT_OURS: &str = "AWS_LAMBDA_HTTP_IGNORE_STAGE_IN_PATH";
+/// A text that no line may repeat: a secret is not told by being wrong.
+const WRONG: &str = "a wrong secret";
+
+type Environment = BTreeMap<String, String>;
+
+/// The template with the parameters of a running stack.
+fn template(stack: &Stack) -> Template {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let of = |name: &str| stack.ready()[name].as_str().unwrap().to_owned();
+    let parameters = [
+        ("QdrantCells", format!("default={}", of("qdrant_url"))),
+        ("ModelUrl", of("model_url")),
+        ("EmbeddingsUrl", of("embeddings_url")),
+    ];
+    let parameters = parameters.map(|(name, value)| (name.to_owned(), value)).into();
+    Template::load(&root.join("infra/template.yaml"), &parameters).unwrap()
+}
+
+/// What Lambda and the stack put into a process's environment.
+fn surroundings(stack: &Stack, function: &Function) -> Environment {
+    let (ready, admin) = (stack.ready(), &stack.ready()["admin"]);
+    let given = [
+        ("AWS_ENDPOINT_URL_DYNAMODB", &ready["dynamodb_url"]),
+        ("AWS_ENDPOINT_URL_S3", &ready["s3_url"]),
+        ("AWS_ENDPOINT_URL_SECRETS_MANAGER", &ready["secrets_url"]),
+        ("AWS_ENDPOINT_URL_STS", &ready["sts_url"]),
+        ("AWS_ACCESS_KEY_ID", &admin["access_key_id"]),
+        ("AWS_SECRET_ACCESS_KEY", &admin["secret_access_key"]),
+        ("AWS_REGION", &admin["region"]),
+    ];
+    let given = given.map(|(name, value)| (name.to_owned(), value.as_str().unwrap().to_owned()));
+    let lambdas = [
+        ("AWS_LAMBDA_FUNCTION_NAME", function.name.clone()),
+        ("AWS_LAMBDA_FUNCTION_VERSION", "$LATEST".to_owned()),
+        ("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", function.memory_mb.to_string()),
+        ("AWS_LAMBDA_LOG_GROUP_NAME", "logs".to_owned()),
+        ("AWS_LAMBDA_LOG_STREAM_NAME", "stream".to_owned()),
+    ];
+    let lambdas = lambdas.map(|(name, value)| (name.to_owned(), value));
+    given.into_iter().chain(lambdas).chain(function.environment.clone()).collect()
+}
+
+/// How a process began.
+#[derive(Debug, PartialEq)]
+enum Start {
+    /// It asked Lambda for its first invocation.
+    Polled,
+    /// It ended, well or not, and said this.
+    Ended { well: bool, said: String },
+}
+
+async fn start(function: &Function, environment: &Environment) -> Start {
+    let lambda = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let program = std::env::current_exe().unwrap().ancestors().nth(2).unwrap().join(&function.binary);
+    let child = Command::new(program)
+        .env_clear()
+        .envs(environment)
+        .env("AWS_LAMBDA_RUNTIME_API", lambda.local_addr().unwrap().to_string())
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    let polled = async {
+        let (mut stream, _) = lambda.accept().await.unwrap();
+        let mut first = [0; 4];
+        stream.read_exact(&mut first).await.unwrap();
+    };
+    let begun = async {
+        tokio::select! {
+            () = polled => Start::Polled,
+            output = child.wait_with_output() => {
+                let output = output.unwrap();
+                let said = [output.stdout, output.stderr].concat();
+                Start::Ended { well: output.status.success(), said: String::from_utf8(said).unwrap() }
+            }
+        }
+    };
+    tokio::time::timeout(PATIENCE, begun).await.unwrap()
+}
+
+/// Something that a variable must not hold. One that is not here is not in the test, and fails it.
+fn malformed(variable: &str) -> &'static str {
+    match variable {
+        "AUDIT_RETENTION_DAYS"
+        | "AUTHORIZER_CACHE_SECONDS"
+        | "EMBEDDINGS_DIMENSIONS"
+        | "MODEL_MAX_IN_FLIGHT" => "many",
+        "EMBEDDINGS_MODEL" => "two words",
+        "EMBEDDINGS_URL" | "MODEL_URL" => "nowhere",
+        "ISSUER_REACH" | "WEBHOOK_RECEIVERS" => "everywhere",
+        "LOG_LEVEL" => "loud",
+        "METRICS_NAMESPACE" => "a namespace",
+        "QDRANT_CELLS" => "default",
+        "TENANT_ISOLATION" => "perhaps",
+        "TENANT_MODEL_KEYS" | "TENANT_SECRETS" => "a secret?",
+        "TENANT_ROLE_ARN" => "chat",
+        name if name.ends_with("_TABLE") => "a table",
+        name if name.ends_with("_BUCKET") => "A_Bucket",
+        name if name.ends_with("_SECRET") => "a secret?",
+        name => panic!("nothing malformed is known for {name}"),
+    }
+}
+
+/// A function, a variable, and what stands in it, or that nothing does.
+struct Case<'a> {
+    function: &'a Function,
+    variable: &'a str,
+    value: Option<String>,
+}
+
+/// Starts each function as the case says; what was not refused as it must be.
+async fn not_refused(stack: &Stack, cases: Vec<Case<'_>>) -> Vec<String> {
+    let one = async |Case { function, variable, value }: Case<'_>| {
+        let mut environment = surroundings(stack, function);
+        match value.clone() {
+            Some(value) => environment.insert(variable.to_owned(), value),
+            None => environment.remove(variable),
+        };
+        let at = format!("{} with {variable} {value:?}", function.logical_id);
+        match start(function, &environment).await {
+            Start::Ended { well: false, said }
+                if said.lines().count() == 1 && said.contains(variable) && !said.contains(WRONG) =>
+            {
+                None
+            }
+            other => Some(format!("{at}: {other:?}")),
+        }
+    };
+    let failed: Vec<Option<String>> =
+        futures_util::stream::iter(cases).map(one).buffer_unordered(AT_ONCE).collect().await;
+    failed.into_iter().flatten().collect()
+}
+
+#[tokio::test]
+async fn a_function_starts_with_what_the_template_gives_it_and_with_nothing_less() {
+    let stack = Stack::start().await;
+    let template = template(&stack);
+    for function in &template.functions {
+        let started = start(function, &surroundings(&stack, function)).await;
+        assert_eq!(started, Start::Polled, "{}", function.logical_id);
+    }
+    let mut cases = Vec::new();
+    for function in &template.functions {
+        for variable in function.environment.keys().filter(|name| *name != NOT_OURS) {
+            for value in [None, Some(""), Some(malformed(variable))] {
+                cases.push(Case { function, variable, value: value.map(str::to_owned) });
+            }
+        }
+    }
+    assert!(cases.len() > 250, "{}", cases.len());
+    assert_eq!(not_refused(&stack, cases).await, Vec::<String>::new());
+    stack.stop().await;
+}
+
+#[tokio::test]
+async fn a_function_whose_secret_is_absent_empty_or_malformed_does_not_start() {
+    let stack = Stack::start().await;
+    let template = template(&stack);
+    // As CloudFormation makes it, before an operator has put a value.
+    let empty: Value = json!({"Name": "bulkhead/test/empty"});
+    let made =
+        stack.signed_by(&stack.operator(), "secretsmanager", "secretsmanager.CreateSecret", &empty).await;
+    assert!(made.status.is_success(), "{}", made.text);
+    stack.create_secret("bulkhead/test/wrong", &format!("{WRONG}\n")).await;
+    let mut cases = Vec::new();
+    for function in &template.functions {
+        for variable in function.environment.keys().filter(|name| name.ends_with("_SECRET")) {
+            for name in ["absent", "empty", "wrong"] {
+                cases.push(Case { function, variable, value: Some(format!("bulkhead/test/{name}")) });
+            }
+        }
+    }
+    assert!(cases.len() >= 21, "{}", cases.len());
+    assert_eq!(not_refused(&stack, cases).await, Vec::<String>::new());
+    stack.stop().await;
+}
