@@ -1,7 +1,7 @@
 //! A function whose environment or secrets are not as they must be does not start, and says in one line
 //! which of them it is. Every function, every variable that the template gives it.
 
-#![expect(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "a test fails by panicking")]
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 use std::collections::BTreeMap;
 use std::path::Path;
