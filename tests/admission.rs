@@ -1384,8 +1384,36 @@ async fn known(stack: &Stack, id: &str) -> (Tenant, Value) {
 
 /// Raises the epoch, first in the tenant's record and then in its meter.
 async fn raise_epoch(stack: &Stack, id: &str) {
-    edit(stack, "tenants", config_of(id), &["epoch"], json!({"N": "2"})).await;
-    edit(stack, "meters", meter_of(id), &["epoch"], json!({"N": "2"})).await;
+    raise_epoch_to(stack, id, "2").await;
+}
+
+async fn raise_epoch_to(stack: &Stack, id: &str, epoch: &str) {
+    edit(stack, "tenants", config_of(id), &["epoch"], json!({"N": epoch})).await;
+    edit(stack, "meters", meter_of(id), &["epoch"], json!({"N": epoch})).await;
+}
+
+/// Keys that are made and revoked one after the other are no reason to refuse whoever asks meanwhile.
+#[tokio::test]
+async fn a_decision_that_is_stale_once_more_is_made_anew_once_more() {
+    let stack = stack(0).await;
+    let (acme, _) = known(&stack, "acme").await;
+    raise_epoch(&stack, "acme").await;
+    // The key is read after the tenant's record, whose epoch is old by the time it comes.
+    stack
+        .dynamodb_faults(json!({"rules": [{"mode": "delay", "delay_ms": 1_500, "operation": "GetItem",
+            "table": "tenants", "contains": "KEY#", "times": 1}]}))
+        .await;
+    stack.forget_dynamodb_calls().await;
+    let asking = tokio::spawn({
+        let acme = acme.clone();
+        async move { acme.get("/v1/documents").await }
+    });
+    sleep(Duration::from_millis(500)).await;
+    raise_epoch_to(&stack, "acme", "3").await;
+    asking.await.unwrap().expect_status(StatusCode::OK);
+    let calls = stack.dynamodb_calls().await;
+    assert!(calls.iter().any(|call| call["fault"] == "delay"), "nothing was held up: {calls:#?}");
+    stack.clear_dynamodb_faults().await;
 }
 
 #[tokio::test]

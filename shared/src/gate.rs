@@ -39,6 +39,8 @@ use crate::valve::Shed;
 const GRACE: Duration = Duration::from_secs(8);
 /// How often a write is tried against others before the request is told to come again.
 const CONTENTION: u32 = 24;
+/// How often a request's decision is made anew, where keys change one after the other.
+const MOST_RENEWALS: u32 = 4;
 /// Meters remembered. An instance that sees more tenants than this reads some of them again.
 const REMEMBERED: usize = 512;
 /// How often a waiting request looks whether there is room, at least and at most.
@@ -324,7 +326,7 @@ impl Gate {
         if let Some((limit, retry_at)) = self.breaker(|b| b.open(scope.tenant_id(), least(&wants), now)) {
             return Err(self.refused(scope, limit, Some(retry_at)).await);
         }
-        let mut renewed = false;
+        let mut renewals = 0;
         loop {
             let mut refusal = Refusal::Inactive;
             for (place, want) in wants.iter().enumerate() {
@@ -342,9 +344,9 @@ impl Gate {
                 }
             }
             match refusal {
-                Refusal::Stale if !renewed => {
+                Refusal::Stale if renewals < MOST_RENEWALS => {
                     self.renew(scope).await?;
-                    renewed = true;
+                    renewals += 1;
                     wants = asked(scope)?;
                 }
                 Refusal::Stale => return Err(ApiError::unavailable("the tenant's present state")),
