@@ -168,6 +168,24 @@ async fn bad_searches() {
 }
 
 #[tokio::test]
+async fn metadata_is_any_json_and_comes_back_as_it_was() {
+    let stack = Stack::start().await;
+    let acme = stack.tenant("acme");
+    let mut deep = json!("the end");
+    for _ in 0..60 {
+        deep = json!([deep]);
+    }
+    let metadata = json!({"": "", "large": [1e300, u64::MAX, i64::MIN], "small": 5e-300, "one": 1.0,
+        "deep": deep, "null": null, "set": [1, 1, "1"]});
+    let document = json!({"id": "d", "title": "t", "content": "A document.", "metadata": metadata});
+    let stored = acme.post("/v1/documents", &document).await.expect_status(StatusCode::CREATED).json();
+    assert_eq!(stored["documents"][0]["status"], "ready", "{stored}");
+    let read = acme.get("/v1/documents/d").await.expect_status(StatusCode::OK).json();
+    assert_eq!(read["metadata"], metadata);
+    stack.stop().await;
+}
+
+#[tokio::test]
 async fn a_bad_document_is_named_and_the_others_are_stored() {
     let stack = Stack::start().await;
     let acme = stack.tenant("acme");

@@ -71,7 +71,7 @@ pub struct Document {
     /// What kind of text it is.
     pub content_type: ContentType,
     /// The tenant's own notes on it.
-    #[serde(default, skip_serializing_if = "Map::is_empty")]
+    #[serde(default, skip_serializing_if = "Map::is_empty", with = "as_text")]
     pub metadata: Map<String, Value>,
     /// When it was first sent.
     pub created_at: Timestamp,
@@ -104,8 +104,24 @@ pub fn fingerprint(parts: &[&str]) -> [u8; 32] {
     hash.finalize().into()
 }
 
+/// JSON as a text: the table has fewer numbers than JSON, and fewer levels.
+mod as_text {
+    use serde::{Deserialize, Deserializer, Serializer, de, ser};
+    use serde_json::{Map, Value};
+
+    pub(super) fn serialize<S: Serializer>(map: &Map<String, Value>, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_str(&serde_json::to_string(map).map_err(ser::Error::custom)?)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Map<String, Value>, D::Error> {
+        serde_json::from_str(&String::deserialize(from)?).map_err(de::Error::custom)
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     #[test]
@@ -114,6 +130,25 @@ mod tests {
         assert_eq!(id, derived_id("a", "b", "c"));
         for other in [derived_id("ab", "", "c"), derived_id("a", "bc", ""), derived_id("", "ab", "c")] {
             assert_ne!(id, other);
+        }
+    }
+
+    #[test]
+    fn metadata_is_kept_as_a_text_whatever_it_holds() {
+        #[derive(Debug, PartialEq, Serialize, Deserialize)]
+        struct Held(#[serde(with = "as_text")] Map<String, Value>);
+        let held = |text: &str| Held(serde_json::from_str(text).unwrap());
+        let deep = format!(r#"{{"deep":{}1{}}}"#, "[".repeat(60), "]".repeat(60));
+        // Numbers beyond the table's 38 digits and exponents, its levels, and what it has no type for.
+        for text in
+            ["{}", r#"{"":null,"n":[1e300,5e-300,18446744073709551615,-9223372036854775808,1.0]}"#, &deep]
+        {
+            let stored = serde_json::to_value(held(text)).unwrap();
+            assert!(stored.is_string(), "{stored}");
+            assert_eq!(serde_json::from_value::<Held>(stored).unwrap(), held(text));
+        }
+        for bad in [json!("[]"), json!("{"), json!({})] {
+            assert!(serde_json::from_value::<Held>(bad.clone()).is_err(), "{bad}");
         }
     }
 
