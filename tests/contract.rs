@@ -10,9 +10,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use reqwest::Method;
 use serde_json::{Value, json};
 use shared::error::Code;
-use tests::contract::{DOCUMENT, misfit, problem, resolved};
+use tests::Answer;
+use tests::contract::{Asking, DOCUMENT, misfit, problem, resolved};
+use tokio::net::TcpListener;
 
 /// What API Gateway takes as a method of a path.
 const METHODS: [&str; 5] = ["delete", "get", "patch", "post", "put"];
@@ -181,6 +184,29 @@ fn what_is_not_described_is_found() {
     assert!(problem("DELETE", "/v1/documents/x", 204, None, "gone").is_some());
     // Where two paths fit, the one without a variable counts.
     assert!(problem("GET", "/v1/audit/exports", 404, json, error).is_none());
+}
+
+/// The rig's requests leave with their answers how they were asked; whatever reads an answer holds it to that.
+#[tokio::test]
+async fn an_answer_that_is_not_described_fails_whoever_reads_it() {
+    async fn read(asking: Asking) -> Answer {
+        Answer::read(asking.send().await.unwrap()).await
+    }
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}/v1/search", listener.local_addr().unwrap());
+    let answer = async |method: Method| {
+        let hits = if method == "POST" { json!({"hits": []}) } else { json!({"hits": "none"}) };
+        ([("x-request-id", "r")], axum::Json(hits))
+    };
+    let routes = axum::Router::new().route("/v1/search", axum::routing::any(answer));
+    tokio::spawn(async move { axum::serve(listener, routes).await });
+    let http = tests::client();
+    read(Asking::new(&http, Method::POST, &url)).await;
+    read(Asking::elsewhere(&http, Method::PUT, &url)).await;
+    let undescribed = tokio::spawn(read(Asking::new(&http, Method::PUT, &url)));
+    let panic = undescribed.await.unwrap_err().into_panic();
+    let said = panic.downcast_ref::<String>().unwrap();
+    assert!(said.contains("PUT /v1/search: 200 OK"), "{said}");
 }
 
 /// What no linter reads: <https://docs.aws.amazon.com/apigateway/latest/developerguide/api-gateway-swagger-extensions.html>

@@ -11,6 +11,7 @@ use local::template::RouteAuth;
 use qdrant_client::Qdrant;
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
+use tests::contract::Asking;
 use tests::{Answer, Options, Stack};
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
@@ -542,7 +543,7 @@ async fn a_signature_opens_what_it_was_made_for_for_five_minutes() {
     let stack = empty().await;
     let operator = stack.operator();
     let soon = Duration::from_secs(0);
-    let send = async |request: reqwest::RequestBuilder| Answer::read(request.send().await.unwrap()).await;
+    let send = async |request: Asking| Answer::read(request.send().await.unwrap()).await;
     let late = Duration::from_secs(301);
     let routes = operators_routes();
     assert!(routes.len() >= 14, "{routes:?}");
@@ -567,7 +568,7 @@ async fn a_signature_opens_what_it_was_made_for_for_five_minutes() {
         // Signed, and then changed.
         let changed = signed(&operator, soon).body(r#"{"tenant_id":"evil"}"#);
         send(changed).await.expect_error(403, "invalid_key");
-        let unsigned = tests::client().request(method.clone(), format!("{}{path}", stack.url()));
+        let unsigned = Asking::new(&tests::client(), method.clone(), &format!("{}{path}", stack.url()));
         send(unsigned.body(wanted.to_string())).await.expect_error(404, "not_found");
     }
     assert_eq!(items(&stack, "acme").await, Vec::<String>::new());

@@ -1,15 +1,14 @@
 //! Holds answers to `infra/openapi.yaml`: what the document does not describe fails the test that got it.
 //!
-//! A request of the rig carries its method as the fragment of its address, which is never sent and which
-//! the response still has: see [`asked`].
+//! A request of the rig leaves with its response how it was asked: see [`Asking`].
 
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::LazyLock;
 
 use boon::{Compiler, Draft, SchemaIndex, Schemas};
-use reqwest::header::{CONTENT_TYPE, HeaderMap};
-use reqwest::{StatusCode, Url};
+use reqwest::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
+use reqwest::{Body, Client, Method, RequestBuilder, Response, StatusCode};
 use serde_json::{Map, Value, json};
 
 /// The document.
@@ -25,51 +24,129 @@ const EVENTS: [(&str, &str); 4] =
 /// What ends a streamed answer to `POST /v1/chat/completions`.
 const DONE: &str = "[DONE]";
 
-/// A path with the method that it is asked with, as [`check`] wants it.
-pub fn asked(method: &reqwest::Method, url: &str) -> String {
-    format!("{url}#{method}")
+/// A request whose answer is held to the document. A response does not know the method that it answers, so it
+/// is written on it: see [`Asked`].
+#[derive(Debug)]
+pub struct Asking {
+    request: RequestBuilder,
+    asked: Option<Asked>,
 }
 
-/// Holds an answer to the document, if its request came from the rig.
-///
-/// # Panics
-/// If the document does not describe it.
-#[track_caller]
-pub fn check(url: &Url, status: StatusCode, headers: &HeaderMap, body: &str) {
-    let Some(method) = url.fragment() else { return };
-    let content_type = headers.get(CONTENT_TYPE).map(|value| value.to_str().expect("a content type"));
-    let found = problem(method, url.path(), status.as_u16(), content_type, body);
-    assert_eq!(found, None, "{method} {}: {status} {body}", url.path());
-    let id = headers.get("x-request-id").and_then(|id| id.to_str().ok()).unwrap_or_default();
-    assert!(!id.is_empty(), "{method} {}: {status} has no x-request-id", url.path());
+/// What was asked for: a method and a path of the API.
+#[derive(Clone, Debug)]
+pub struct Asked {
+    method: Method,
+    path: String,
 }
 
-/// Holds an event of a stream to the document, if its request came from the rig.
-///
-/// # Panics
-/// If the document does not describe it.
-#[track_caller]
-pub fn check_event(url: &Url, name: &str, data: &Value) {
-    if url.fragment().is_none() || url.path() != "/v1/chat" {
-        return;
+impl Asking {
+    /// Of the API.
+    pub fn new(http: &Client, method: Method, url: &str) -> Self {
+        let path = reqwest::Url::parse(url).expect("a URL").path().to_owned();
+        Self { request: http.request(method.clone(), url), asked: Some(Asked { method, path }) }
     }
-    let (_, schema) = EVENTS.iter().find(|(event, _)| *event == name).expect("an event of the contract");
-    let found = misfit(&named(schema), data);
-    assert_eq!(found, None, "{name}: {data}");
+
+    /// Of something else, which the document does not describe.
+    pub fn elsewhere(http: &Client, method: Method, url: &str) -> Self {
+        Self { request: http.request(method, url), asked: None }
+    }
+
+    fn with(self, change: impl FnOnce(RequestBuilder) -> RequestBuilder) -> Self {
+        Self { request: change(self.request), asked: self.asked }
+    }
+
+    /// With one more header.
+    #[must_use]
+    pub fn header<K, V>(self, name: K, value: V) -> Self
+    where
+        HeaderName: TryFrom<K>,
+        <HeaderName as TryFrom<K>>::Error: Into<http::Error>,
+        HeaderValue: TryFrom<V>,
+        <HeaderValue as TryFrom<V>>::Error: Into<http::Error>,
+    {
+        self.with(|request| request.header(name, value))
+    }
+
+    /// With a key.
+    #[must_use]
+    pub fn bearer_auth(self, key: &str) -> Self {
+        self.with(|request| request.bearer_auth(key))
+    }
+
+    /// With a body of JSON.
+    #[must_use]
+    pub fn json(self, body: &Value) -> Self {
+        self.with(|request| request.json(body))
+    }
+
+    /// With any body.
+    #[must_use]
+    pub fn body(self, body: impl Into<Body>) -> Self {
+        self.with(|request| request.body(body))
+    }
+
+    /// The same once more, unless its body can be read once only.
+    pub fn try_clone(&self) -> Option<Self> {
+        Some(Self { request: self.request.try_clone()?, asked: self.asked.clone() })
+    }
+
+    /// Sends it.
+    ///
+    /// # Errors
+    /// If there is no answer.
+    pub async fn send(self) -> reqwest::Result<Response> {
+        let mut response = self.request.send().await?;
+        if let Some(asked) = self.asked {
+            response.extensions_mut().insert(asked);
+        }
+        Ok(response)
+    }
 }
 
-/// Holds the data of a stream's event without a name to the document, if its request came from the rig.
-///
-/// # Panics
-/// If the document does not describe it.
-#[track_caller]
-pub fn check_line(url: &Url, data: &str) {
-    if url.fragment().is_none() || url.path() != "/v1/chat/completions" || data == DONE {
-        return;
+impl Asked {
+    /// What a response answers, if its request came from the rig.
+    pub fn by(response: &Response) -> Option<Self> {
+        response.extensions().get().cloned()
     }
-    let data: Value = serde_json::from_str(data).expect("data is JSON");
-    let schema = if data.get("error").is_some() { "ErrorResponse" } else { "CompletionChunk" };
-    assert_eq!(misfit(&named(schema), &data), None, "{data}");
+
+    /// Holds an answer to the document.
+    ///
+    /// # Panics
+    /// If the document does not describe it.
+    #[track_caller]
+    pub fn check(&self, status: StatusCode, headers: &HeaderMap, body: &str) {
+        let Self { method, path } = self;
+        let content_type = headers.get(CONTENT_TYPE).map(|value| value.to_str().expect("a content type"));
+        let found = problem(method.as_str(), path, status.as_u16(), content_type, body);
+        assert_eq!(found, None, "{method} {path}: {status} {body}");
+        let id = headers.get("x-request-id").and_then(|id| id.to_str().ok()).unwrap_or_default();
+        assert!(!id.is_empty(), "{method} {path}: {status} has no x-request-id");
+    }
+
+    /// Holds an event of a stream to the document.
+    ///
+    /// # Panics
+    /// If the document does not describe it.
+    #[track_caller]
+    pub fn check_event(&self, name: &str, data: &Value) {
+        let schema = EVENTS.iter().find(|(event, _)| *event == name).map(|(_, schema)| *schema);
+        let found = misfit(&named(schema.expect("an event of the contract")), data);
+        assert_eq!(found, None, "{} {name}: {data}", self.path);
+    }
+
+    /// Holds the data of a stream's event without a name to the document.
+    ///
+    /// # Panics
+    /// If the document does not describe it.
+    #[track_caller]
+    pub fn check_line(&self, data: &str) {
+        if data == DONE {
+            return;
+        }
+        let data: Value = serde_json::from_str(data).expect("data is JSON");
+        let schema = if data.get("error").is_some() { "ErrorResponse" } else { "CompletionChunk" };
+        assert_eq!(misfit(&named(schema), &data), None, "{}: {data}", self.path);
+    }
 }
 
 /// A reference to a schema.

@@ -23,9 +23,11 @@ use std::time::Duration;
 use local::serving::system_clock;
 use local::sigv4::{self, Credentials};
 use local::template::Template;
-use reqwest::{Client, Method, RequestBuilder, Response, StatusCode};
+use reqwest::{Client, Method, Response, StatusCode};
 use serde_json::{Value, json};
 use tokio::process::{Child, Command};
+
+use crate::contract::{Asked, Asking};
 
 /// How long a stack may take to answer. Generous: machines differ, and this is no measurement.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -339,14 +341,13 @@ impl Stack {
         method: Method,
         path: &str,
         body: &Value,
-    ) -> RequestBuilder {
+    ) -> Asking {
         let (url, headers) = (format!("{}{path}", self.url()), [("content-type", "application/json")]);
         let body = if body.is_null() { String::new() } else { body.to_string() };
         let at = system_clock() - ago;
         let signed =
             sigv4::sign(sigv4::GATEWAY, &key.credentials, &method, &url, &headers, body.as_bytes(), at);
-        let asked = contract::asked(&method, &url);
-        let request = self.http.request(method, asked).header(headers[0].0, headers[0].1).body(body);
+        let request = Asking::new(&self.http, method, &url).header(headers[0].0, headers[0].1).body(body);
         let signed = signed.expect("a signature").into_iter();
         signed.fold(request, |request, (name, value)| request.header(name, value))
     }
@@ -474,12 +475,12 @@ impl Stack {
         url: &str,
         headers: &[(&str, &str)],
         body: Vec<u8>,
-    ) -> RequestBuilder {
+    ) -> Asking {
         let token = key.token.as_deref().map(|token| (sigv4::SECURITY_TOKEN, token));
         let headers: Vec<(&str, &str)> = headers.iter().copied().chain(token).collect();
         let signed = sigv4::sign(service, &key.credentials, &method, url, &headers, &body, system_clock());
-        let asked = if service == sigv4::GATEWAY { contract::asked(&method, url) } else { url.to_owned() };
-        let mut request = self.http.request(method, asked).body(body);
+        let asking = if service == sigv4::GATEWAY { Asking::new } else { Asking::elsewhere };
+        let mut request = asking(&self.http, method, url).body(body);
         for (name, value) in headers {
             request = request.header(name, value);
         }
@@ -801,9 +802,8 @@ impl Tenant {
     }
 
     /// A request with this tenant's key.
-    pub fn request(&self, method: Method, path: &str) -> RequestBuilder {
-        let url = contract::asked(&method, &format!("{}{path}", self.url));
-        let request = self.http.request(method, url).bearer_auth(&self.key);
+    pub fn request(&self, method: Method, path: &str) -> Asking {
+        let request = Asking::new(&self.http, method, &format!("{}{path}", self.url)).bearer_auth(&self.key);
         match &self.user {
             Some(user) => request.header("x-user-id", user),
             None => request,
@@ -863,9 +863,11 @@ impl Answer {
     /// # Panics
     /// If the contract does not describe it.
     pub async fn read(response: Response) -> Self {
-        let (status, headers, url) = (response.status(), response.headers().clone(), response.url().clone());
+        let (status, headers, asked) = (response.status(), response.headers().clone(), Asked::by(&response));
         let text = response.text().await.expect("a whole body");
-        contract::check(&url, status, &headers, &text);
+        if let Some(asked) = asked {
+            asked.check(status, &headers, &text);
+        }
         Self { status, headers, text }
     }
 
@@ -909,7 +911,9 @@ pub async fn next_event(response: &mut Response, buffer: &mut Vec<u8>) -> Option
                 }
             }
             let data = serde_json::from_str(&data).expect("data is JSON");
-            contract::check_event(response.url(), &name, &data);
+            if let Some(asked) = Asked::by(response) {
+                asked.check_event(&name, &data);
+            }
             return Some(Event { name, data });
         }
         buffer.extend(response.chunk().await.expect("the stream goes on")?);
@@ -928,8 +932,11 @@ pub async fn all_events(mut response: Response) -> Vec<Event> {
 
 /// Reads the data of all events of a stream, whatever they are called.
 pub async fn all_lines(response: Response) -> Vec<String> {
-    let url = response.url().clone();
+    let asked = Asked::by(&response);
     let text = response.text().await.expect("a whole body");
-    let lines = text.lines().filter_map(|line| line.strip_prefix("data: "));
-    lines.inspect(|data| contract::check_line(&url, data)).map(str::to_owned).collect()
+    let lines: Vec<_> = text.lines().filter_map(|line| line.strip_prefix("data: ")).collect();
+    if let Some(asked) = asked {
+        lines.iter().for_each(|data| asked.check_line(data));
+    }
+    lines.into_iter().map(str::to_owned).collect()
 }
