@@ -87,19 +87,19 @@ impl Document {
 }
 
 /// The id of a document whose sender chose none: the same document sent again is the same document.
-pub fn derived_id(title: &str, source: &str, content: &str) -> DocumentId {
-    let digest = hex::encode(fingerprint(&[title, source, content]));
+pub fn derived_id(title: &str, source: &str, content: &[u8]) -> DocumentId {
+    let digest = hex::encode(fingerprint(&[title.as_bytes(), source.as_bytes(), content]));
     let text = format!("doc_{}", digest.get(..32).unwrap_or(&digest));
     #[expect(clippy::expect_used, reason = "`doc_` and hexadecimal digits are a document id")]
     text.parse().expect("well-formed")
 }
 
 /// SHA-256 of `parts` in order, each led by its length, so that no two lists collide.
-pub fn fingerprint(parts: &[&str]) -> [u8; 32] {
+pub fn fingerprint(parts: &[&[u8]]) -> [u8; 32] {
     let mut hash = Sha256::new();
     for part in parts {
         hash.update((part.len() as u64).to_be_bytes());
-        hash.update(part.as_bytes());
+        hash.update(part);
     }
     hash.finalize().into()
 }
@@ -126,9 +126,9 @@ mod tests {
 
     #[test]
     fn a_derived_id_depends_on_every_part_and_on_where_it_ends() {
-        let id = derived_id("a", "b", "c");
-        assert_eq!(id, derived_id("a", "b", "c"));
-        for other in [derived_id("ab", "", "c"), derived_id("a", "bc", ""), derived_id("", "ab", "c")] {
+        let id = derived_id("a", "b", b"c");
+        assert_eq!(id, derived_id("a", "b", b"c"));
+        for other in [derived_id("ab", "", b"c"), derived_id("a", "bc", b""), derived_id("", "ab", b"c")] {
             assert_ne!(id, other);
         }
     }

@@ -4,17 +4,40 @@ use html2text::render::TextDecorator;
 use pulldown_cmark::{Event, HeadingLevel, Options, Parser, Tag, TagEnd};
 use shared::chunk::Block;
 use shared::document::ContentType;
+use shared::error::ApiError;
 
 /// Wide enough that no line is broken: the chunker cuts, not the renderer.
 const NO_WRAP: usize = 100_000;
 
-/// The blocks of a document.
-pub(crate) fn blocks(content: &str, content_type: ContentType) -> Vec<Block> {
-    match content_type {
-        ContentType::Plain => paragraphs(content),
-        ContentType::Markdown => markdown(content),
-        ContentType::Html => html(content),
+/// Why no text can be had from a document. It has nothing to do with anything but the document: to try again would
+/// change nothing.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Unreadable {
+    /// There is no text in it.
+    #[error("the document holds no text")]
+    Empty,
+    /// It is no text.
+    #[error("the content is not UTF-8 text")]
+    NotText,
+}
+
+impl From<Unreadable> for ApiError {
+    fn from(reason: Unreadable) -> Self {
+        Self::invalid("content", reason.to_string())
     }
+}
+
+/// The blocks of a document.
+///
+/// # Errors
+/// If nothing can be made of the content.
+pub(crate) fn blocks(content: &[u8], content_type: ContentType) -> Result<Vec<Block>, Unreadable> {
+    let text = std::str::from_utf8(content).map_err(|_| Unreadable::NotText)?;
+    Ok(match content_type {
+        ContentType::Plain => paragraphs(text),
+        ContentType::Markdown => markdown(text),
+        ContentType::Html => html(text),
+    })
 }
 
 /// Plain text: paragraphs are what blank lines separate.
@@ -243,6 +266,10 @@ impl TextDecorator for Reader {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn blocks(text: &str, content_type: ContentType) -> Vec<Block> {
+        super::blocks(text.as_bytes(), content_type).unwrap()
+    }
 
     fn paragraph(text: &str) -> Block {
         Block::Paragraph(text.into())

@@ -6,6 +6,7 @@ mod metered;
 mod put;
 mod read;
 mod search;
+mod store;
 
 use http::{Method, Response};
 use lambda_http::{Body, Error, Request};

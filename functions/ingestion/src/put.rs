@@ -10,24 +10,22 @@ use http::{Response, StatusCode};
 use lambda_http::{Body, Request};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
-use shared::aws::StoreError;
-use shared::chunk::{Chunk, chunk};
-use shared::document::{ContentType, Document, DocumentStatus, derived_id, fingerprint};
+use shared::document::{ContentType, Document, DocumentStatus, derived_id};
 use shared::error::{ApiError, Code};
 use shared::gate::Need;
 use shared::ids::DocumentId;
 use shared::meter::Work;
 use shared::scope::TenantScope;
 use shared::units::{NanoUsd, Tokens};
-use shared::vectors::NewPoint;
 use shared::web;
 
+use crate::Context;
 use crate::metered::{Metered, Shown};
-use crate::{Context, extract};
+use crate::store::{NotStored, Valid, store};
 
 /// The most documents in one request.
 const MOST_DOCUMENTS: usize = 100;
-/// The longest content of one document, in bytes of text.
+/// The longest content of one document, in bytes.
 const MOST_CONTENT_BYTES: usize = 5 << 20;
 /// The longest title and the longest source, in bytes.
 const MOST_TITLE_BYTES: usize = 1_000;
@@ -57,14 +55,14 @@ struct NewDocument {
     metadata: Map<String, Value>,
 }
 
-/// A document that may be stored.
-struct Valid {
-    id: DocumentId,
-    title: String,
-    source: String,
-    content: String,
-    content_type: ContentType,
-    metadata: Map<String, Value>,
+/// A document of the request.
+struct Checked {
+    /// Its place.
+    n: usize,
+    /// What it calls itself, be it an id or not.
+    id: Option<String>,
+    /// The document, and the field that its content came in.
+    valid: Result<(Valid, &'static str), ApiError>,
 }
 
 /// What became of one document, in the order in which they were sent.
@@ -112,24 +110,24 @@ pub(crate) async fn handle(
         return Err(ApiError::new(Code::TooLarge, message).with_param("documents"));
     }
     let mut seen = HashSet::new();
-    let mut checked: Vec<(usize, Option<String>, Result<Valid, ApiError>)> = documents
+    let mut checked: Vec<Checked> = documents
         .into_iter()
         .enumerate()
         .map(|(n, value)| {
             let id = value.get("id").and_then(Value::as_str).map(|id| id.chars().take(128).collect());
-            let valid = validate(value).and_then(|valid| {
+            let valid = validate(value).and_then(|(valid, param)| {
                 if seen.insert(valid.id.clone()) {
-                    Ok(valid)
+                    Ok((valid, param))
                 } else {
                     Err(ApiError::invalid("id", format!("`{}` occurs twice in this request", valid.id)))
                 }
             });
-            (n, id, valid)
+            Checked { n, id, valid }
         })
         .collect();
     // Where no document can be stored, the request as a whole is bad, for the first one's reason.
-    if checked.iter().all(|(_, _, valid)| valid.is_err())
-        && let (n, _, Err(error)) = checked.swap_remove(0)
+    if checked.iter().all(|checked| checked.valid.is_err())
+        && let Checked { n, valid: Err(error), .. } = checked.swap_remove(0)
     {
         return Err(placed(error, n));
     }
@@ -160,12 +158,15 @@ pub(crate) async fn handle(
 async fn store_all(
     context: &Context,
     metered: &Metered<'_>,
-    checked: Vec<(usize, Option<String>, Result<Valid, ApiError>)>,
+    checked: Vec<Checked>,
 ) -> Result<(Answer, Shown), ApiError> {
     let outcomes: Vec<(Option<String>, Result<Document, ApiError>)> = futures_util::stream::iter(checked)
-        .map(|(n, id, valid)| async move {
+        .map(|Checked { n, id, valid }| async move {
             let stored = match valid {
-                Ok(valid) => store(context, metered, valid).await,
+                Ok((valid, param)) => store(context, metered, valid).await.map_err(|error| match error {
+                    NotStored::Unreadable(reason) => ApiError::from(reason).with_param(param),
+                    NotStored::Failed(error) => error,
+                }),
                 Err(error) => Err(error),
             };
             (id, stored.map_err(|error| placed(error, n)))
@@ -209,8 +210,9 @@ fn placed(mut error: ApiError, n: usize) -> ApiError {
     error
 }
 
-fn validate(value: Value) -> Result<Valid, ApiError> {
-    let document: NewDocument = web::value(value)?;
+/// The document, and the field that its content came in.
+fn validate(value: Value) -> Result<(Valid, &'static str), ApiError> {
+    let mut document: NewDocument = web::value(value)?;
     let text = |name: &'static str, text: &str, least: usize| {
         if text.trim().len() < least || text.len() > MOST_TITLE_BYTES {
             return Err(ApiError::invalid(
@@ -234,166 +236,27 @@ fn validate(value: Value) -> Result<Valid, ApiError> {
             ApiError::new(Code::UnsupportedContentType, message).with_param("content_type")
         })?,
     };
-    let (param, content) = match (document.content, document.content_base64) {
-        (Some(content), None) => ("content", content),
+    let (param, content) = match (document.content.take(), document.content_base64.take()) {
+        (Some(content), None) => ("content", content.into_bytes()),
         (None, Some(encoded)) => {
             let bytes = STANDARD
                 .decode(encoded)
                 .map_err(|error| ApiError::invalid("content_base64", format!("not base64: {error}")))?;
-            let text = String::from_utf8(bytes)
-                .map_err(|_| ApiError::invalid("content_base64", "the content is not UTF-8 text"))?;
-            ("content_base64", text)
+            ("content_base64", bytes)
         }
         _ => return Err(ApiError::invalid("content", "give either content or content_base64")),
     };
-    if content.trim().is_empty() {
+    if content.trim_ascii().is_empty() {
         return Err(ApiError::invalid(param, format!("{param} is empty")));
     }
     if content.len() > MOST_CONTENT_BYTES {
         let message = format!("{param} is longer than {MOST_CONTENT_BYTES} bytes");
         return Err(ApiError::new(Code::TooLarge, message).with_param(param));
     }
-    let id = match document.id {
+    let id = match document.id.take() {
         Some(id) => id.parse().map_err(|e: shared::ids::InvalidId| ApiError::invalid("id", e.to_string()))?,
         None => derived_id(&document.title, &document.source, &content),
     };
-    Ok(Valid {
-        id,
-        title: document.title,
-        source: document.source,
-        content,
-        content_type,
-        metadata: document.metadata,
-    })
-}
-
-/// Stores one document: its record as `processing`, its passages, its record as `ready`. The same
-/// content again changes nothing; a crash anywhere is mended by sending it again.
-async fn store(context: &Context, metered: &Metered<'_>, valid: Valid) -> Result<Document, ApiError> {
-    let scope = metered.scope();
-    let sha256 = hex::encode(digest(&valid));
-    let known = context.documents.stored(scope, &valid.id).await?;
-    if let Some(known) = &known
-        && known.is_kept(scope.limits(), context.clock.now())
-        && known.sha256 == sha256
-        && known.status == DocumentStatus::Ready
-    {
-        return Ok(known.clone());
-    }
-    let chunks = chunk(&valid.id, &extract::blocks(&valid.content, valid.content_type));
-    if chunks.is_empty() {
-        return Err(ApiError::invalid("content", "the document holds no text"));
-    }
-    let now = context.clock.now();
-    // The same content again is the same version, even where an earlier attempt did not end.
-    let version = known.as_ref().map_or(1, |d| if d.sha256 == sha256 { d.version } else { d.version + 1 });
-    let mut document = Document {
-        tenant_id: scope.tenant_id().clone(),
-        id: valid.id,
-        version,
-        status: DocumentStatus::Processing,
-        chunks: u32::try_from(chunks.len()).unwrap_or(u32::MAX),
-        sha256,
-        title: valid.title,
-        source: valid.source,
-        content_type: valid.content_type,
-        metadata: valid.metadata,
-        created_at: known.as_ref().map_or(now, |d| d.created_at),
-        updated_at: now,
-    };
-    context.documents.put(scope, &document, known.as_ref(), metered.seal()).await?;
-    match index(context, metered, &document, chunks).await {
-        Ok(()) => {
-            let processing = document.clone();
-            document.status = DocumentStatus::Ready;
-            match context.documents.put(scope, &document, Some(&processing), metered.seal()).await {
-                Ok(()) => Ok(document),
-                Err(StoreError::Conflict) => {
-                    overtaken(context, scope, &document.id).await?;
-                    Err(StoreError::Conflict.into())
-                }
-                Err(error) => Err(error.into()),
-            }
-        }
-        Err(error) => {
-            let processing = document.clone();
-            document.status = DocumentStatus::Failed;
-            if let Err(second) =
-                context.documents.put(scope, &document, Some(&processing), metered.seal()).await
-            {
-                tracing::warn!(document.id = %document.id, "Document stays marked as processing: {second}");
-            }
-            Err(error)
-        }
-    }
-}
-
-/// Somebody else changed the document while its passages were stored. If it was deleted, they must
-/// not stay behind: what has been deleted is found by nobody.
-async fn overtaken(context: &Context, scope: &TenantScope, id: &DocumentId) -> Result<(), ApiError> {
-    if context.documents.stored(scope, id).await?.is_none() {
-        context.cells.write(scope, context.embeddings.model())?.delete_document(id).await?;
-    }
-    Ok(())
-}
-
-/// Everything that makes a document what it is.
-fn digest(valid: &Valid) -> [u8; 32] {
-    let content_type = serde_json::to_string(&valid.content_type).unwrap_or_default();
-    let metadata = serde_json::to_string(&valid.metadata).unwrap_or_default();
-    fingerprint(&[&valid.title, &valid.source, &valid.content, &content_type, &metadata])
-}
-
-/// Embeds and stores a document's passages, then takes away those of its earlier version that are
-/// passages no more.
-async fn index(
-    context: &Context,
-    metered: &Metered<'_>,
-    document: &Document,
-    chunks: Vec<Chunk>,
-) -> Result<(), ApiError> {
-    let collection = context.cells.write(metered.scope(), context.embeddings.model())?;
-    let stale: Vec<String> = {
-        let now: HashSet<&str> = chunks.iter().map(|c| c.id.as_str()).collect();
-        let stored = collection.chunk_ids(&document.id).await?;
-        stored.into_iter().filter(|id| !now.contains(id.as_str())).collect()
-    };
-    let searchable: Vec<String> = chunks.iter().map(|c| searchable(document, c)).collect();
-    let vectors = metered.embed(&searchable).await?;
-    let points = chunks
-        .into_iter()
-        .zip(searchable)
-        .zip(vectors)
-        .map(|((chunk, searchable), vector)| NewPoint {
-            chunk_id: chunk.id,
-            index: chunk.index,
-            title: document.title.clone(),
-            source: document.source.clone(),
-            text: chunk.text,
-            searchable,
-            vector,
-        })
-        .collect();
-    collection.upsert(&document.id, document.updated_at, points).await?;
-    collection.delete_chunks(&stale).await?;
-    tracing::info!(
-        document.id = %document.id,
-        document.version = document.version,
-        document.chunks = document.chunks,
-        "Document indexed"
-    );
-    Ok(())
-}
-
-/// A passage as it is searched: with its document's title and the headings above it, so that a passage
-/// that does not repeat its subject is found by it.
-fn searchable(document: &Document, chunk: &Chunk) -> String {
-    let mut text = document.title.clone();
-    if !chunk.heading.is_empty() && chunk.heading != document.title {
-        text.push('\n');
-        text.push_str(&chunk.heading);
-    }
-    text.push_str("\n\n");
-    text.push_str(&chunk.text);
-    text
+    let NewDocument { title, source, metadata, .. } = document;
+    Ok((Valid { id, title, source, content, content_type, metadata }, param))
 }
