@@ -478,24 +478,6 @@ async fn limits_that_cannot_be_are_refused_when_they_are_set() {
     assert_eq!(stack.admin(Method::GET, "/admin/tenants", None).await.json()["tenants"], json!([]));
 }
 
-/// Sets or, with null, removes one attribute of an item.
-async fn edit(stack: &Stack, table: &str, key: Value, path: &[&str], value: Value) {
-    let names: Vec<String> = (0..path.len()).map(|n| format!("#p{n}")).collect();
-    let place = names.join(".");
-    let mut call = json!({
-        "Key": key,
-        "ExpressionAttributeNames": names.iter().cloned().zip(path.iter().map(|p| json!(p)))
-            .collect::<serde_json::Map<_, _>>(),
-    });
-    if value.is_null() {
-        call["UpdateExpression"] = format!("REMOVE {place}").into();
-    } else {
-        call["UpdateExpression"] = format!("SET {place} = :v").into();
-        call["ExpressionAttributeValues"] = json!({":v": value});
-    }
-    stack.dynamodb("UpdateItem", table, call).await;
-}
-
 fn config_of(tenant: &str) -> Value {
     json!({"tenant_id": {"S": tenant}, "sk": {"S": "CONFIG"}})
 }
@@ -537,7 +519,7 @@ async fn a_meter_that_cannot_be_read_refuses() {
         ("leases", json!({"S": ""})),
     ]);
     for (name, value) in cases {
-        edit(&stack, "meters", meter_of("acme"), &[name], value.clone()).await;
+        stack.edit("meters", meter_of("acme"), &[name], value.clone()).await;
         if name == "past" {
             // A function that remembers the present second knows what it was, and writes it.
             stack.kill("chat").await;
@@ -581,11 +563,11 @@ async fn a_tenant_whose_limits_cannot_be_read_is_refused() {
     let acme = tenant(&stack, "acme", "professional", roomy()).await;
     for (limit, bad) in BAD_LIMITS {
         let value = bad.map_or(Value::Null, |number| json!({"N": number}));
-        edit(&stack, "tenants", config_of("acme"), &["limits", limit], value).await;
+        stack.edit("tenants", config_of("acme"), &["limits", limit], value).await;
         acme.chat(hello()).await.expect_error(503, "unavailable");
-        edit(&stack, "tenants", config_of("acme"), &["limits", limit], json!({"N": "1000"})).await;
+        stack.edit("tenants", config_of("acme"), &["limits", limit], json!({"N": "1000"})).await;
     }
-    edit(&stack, "tenants", config_of("acme"), &["limits"], Value::Null).await;
+    stack.edit("tenants", config_of("acme"), &["limits"], Value::Null).await;
     acme.chat(hello()).await.expect_error(503, "unavailable");
     assert_eq!(stack.model_calls().await, 0);
 }
@@ -595,14 +577,14 @@ async fn a_tenant_whose_new_limits_cannot_be_read_is_refused_though_its_decision
     let stack = stack(0).await;
     let acme = tenant(&stack, "acme", "professional", roomy()).await;
     acme.chat(hello()).await.expect_status(StatusCode::OK);
-    edit(&stack, "meters", meter_of("acme"), &["epoch"], json!({"N": "2"})).await;
-    edit(&stack, "tenants", config_of("acme"), &["epoch"], json!({"N": "2"})).await;
+    stack.edit("meters", meter_of("acme"), &["epoch"], json!({"N": "2"})).await;
+    stack.edit("tenants", config_of("acme"), &["epoch"], json!({"N": "2"})).await;
     for (limit, bad) in BAD_LIMITS {
         let value = bad.map_or(Value::Null, |number| json!({"N": number}));
-        edit(&stack, "tenants", config_of("acme"), &["limits", limit], value).await;
+        stack.edit("tenants", config_of("acme"), &["limits", limit], value).await;
         acme.chat(hello()).await.expect_error(503, "unavailable");
         acme.get("/v1/documents").await.expect_error(503, "unavailable");
-        edit(&stack, "tenants", config_of("acme"), &["limits", limit], json!({"N": "1000"})).await;
+        stack.edit("tenants", config_of("acme"), &["limits", limit], json!({"N": "1000"})).await;
     }
     assert_eq!(stack.model_calls().await, 1);
     acme.chat(hello()).await.expect_status(StatusCode::OK);
@@ -1364,7 +1346,7 @@ async fn a_key_that_lacks_a_scope_is_told_what_is_left_too() {
     let acme = tenant(&stack, "acme", "professional", roomy()).await;
     let key = stack.items("tenants", "acme", "KEY#").await[0].clone();
     let place = json!({"tenant_id": {"S": "acme"}, "sk": key["sk"].as_str().map(|sk| json!({"S": sk}))});
-    edit(&stack, "tenants", place, &["permissions"], json!({"L": [{"S": "chat"}]})).await;
+    stack.edit("tenants", place, &["permissions"], json!({"L": [{"S": "chat"}]})).await;
     let answer = acme.get("/v1/documents").await;
     answer.expect_error(403, "insufficient_scope");
     standing(&answer);
@@ -1388,8 +1370,8 @@ async fn raise_epoch(stack: &Stack, id: &str) {
 }
 
 async fn raise_epoch_to(stack: &Stack, id: &str, epoch: &str) {
-    edit(stack, "tenants", config_of(id), &["epoch"], json!({"N": epoch})).await;
-    edit(stack, "meters", meter_of(id), &["epoch"], json!({"N": epoch})).await;
+    stack.edit("tenants", config_of(id), &["epoch"], json!({"N": epoch})).await;
+    stack.edit("meters", meter_of(id), &["epoch"], json!({"N": epoch})).await;
 }
 
 /// Keys that are made and revoked one after the other are no reason to refuse whoever asks meanwhile.
@@ -1421,7 +1403,7 @@ async fn the_next_request_obeys_the_new_state_though_the_old_decision_is_cached(
     let stack = stack(0).await;
     // New limits.
     let (acme, _) = known(&stack, "acme").await;
-    edit(&stack, "tenants", config_of("acme"), &["limits", "requests_per_minute"], json!({"N": "3"})).await;
+    stack.edit("tenants", config_of("acme"), &["limits", "requests_per_minute"], json!({"N": "3"})).await;
     // Without an epoch, nothing says that there is anything new.
     acme.get("/v1/documents").await.expect_status(StatusCode::OK);
     raise_epoch(&stack, "acme").await;
@@ -1432,15 +1414,15 @@ async fn the_next_request_obeys_the_new_state_though_the_old_decision_is_cached(
         assert_eq!(standing(&answer)[0], 3);
     }
     refused_by(&acme.get("/v1/documents").await, "requests_per_minute");
-    edit(&stack, "tenants", config_of("acme"), &["limits", "requests_per_minute"], json!({"N": "100"})).await;
+    stack.edit("tenants", config_of("acme"), &["limits", "requests_per_minute"], json!({"N": "100"})).await;
     acme.chat(hello()).await.expect_status(StatusCode::OK);
 
     // Suspended, in the meter too or only by the epoch.
     for (id, in_meter) in [("both", true), ("record", false)] {
         let (tenant, _) = known(&stack, id).await;
-        edit(&stack, "tenants", config_of(id), &["status"], json!({"S": "suspended"})).await;
+        stack.edit("tenants", config_of(id), &["status"], json!({"S": "suspended"})).await;
         if in_meter {
-            edit(&stack, "meters", meter_of(id), &["status"], json!({"S": "suspended"})).await;
+            stack.edit("meters", meter_of(id), &["status"], json!({"S": "suspended"})).await;
         }
         raise_epoch(&stack, id).await;
         tenant.chat(hello()).await.expect_error(403, "tenant_suspended");
@@ -1454,7 +1436,7 @@ async fn the_next_request_obeys_the_new_state_though_the_old_decision_is_cached(
 
     // A key that may do less.
     let (less, key) = known(&stack, "less").await;
-    edit(&stack, "tenants", key, &["permissions"], json!({"L": [{"S": "documents:read"}]})).await;
+    stack.edit("tenants", key, &["permissions"], json!({"L": [{"S": "documents:read"}]})).await;
     raise_epoch(&stack, "less").await;
     less.chat(hello()).await.expect_error(403, "insufficient_scope");
     less.post("/v1/search", &json!({"query": "x"})).await.expect_error(403, "insufficient_scope");
@@ -1466,7 +1448,7 @@ async fn the_next_request_obeys_the_new_state_though_the_old_decision_is_cached(
     stack.dynamodb("DeleteItem", "tenants", json!({"Key": key})).await;
     raise_epoch(&stack, "gone").await;
     let (late, key) = known(&stack, "late").await;
-    edit(&stack, "tenants", key, &["expires_at"], json!({"N": "1000"})).await;
+    stack.edit("tenants", key, &["expires_at"], json!({"N": "1000"})).await;
     raise_epoch(&stack, "late").await;
     for tenant in [gone, late] {
         tenant.chat(hello()).await.expect_error(401, "invalid_key");
@@ -1487,7 +1469,7 @@ async fn a_decision_made_anew_is_checked_and_reserved_for_anew() {
     let (acme, _) = known(&stack, "acme").await;
     let (haiku, sonnet) = ("claude-haiku-4-5-20251001", "claude-sonnet-4-6");
     let limit = async |name: &str, value: Value| {
-        edit(&stack, "tenants", config_of("acme"), &["limits", name], value).await;
+        stack.edit("tenants", config_of("acme"), &["limits", name], value).await;
     };
     limit("allowed_models", json!({"L": [{"S": haiku}]})).await;
     limit("default_model", json!({"S": haiku})).await;
@@ -1509,7 +1491,8 @@ async fn a_decision_made_anew_is_checked_and_reserved_for_anew() {
         globex.store(&format!("d-{n}"), "Contract", &text).await;
     }
     globex.chat(hello()).await.expect_status(StatusCode::OK);
-    edit(&stack, "tenants", config_of("globex"), &["limits", "max_context_tokens"], json!({"N": "100000"}))
+    stack
+        .edit("tenants", config_of("globex"), &["limits", "max_context_tokens"], json!({"N": "100000"}))
         .await;
     raise_epoch(&stack, "globex").await;
     let before = meter(&stack, "globex").await.seq;

@@ -319,14 +319,8 @@ async fn exported(stack: &Stack, id: &str) -> Value {
 /// Sets an attribute of a deprovisioning, past the functions: as if time had passed.
 async fn set(stack: &Stack, id: &str, attribute: &str, to: i64) {
     let (tenant, tail) = id.strip_prefix("dep_").unwrap().rsplit_once('_').unwrap();
-    let update = json!({
-        "Key": {"tenant_id": {"S": tenant}, "sk": {"S": format!("DEPROVISIONING#{tail}")}},
-        "UpdateExpression": "SET #a = :to",
-        "ConditionExpression": "attribute_exists(#a)",
-        "ExpressionAttributeNames": {"#a": attribute},
-        "ExpressionAttributeValues": {":to": {"N": to.to_string()}},
-    });
-    stack.dynamodb("UpdateItem", "tenants", update).await;
+    let key = json!({"tenant_id": {"S": tenant}, "sk": {"S": format!("DEPROVISIONING#{tail}")}});
+    stack.edit("tenants", key, &[attribute], json!({"N": to.to_string()})).await;
 }
 
 #[tokio::test]

@@ -105,24 +105,14 @@ async fn try_run(stack: &Stack) -> bool {
     sent.status().is_success()
 }
 
-async fn set(stack: &Stack, table: &str, key: Value, field: &str, value: Value) {
-    let update = json!({
-        "Key": key,
-        "UpdateExpression": "SET #f = :v",
-        "ExpressionAttributeNames": {"#f": field},
-        "ExpressionAttributeValues": {":v": value},
-    });
-    stack.dynamodb("UpdateItem", table, update).await;
-}
-
 /// Names a tenant's receiver, past the route, which takes none of this machine.
 async fn listens(stack: &Stack, tenant: &str, url: &str) {
     let key = json!({"tenant_id": {"S": tenant}, "sk": {"S": "CONFIG"}});
-    set(stack, "tenants", key, "webhook_url", json!({"S": url})).await;
+    stack.edit("tenants", key, &["webhook_url"], json!({"S": url})).await;
 }
 
 async fn set_meter(stack: &Stack, tenant: &str, field: &str, to: u64) {
-    set(stack, "meters", json!({"tenant_id": {"S": tenant}}), field, json!({"N": to.to_string()})).await;
+    stack.edit("meters", json!({"tenant_id": {"S": tenant}}), &[field], json!({"N": to.to_string()})).await;
 }
 
 /// A tenant with budgets of 1000 tokens a day and 10,000 a month, of which it has used so many.
@@ -145,10 +135,10 @@ async fn messages(stack: &Stack, tenant: &str) -> Vec<Value> {
 async fn let_time_pass(stack: &Stack, tenant: &str, old: bool) {
     for message in messages(stack, tenant).await.iter().filter(|m| m.get("due_at").is_some()) {
         let key = json!({"tenant_id": {"S": tenant}, "sk": {"S": message["sk"]}});
-        set(stack, "webhooks", key.clone(), "due_at", json!({"N": "1"})).await;
+        stack.edit("webhooks", key.clone(), &["due_at"], json!({"N": "1"})).await;
         if old {
             let time = message["time"].as_u64().unwrap() - 86_400_000;
-            set(stack, "webhooks", key, "time", json!({"N": time.to_string()})).await;
+            stack.edit("webhooks", key, &["time"], json!({"N": time.to_string()})).await;
         }
     }
 }
@@ -434,16 +424,16 @@ async fn a_month_is_told_as_well_and_a_day_that_is_over_is_not() {
     // Who names no receiver, or is suspended, is told nothing; later, what is crossed from then on.
     with_use(&stack, "late", &receiver.url, 800, 800).await;
     let config = json!({"tenant_id": {"S": "late"}, "sk": {"S": "CONFIG"}});
-    set(&stack, "tenants", config.clone(), "status", json!({"S": "suspended"})).await;
+    stack.edit("tenants", config.clone(), &["status"], json!({"S": "suspended"})).await;
     assert_eq!(run(&stack).await["noted"], 0);
-    set(&stack, "tenants", config.clone(), "status", json!({"S": "active"})).await;
+    stack.edit("tenants", config.clone(), &["status"], json!({"S": "active"})).await;
     let remove = json!({"Key": config, "UpdateExpression": "REMOVE webhook_url"});
     stack.dynamodb("UpdateItem", "tenants", remove).await;
     assert_eq!(run(&stack).await["noted"], 0);
     assert_eq!(messages(&stack, "late").await, Vec::<Value>::new());
 
     // A meter that cannot be read hides no other.
-    set(&stack, "meters", json!({"tenant_id": {"S": "late"}}), "seq", json!({"S": "x"})).await;
+    stack.edit("meters", json!({"tenant_id": {"S": "late"}}), &["seq"], json!({"S": "x"})).await;
     set_meter(&stack, "shop", "day_tokens", 800).await;
     let report = run(&stack).await;
     assert_eq!((&report["unread"], &report["delivered"]), (&json!(1), &json!(1)), "{report}");

@@ -508,6 +508,24 @@ impl Stack {
         answer.json()
     }
 
+    /// Sets what stands at `path` in the item with this key, or takes it away where `value` is null.
+    pub async fn edit(&self, table: &str, key: Value, path: &[&str], value: Value) {
+        let names: Vec<String> = (0..path.len()).map(|n| format!("#p{n}")).collect();
+        let place = names.join(".");
+        let mut call = json!({
+            "Key": key,
+            "ExpressionAttributeNames": names.iter().cloned().zip(path.iter().map(|p| json!(p)))
+                .collect::<serde_json::Map<_, _>>(),
+        });
+        if value.is_null() {
+            call["UpdateExpression"] = format!("REMOVE {place}").into();
+        } else {
+            call["UpdateExpression"] = format!("SET {place} = :v").into();
+            call["ExpressionAttributeValues"] = json!({":v": value});
+        }
+        self.dynamodb("UpdateItem", table, call).await;
+    }
+
     /// A tenant's items whose sort keys start with `prefix`, in their order, as plain JSON.
     pub async fn items(&self, table: &str, tenant: &str, prefix: &str) -> Vec<Value> {
         let (mut items, mut start) = (Vec::new(), None);

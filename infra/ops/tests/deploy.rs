@@ -62,6 +62,10 @@ fn parameters_resources_and_outputs_are_the_templates() {
         named += 1;
     }
     assert!(named > 20, "{named} names were found");
+    let quoted = quoted(&page);
+    for parameter in section(&template, "Parameters") {
+        assert!(quoted.contains(&parameter), "{parameter} is not explained");
+    }
 }
 
 #[test]
