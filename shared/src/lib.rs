@@ -72,6 +72,8 @@ pub mod outbound;
 pub mod prompt;
 #[cfg(any(feature = "dynamodb", feature = "outbound", feature = "vectors"))]
 pub mod retry;
+#[cfg(feature = "start")]
+pub mod start;
 #[cfg(feature = "dynamodb")]
 pub mod valve;
 #[cfg(feature = "vector-tokens")]

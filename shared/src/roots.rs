@@ -16,8 +16,7 @@ const AMAZONS: [&[u8]; 2] = [b"Amazon Root CA ", b"Starfield Services Root Certi
 /// A root's issuer, which is itself, stands within its first bytes.
 const NAMED_WITHIN: usize = 300;
 
-/// Amazon's roots as PEM. Every AWS client that is made reads all that it is given, once for itself and once for
-/// its connections: a hundred roots took most of a start.
+/// Amazon's roots as PEM, which is read before a function's first call: a hundred roots took most of a start.
 pub(crate) fn amazon() -> Vec<u8> {
     let (names, mut pem) = (AMAZONS.map(Finder::new), String::new());
     for root in TLS_SERVER_ROOT_CERTS {

@@ -4,12 +4,12 @@ use std::sync::Arc;
 
 use audit_export::{Call, Context, handle};
 use lambda_runtime::{Error, LambdaEvent, run, service_fn};
-use shared::telemetry::CannotStart;
+use shared::start;
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), Error> {
     shared::telemetry::init()?;
-    let context = Arc::new(Context::from_env().await.map_err(CannotStart::new)?);
+    let context = start::context(Context::from_env()).await?;
     run(service_fn(|event: LambdaEvent<Call>| {
         let context = Arc::clone(&context);
         async move { handle(&context, event.payload).await }

@@ -4,15 +4,14 @@ use std::convert::Infallible;
 use std::sync::Arc;
 
 use lambda_http::{Error, run, service_fn};
-use shared::telemetry::CannotStart;
+use shared::start;
 use usage::{Context, handle};
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), Error> {
     shared::telemetry::init()?;
-    let context = Arc::new(Context::from_env().await.map_err(CannotStart::new)?);
-    let closing = Arc::clone(&context);
-    lambda_runtime::spawn_graceful_shutdown_handler(|| async move { closing.close().await }).await;
+    let close = |context: Arc<Context>| async move { context.close().await };
+    let context = start::closing_context(Context::from_env(), close).await?;
     run(service_fn(|request| {
         let context = Arc::clone(&context);
         async move { Ok::<_, Infallible>(handle(&context, request).await) }

@@ -8,11 +8,7 @@ use aws_config::timeout::TimeoutConfig;
 use aws_config::{BehaviorVersion, SdkConfig};
 #[cfg(any(feature = "dynamodb", feature = "objects"))]
 use aws_sdk_sts::error::{ProvideErrorMetadata, SdkError};
-use aws_smithy_http_client::Builder;
-use aws_smithy_http_client::tls::rustls_provider::CryptoMode;
-use aws_smithy_http_client::tls::{Provider, TlsContext, TrustStore};
-
-use crate::roots;
+use connections::Connections;
 
 #[cfg(feature = "dynamodb")]
 pub mod accounts;
@@ -20,6 +16,7 @@ pub mod accounts;
 pub mod audit_objects;
 #[cfg(all(feature = "dynamodb", feature = "audit-log"))]
 pub mod chains;
+mod connections;
 #[cfg(feature = "dynamodb")]
 pub mod conversations;
 #[cfg(feature = "dynamodb")]
@@ -55,6 +52,7 @@ pub mod usage;
 #[cfg(all(feature = "dynamodb", feature = "webhooks"))]
 pub mod webhooks;
 
+pub use connections::NoConnections;
 pub use session::{Access, LINKS_HOLD};
 #[cfg(feature = "dynamodb")]
 pub use table::StoreError;
@@ -70,11 +68,6 @@ fn failure_code<E: ProvideErrorMetadata, R>(error: &SdkError<E, R>) -> String {
     .to_owned()
 }
 
-/// Why no AWS client can be made.
-#[derive(Debug, thiserror::Error)]
-#[error("connections to AWS cannot be made")]
-pub struct NoConnections(#[source] Box<dyn std::error::Error + Send + Sync>);
-
 /// The configuration of every AWS client: credentials, region and endpoints from the environment, and
 /// a bound on each call. DynamoDB answers in milliseconds; one that takes a second is better asked
 /// again.
@@ -86,12 +79,8 @@ pub struct NoConnections(#[source] Box<dyn std::error::Error + Send + Sync>);
 /// # Errors
 /// [`NoConnections`].
 pub async fn config() -> Result<SdkConfig, NoConnections> {
-    let roots = TrustStore::empty().with_pem_certificate(roots::amazon());
-    let tls = TlsContext::builder().with_trust_store(roots).build();
-    let tls = tls.map_err(|error| NoConnections(Box::new(error)))?;
-    let http = Builder::new().tls_provider(Provider::Rustls(CryptoMode::AwsLc)).tls_context(tls);
     let config = aws_config::defaults(BehaviorVersion::latest())
-        .http_client(http.build_https())
+        .http_client(Connections::new()?)
         .credentials_provider(EnvironmentVariableCredentialsProvider::new())
         .region(EnvironmentVariableRegionProvider::new())
         .retry_config(RetryConfig::standard().with_max_attempts(3))
