@@ -5,6 +5,8 @@
 //! text is folded: compatibility forms, case, accents, invisible characters, look-alike letters
 //! (UTS 39) and letters spaced out one by one. Patterns are folded the same way.
 
+use std::borrow::Cow;
+use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::LazyLock;
 
@@ -58,18 +60,28 @@ const PATTERNS: &[(&str, &str)] = &[
     ("disclosure", "repeat|print|output ~2 everything|text|words ~2 above|before"),
 ];
 
+/// The compiled patterns that begin with a word, by that word.
+type Patterns = HashMap<String, Vec<(&'static str, Vec<Step>)>>;
+
 /// Finds every pattern in `text`. Time grows linearly with its length.
 pub fn find(text: &str) -> Vec<Finding> {
-    static COMPILED: LazyLock<Vec<(&'static str, Vec<Step>)>> =
-        LazyLock::new(|| PATTERNS.iter().map(|(name, phrase)| (*name, compile(phrase))).collect());
+    static COMPILED: LazyLock<Patterns> = LazyLock::new(|| {
+        let mut patterns = Patterns::new();
+        for (name, phrase) in PATTERNS {
+            let (first, rest) = phrase.split_once(' ').unwrap_or((phrase, ""));
+            for word in alternatives(first) {
+                patterns.entry(word).or_default().push((name, compile(rest)));
+            }
+        }
+        patterns
+    });
     let words = words(text);
     let mut found = Vec::new();
-    for at in 0..words.len() {
-        let rest = words.get(at..).unwrap_or_default();
-        for (pattern, steps) in COMPILED.iter() {
-            if let Some(len) = match_len(steps, rest)
-                && let (Some(first), Some(last)) = (rest.first(), rest.get(len.saturating_sub(1)))
-            {
+    for (at, first) in words.iter().enumerate() {
+        let after = words.get(at + 1..).unwrap_or_default();
+        for (pattern, rest) in COMPILED.get(&first.folded).into_iter().flatten() {
+            if let Some(len) = match_len(rest, after) {
+                let last = words.get(at + len).unwrap_or(first);
                 found.push(Finding { pattern, range: first.range.start..last.range.end });
             }
         }
@@ -116,9 +128,13 @@ fn compile(phrase: &str) -> Vec<Step> {
         .split_whitespace()
         .map(|step| match step.strip_prefix('~').and_then(|n| n.parse().ok()) {
             Some(n) => Step::Gap(n),
-            None => Step::OneOf(step.split('|').map(|word| word.chars().flat_map(fold).collect()).collect()),
+            None => Step::OneOf(alternatives(step)),
         })
         .collect()
+}
+
+fn alternatives(step: &str) -> Vec<String> {
+    step.split('|').map(|word| word.chars().map(fold).collect()).collect()
 }
 
 /// How many of `words`, from the first on, the steps match.
@@ -144,11 +160,8 @@ fn words(text: &str) -> Vec<Word> {
     let mut open: Option<Word> = None;
     for (at, c) in text.char_indices() {
         let end = at + c.len_utf8();
-        let mut folded = fold(c).peekable();
-        if folded.peek().is_none() {
-            continue; // invisible: neither a letter nor a gap
-        }
-        for f in folded {
+        // What is invisible is neither a letter nor a gap.
+        for f in fold(c).chars() {
             if f.is_alphanumeric() {
                 let word = open.get_or_insert_with(|| Word { folded: String::new(), range: at..end });
                 word.folded.push(f);
@@ -187,12 +200,20 @@ fn join_spaced_letters(words: Vec<Word>) -> Vec<Word> {
 }
 
 /// What `c` reads as: nothing if it is invisible.
-fn fold(c: char) -> impl Iterator<Item = char> {
+fn fold(c: char) -> Cow<'static, str> {
+    /// ASCII is nearly all that is ever asked for.
+    static ASCII: LazyLock<Vec<String>> = LazyLock::new(|| ('\0'..='\x7f').map(read).collect());
+    match ASCII.get(usize::try_from(u32::from(c)).unwrap_or(usize::MAX)) {
+        Some(known) => Cow::Borrowed(known),
+        None => Cow::Owned(read(c)),
+    }
+}
+
+fn read(c: char) -> String {
     let plain: String = c.nfkd().filter(|c| !is_combining_mark(*c)).flat_map(char::to_lowercase).collect();
-    let alike: String =
-        skeleton(&plain).filter(|c| !is_combining_mark(*c)).flat_map(char::to_lowercase).collect();
-    alike
-        .chars()
+    skeleton(&plain)
+        .filter(|c| !is_combining_mark(*c))
+        .flat_map(char::to_lowercase)
         .map(|c| match c {
             // Digits and signs that stand for letters, and `l` for `i`, which look alike too.
             '1' | 'l' | '|' => 'i',
@@ -203,8 +224,7 @@ fn fold(c: char) -> impl Iterator<Item = char> {
             '7' => 't',
             other => other,
         })
-        .collect::<Vec<_>>()
-        .into_iter()
+        .collect()
 }
 
 #[cfg(test)]
