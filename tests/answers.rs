@@ -388,7 +388,7 @@ async fn a_point_of_another_tenant_is_dropped_and_raises_the_alarm() {
         .add_vector("sparse", Vector::from(words));
     let payload: qdrant_client::Payload = json!({
         "tenant_id": "globex", "document_id": "d", "chunk_id": "d:0", "chunk_index": 0, "title": "T", "source": "", "text": text,
-        "stored_at_ms": 4_000_000_000_000_i64
+        "stored_at_ms": 4_000_000_000_000_i64, "readers": ["*"]
     })
     .try_into()
     .unwrap();

@@ -210,6 +210,8 @@ fn forged_headers(victim: &Target) -> Vec<Vec<(String, String)>> {
         one("X-HTTP-Method-Override", "DELETE"),
         one("X-User-Id", "canary-user"),
         one("X-User-Id", &format!("{id}#{SHARED}")),
+        one("X-User-Groups", "canary-group"),
+        one("X-User-Groups", &format!("*,{id}")),
         one("Idempotency-Key", "the-victims-key"),
         one("Idempotency-Key", &format!("{id}#key")),
         one("Cookie", &format!("tenant={id}; api_key={id}")),

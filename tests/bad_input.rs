@@ -213,6 +213,14 @@ async fn a_bad_document_is_named_and_the_others_are_stored() {
             "content",
         ),
         (json!({"title": "t", "content": "c", "owner": "x"}), "invalid_request", "owner"),
+        (json!({"title": "t", "content": "c", "groups": []}), "invalid_request", "groups"),
+        (json!({"title": "t", "content": "c", "groups": "hr"}), "invalid_request", "groups"),
+        (json!({"title": "t", "content": "c", "groups": vec!["g"; 51]}), "invalid_request", "groups"),
+        (json!({"title": "t", "content": "c", "groups": ["hr", "*"]}), "invalid_request", "groups[1]"),
+        (json!({"title": "t", "content": "c", "groups": ["hr", 7]}), "invalid_request", "groups[1]"),
+        (json!({"title": "t", "content": "c", "groups": ["a,b"]}), "invalid_request", "groups[0]"),
+        (json!({"title": "t", "content": "c", "groups": [" hr"]}), "invalid_request", "groups[0]"),
+        (json!({"title": "t", "content": "c", "groups": ["x".repeat(65)]}), "invalid_request", "groups[0]"),
         (json!("just text"), "invalid_request", ""),
     ];
     let mut documents = vec![json!({"id": "good", "title": "Good", "content": "A good document."})];

@@ -629,6 +629,7 @@ async fn bad_issuers() {
         (with(good(), "issuer", 7), "issuer"),
         (with(good(), "audience", "x".repeat(513)), "audience"),
         (with(good(), "user_claim", ""), "user_claim"),
+        (with(good(), "groups_claim", ""), "groups_claim"),
         (with(good(), "colour", "red"), "colour"),
         (with(good(), "jwks_url", "https://user@example.com/keys"), "jwks_url"),
         (with(good(), "jwks_url", "http://login.acme.example/keys"), "jwks_url"),

@@ -313,7 +313,8 @@ fn point(id: u64, tenant: Option<&str>, text: &str) -> PointStruct {
         .add_vector("dense", vec![0.1_f32; 512])
         .add_vector("sparse", Vector::from(words));
     let mut payload = json!({"document_id": "d", "chunk_id": format!("d:{id}"), "chunk_index": 0,
-        "title": "T", "source": "", "text": text, "stored_at_ms": 4_000_000_000_000_i64});
+        "title": "T", "source": "", "text": text, "stored_at_ms": 4_000_000_000_000_i64,
+        "readers": ["*"]});
     if let Some(tenant) = tenant {
         payload["tenant_id"] = tenant.into();
     }

@@ -5,6 +5,7 @@ use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
 use crate::clock::Timestamp;
+use crate::groups::Groups;
 use crate::ids::DocumentId;
 use crate::limits::Limits;
 use crate::tenant::TenantId;
@@ -55,13 +56,13 @@ pub struct Document {
     pub tenant_id: TenantId,
     /// The document.
     pub id: DocumentId,
-    /// Grows by one with each change of content.
+    /// Grows by one with each change of content or groups.
     pub version: u64,
     /// Where it stands.
     pub status: DocumentStatus,
     /// How many passages it was cut into.
     pub chunks: u32,
-    /// SHA-256 of everything that was sent, so that the same again is recognised.
+    /// SHA-256 of everything that was sent but its groups, so that the same again is recognised.
     pub sha256: String,
     /// Its title.
     pub title: String,
@@ -73,6 +74,9 @@ pub struct Document {
     /// The tenant's own notes on it.
     #[serde(default, skip_serializing_if = "Map::is_empty", with = "as_text")]
     pub metadata: Map<String, Value>,
+    /// Whose users find it; everybody's if there are none.
+    #[serde(default, skip_serializing_if = "Groups::is_empty")]
+    pub groups: Groups,
     /// When it was first sent.
     pub created_at: Timestamp,
     /// When its content last changed.

@@ -16,6 +16,7 @@ use sha2::{Digest, Sha256};
 
 use crate::api_key::{Grants, Permission};
 use crate::clock::Timestamp;
+use crate::groups::Groups;
 use crate::ids::{IssuerId, UserId};
 use crate::tenant::TenantId;
 
@@ -74,10 +75,19 @@ pub struct Issuer {
     pub keys: KeySource,
     /// The claim that names the user.
     pub user_claim: String,
+    /// The claim that names the user's groups. One that was registered before there were groups names them as
+    /// the default is.
+    #[serde(default = "default_groups_claim")]
+    pub groups_claim: String,
     /// What its tokens may do, from where and how long.
     pub grants: Grants,
     /// When it was registered.
     pub created_at: Timestamp,
+}
+
+/// The claim that names a user's groups where the issuer's registration does not say.
+pub fn default_groups_claim() -> String {
+    "groups".to_owned()
 }
 
 impl Issuer {
@@ -104,17 +114,19 @@ pub struct Vouched {
     pub(crate) tenant_id: TenantId,
     pub(crate) issuer_id: IssuerId,
     pub(crate) user_id: UserId,
+    pub(crate) groups: Groups,
     pub(crate) grants: Grants,
 }
 
 impl Vouched {
-    /// A user for whom `issuer` vouches until then, if its own end is not before.
-    pub(crate) fn by(issuer: &Issuer, user_id: UserId, ends: Timestamp) -> Self {
+    /// A user of these groups for whom `issuer` vouches until then, if its own end is not before.
+    pub(crate) fn by(issuer: &Issuer, user_id: UserId, groups: Groups, ends: Timestamp) -> Self {
         let Grants { permissions, expires_at, allowed_cidrs } = issuer.grants.clone();
         Self {
             tenant_id: issuer.tenant_id.clone(),
             issuer_id: issuer.issuer_id.clone(),
             user_id,
+            groups,
             grants: Grants {
                 permissions: permissions.into_iter().filter(|permission| grantable(*permission)).collect(),
                 expires_at: Some(expires_at.map_or(ends, |at| at.min(ends))),

@@ -15,6 +15,7 @@ use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
 use crate::clock::Timestamp;
+use crate::groups::Groups;
 use crate::ids::UserId;
 use crate::issuer::{
     Algorithm, Issuer, LONGEST_KEY_NAME, LONGEST_NAME, Material, Provenance, PublicKey, Vouched,
@@ -197,7 +198,8 @@ impl PresentedToken {
             return Err(InvalidToken);
         }
         let user_id = self.claims.text(&issuer.user_claim)?.parse().map_err(|_| InvalidToken)?;
-        Ok(Plausible { user_id, expires_at: Timestamp::from_millis(ends_s.saturating_mul(1_000)) })
+        let groups = Groups::claimed(self.claims.0.get(&issuer.groups_claim)).map_err(|_| InvalidToken)?;
+        Ok(Plausible { user_id, groups, expires_at: Timestamp::from_millis(ends_s.saturating_mul(1_000)) })
     }
 
     /// The key that it is to be held against: the one of that name or, where it names none, the only one.
@@ -222,6 +224,7 @@ impl fmt::Debug for PresentedToken {
 #[derive(Debug)]
 pub struct Plausible {
     user_id: UserId,
+    groups: Groups,
     expires_at: Timestamp,
 }
 
@@ -258,7 +261,7 @@ pub fn verify(
     };
     let decoding = decoding.map_err(|_| InvalidToken)?;
     match crypto::verify(&token.signature, token.message.as_bytes(), &decoding, algorithm) {
-        Ok(true) if known => Ok(Vouched::by(issuer, said.user_id, said.expires_at)),
+        Ok(true) if known => Ok(Vouched::by(issuer, said.user_id, said.groups, said.expires_at)),
         _ => Err(InvalidToken),
     }
 }
@@ -348,6 +351,7 @@ mod tests {
             audience: "bulkhead".into(),
             keys: KeySource::Keys(Vec::new()),
             user_claim: user_claim.into(),
+            groups_claim: "groups".into(),
             grants: Grants { permissions: [Permission::Chat].into(), ..Grants::all() },
             created_at: NOW,
         }
@@ -532,6 +536,29 @@ mod tests {
             assert_eq!(vouched.is_ok(), good, "{said}");
             assert!(vouched.is_err() || vouched.unwrap().user_id.as_str() == "ann@acme.example");
         }
+    }
+
+    #[test]
+    fn a_tokens_groups_are_what_the_registered_claim_says() {
+        let [_, _, ed] = Pair::all();
+        let vouched = |claims: &Value, groups_claim: &str| {
+            let token = ed.token(r#"{"alg":"EdDSA"}"#, &claims.to_string());
+            let issuer = Issuer { groups_claim: groups_claim.into(), ..issuer("sub") };
+            check(&token, &issuer, &[ed.public(None)]).map(|vouched| vouched.groups)
+        };
+        let groups = |names: &[&str]| {
+            Groups::of_document(Some(names.iter().map(|name| (*name).to_owned()).collect())).unwrap()
+        };
+        let said = with(with(claims(), "groups", json!(["hr", "legal"])), "https://acme.example/teams", "hr");
+        assert_eq!(vouched(&said, "groups"), Ok(groups(&["hr", "legal"])));
+        assert_eq!(vouched(&said, "https://acme.example/teams"), Ok(groups(&["hr"])));
+        assert_eq!(vouched(&said, "roles"), Ok(Groups::default()));
+        assert_eq!(vouched(&claims(), "groups"), Ok(Groups::default()));
+        for bad in [json!(7), json!([7]), json!({"hr": true}), json!([["hr"]])] {
+            assert!(vouched(&with(claims(), "groups", bad.clone()), "groups").is_err(), "{bad}");
+        }
+        let many: Vec<String> = (0..=crate::groups::MOST_GROUPS).map(|n| n.to_string()).collect();
+        assert!(vouched(&with(claims(), "groups", many), "groups").is_err());
     }
 
     #[test]

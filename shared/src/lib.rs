@@ -21,6 +21,7 @@ pub mod deprovisioning;
 pub mod document;
 pub mod env;
 pub mod error;
+pub mod groups;
 pub mod idempotency;
 pub mod ids;
 pub mod internet;

@@ -40,6 +40,7 @@ use crate::api_key::{ApiKey, Grants, Permission, VerifiedKey};
 use crate::clock::Timestamp;
 use crate::credential::CredentialId;
 use crate::error::{ApiError, Code};
+use crate::groups::{Groups, InvalidGroup};
 use crate::ids::{IssuerId, UserId};
 use crate::issuer::{Issuer, Vouched};
 use crate::ledger::Asked;
@@ -52,6 +53,8 @@ use crate::trace::Trace;
 
 /// The header in which a tenant names its own user.
 pub const USER_HEADER: &str = "x-user-id";
+/// The header in which a tenant names its user's groups.
+pub const GROUPS_HEADER: &str = "x-user-groups";
 /// The authorizer context's value that holds the decision.
 const DECISION: &str = "decision";
 
@@ -127,6 +130,7 @@ struct Proof {
     presented: Presented,
     credential: CredentialId,
     user_id: Option<UserId>,
+    groups: Groups,
     grants: Grants,
 }
 
@@ -144,6 +148,9 @@ pub struct Decision {
     /// The user for whom the token's issuer vouches. Keys have none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     user_id: Option<UserId>,
+    /// The groups of which the token's issuer says that the user is. Keys have none.
+    #[serde(default, skip_serializing_if = "Groups::is_empty")]
+    groups: Groups,
     grants: Grants,
     profile: Profile,
     limits: Limits,
@@ -177,6 +184,7 @@ impl Decision {
             presented,
             credential: record.key_id.clone().into(),
             user_id: None,
+            groups: Groups::default(),
             grants: record.grants(),
         };
         Ok(Self::of(proof, tenant, vector_read, vector_write))
@@ -201,6 +209,7 @@ impl Decision {
             presented,
             credential: user.issuer_id.clone().into(),
             user_id: Some(user.user_id.clone()),
+            groups: user.groups.clone(),
             grants: user.grants.clone(),
         };
         Ok(Self::of(proof, tenant, vector_read, vector_write))
@@ -215,6 +224,7 @@ impl Decision {
             presented: proof.presented,
             credential: proof.credential,
             user_id: proof.user_id,
+            groups: proof.groups,
             grants: proof.grants,
             profile: Profile {
                 company_name: tenant.company_name,
@@ -242,8 +252,8 @@ impl Decision {
         &self.credential
     }
 
-    /// The decision about the same key or issuer, made anew. The vector tokens stay; and of a token its user
-    /// and its end, since its signature needs no second look.
+    /// The decision about the same key or issuer, made anew. The vector tokens stay; and of a token its user,
+    /// that user's groups and its end, since its signature needs no second look.
     fn anew(&self, evidence: &Evidence, tenant: Tenant) -> Result<Self, ScopeError> {
         let (read, write) = (self.vector_read.clone(), self.vector_write.clone());
         let presented = self.presented.clone();
@@ -256,7 +266,8 @@ impl Decision {
                 let (Some(user_id), Some(ends)) = (self.user_id.clone(), self.grants.expires_at) else {
                     return Err(ScopeError::Unauthorized);
                 };
-                Self::vouched(&Vouched::by(issuer, user_id, ends), presented, tenant, read, write)
+                let user = Vouched::by(issuer, user_id, self.groups.clone(), ends);
+                Self::vouched(&user, presented, tenant, read, write)
             }
         };
         decision.map_err(|ForeignRecord| ScopeError::Unauthorized)
@@ -370,6 +381,7 @@ pub struct ForeignRecord;
 pub struct Caller {
     decision: Decision,
     user: Option<http::HeaderValue>,
+    groups: Vec<http::HeaderValue>,
     presented: Option<ApiKey>,
     source: Option<IpAddr>,
     process: Option<String>,
@@ -379,7 +391,7 @@ pub struct Caller {
 
 impl Caller {
     /// Who asks, from what API Gateway put into the event. Nothing that the caller wrote takes part,
-    /// except the user's name, which is only an assertion. `process` is the tenant whose process this is,
+    /// except the user's name and groups, which are only assertions. `process` is the tenant whose process this is,
     /// as Lambda says.
     ///
     /// # Errors
@@ -408,6 +420,7 @@ impl Caller {
         Ok(Self {
             decision,
             user: headers.get(USER_HEADER).cloned(),
+            groups: headers.get_all(GROUPS_HEADER).iter().cloned().collect(),
             presented,
             // The connection's own address: what a header says of it, the caller may have written.
             source: context.identity.source_ip.as_deref().and_then(|text| text.parse().ok()),
@@ -509,6 +522,9 @@ pub struct TenantScope {
     presented: Option<ApiKey>,
     source: Option<IpAddr>,
     user_id: Option<UserId>,
+    groups: Groups,
+    /// Whether it asks for a user whose groups are known, rather than for the tenant's application.
+    held_to_groups: bool,
     request_id: RequestId,
     note: RequestNote,
 }
@@ -746,6 +762,17 @@ pub enum ScopeError {
     /// The user's name cannot be used.
     #[error("the header X-User-Id must be UTF-8 text of 1 to 256 bytes")]
     InvalidUser,
+    /// The user's groups cannot be used.
+    #[error(
+        "the header X-User-Groups must name at most {} groups, separated by commas; {InvalidGroup}",
+        crate::groups::MOST_GROUPS
+    )]
+    InvalidGroups,
+    /// The token does not vouch for all of the groups.
+    #[error(
+        "the header X-User-Groups names a group that the token does not; beside a token it can only leave out some"
+    )]
+    OtherGroups,
     /// The token is another user's.
     #[error("the header X-User-Id names another user than the token; leave it out")]
     OtherUser,
@@ -764,6 +791,9 @@ impl From<ScopeError> for ApiError {
             ScopeError::InvalidUser | ScopeError::OtherUser => {
                 return Self::invalid("X-User-Id", error.to_string());
             }
+            ScopeError::InvalidGroups | ScopeError::OtherGroups => {
+                return Self::invalid("X-User-Groups", error.to_string());
+            }
         };
         Self::new(code, error.to_string())
     }
@@ -781,7 +811,7 @@ impl TenantScope {
         now: Timestamp,
     ) -> Result<Self, ScopeError> {
         caller.delivered(isolation)?;
-        let Caller { decision, user, presented, source, process: _, request_id, note } = caller;
+        let Caller { decision, user, groups, presented, source, process: _, request_id, note } = caller;
         decision.lets_in(permission, source, now)?;
         let user_id = user
             .map(|value| {
@@ -796,7 +826,29 @@ impl TenantScope {
             (Some(verified), Some(asserted)) if verified != asserted => return Err(ScopeError::OtherUser),
             (verified, asserted) => verified.or(asserted),
         };
-        Ok(Self { decision, permission, presented, source, user_id, request_id, note })
+        let asserted = if groups.is_empty() {
+            None
+        } else {
+            Some(Groups::asserted(&groups).map_err(|InvalidGroup| ScopeError::InvalidGroups)?)
+        };
+        let vouched = decision.issuer_id().map(|_| decision.groups.clone());
+        if let (Some(vouched), Some(asserted)) = (&vouched, &asserted)
+            && !asserted.are_among(vouched)
+        {
+            return Err(ScopeError::OtherGroups);
+        }
+        let groups = asserted.or(vouched);
+        Ok(Self {
+            decision,
+            permission,
+            presented,
+            source,
+            user_id,
+            held_to_groups: groups.is_some(),
+            groups: groups.unwrap_or_default(),
+            request_id,
+            note,
+        })
     }
 
     /// The key that the request presents: to verify it again where the decision about it has grown
@@ -860,6 +912,33 @@ impl TenantScope {
     /// The tenant's own user, if the tenant named one or a token did.
     pub fn user_id(&self) -> Option<&UserId> {
         self.user_id.as_ref()
+    }
+
+    /// The groups of the user for whom the request asks; none if neither a token nor the tenant named any.
+    /// They bound what a search finds.
+    pub const fn groups(&self) -> &Groups {
+        &self.groups
+    }
+
+    /// Whether the record of a document of these groups may be read. A key that names no groups is the tenant's
+    /// application itself, which manages all documents; whoever names some, and every token's user, reads
+    /// what a search of theirs could find.
+    pub fn may_read(&self, document: &Groups) -> bool {
+        !self.held_to_groups || document.open_to(&self.groups)
+    }
+
+    /// The second look at a passage's readers: one that the request's user may not find is dropped by
+    /// whoever asks, and the alarm raised, since the store was told.
+    pub fn finds<'a>(&self, readers: impl IntoIterator<Item = &'a str>) -> bool {
+        let found = self.groups.finds(readers);
+        if !found {
+            tracing::error!(
+                alert = "group_alert",
+                tenant.id = %self.tenant_id(),
+                "The vector store answered with a passage that is not the user's to find; it is dropped"
+            );
+        }
+        found
     }
 
     /// Takes the user that a parameter names, as if the header had: where that or a token names another, the
@@ -983,7 +1062,7 @@ impl Operator {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::collections::BTreeSet;
 
     use super::*;
@@ -1185,13 +1264,25 @@ mod tests {
             audience: "bulkhead".into(),
             keys: KeySource::Keys(Vec::new()),
             user_claim: "sub".into(),
+            groups_claim: "groups".into(),
             grants: Grants { permissions: permissions.iter().copied().collect(), ..Grants::all() },
             created_at: NOW,
         }
     }
 
+    fn groups(names: &[&str]) -> Groups {
+        Groups::claimed(Some(&Value::from(names.to_vec()))).unwrap()
+    }
+
     fn vouched(issuer: &Issuer, asserted: Option<&str>) -> Result<TenantScope, ScopeError> {
-        let user = Vouched::by(issuer, "ann".parse().unwrap(), NOW.plus_millis(10));
+        vouched_with(issuer, asserted.map(|user| (USER_HEADER, user)))
+    }
+
+    fn vouched_with(
+        issuer: &Issuer,
+        header: Option<(&'static str, &str)>,
+    ) -> Result<TenantScope, ScopeError> {
+        let user = Vouched::by(issuer, "ann".parse().unwrap(), groups(&["hr", "legal"]), NOW.plus_millis(10));
         let token = VectorToken::new("jwt-secret".into());
         let decision = Decision::vouched(
             &user,
@@ -1204,7 +1295,7 @@ mod tests {
         let mut context = ApiGatewayProxyRequestContext::default();
         context.authorizer.fields = decision.to_context().unwrap();
         let mut headers = headers();
-        asserted.map(|user| headers.insert(USER_HEADER, user.parse().unwrap()));
+        header.map(|(name, value)| headers.insert(name, value.parse().unwrap()));
         let caller = Caller::of(&context, &headers, None, RequestNote::default()).unwrap();
         assert_eq!(caller.asked().user_id.unwrap().as_str(), "ann");
         TenantScope::open(caller, Permission::Chat, Isolation::Off, NOW)
@@ -1220,13 +1311,74 @@ mod tests {
             let error = vouched(&issuer, Some(other)).unwrap_err();
             assert!(matches!(error, ScopeError::OtherUser | ScopeError::InvalidUser), "{other}");
         }
-        let none = Vouched::by(&issuer, "ann".parse().unwrap(), NOW);
+        let none = Vouched::by(&issuer, "ann".parse().unwrap(), Groups::default(), NOW);
         let other = tenant("acme1", TenantStatus::Active);
         let token = VectorToken::new(String::new());
         assert_eq!(
             Decision::vouched(&none, Presented::by(PRESENTED), other, token, None).unwrap_err(),
             ForeignRecord
         );
+    }
+
+    #[test]
+    fn groups_beside_a_token_leave_out_some_and_add_none() {
+        let issuer = issuer("iss_0123456789ab", &[Permission::Chat]);
+        let with = |header: Option<&str>| vouched_with(&issuer, header.map(|value| (GROUPS_HEADER, value)));
+        for (header, expected) in [
+            (None, &["hr", "legal"][..]),
+            (Some("legal, hr"), &["hr", "legal"]),
+            (Some("hr"), &["hr"]),
+            (Some(""), &[]),
+        ] {
+            let mut scope = with(header).unwrap();
+            assert_eq!(scope.groups(), &groups(expected), "{header:?}");
+            assert_eq!(scope.may_read(&groups(&["legal"])), expected.contains(&"legal"));
+            // They are the same once the decision was made anew.
+            let active = tenant("acme", TenantStatus::Active);
+            scope.renew(&Evidence::Issuer(issuer.clone()), active, NOW).unwrap();
+            assert_eq!(scope.groups(), &groups(expected), "{header:?}");
+            assert_eq!(scope.decision.groups, groups(&["hr", "legal"]));
+        }
+        for wider in ["finance", "hr,finance", "HR"] {
+            assert_eq!(with(Some(wider)).unwrap_err(), ScopeError::OtherGroups, "{wider}");
+        }
+        assert_eq!(with(Some("*")).unwrap_err(), ScopeError::InvalidGroups);
+        assert!(!format!("{:?}", with(None).unwrap()).contains("legal"));
+    }
+
+    /// A scope of tenant `acme` whose request names these groups.
+    pub(crate) fn in_groups(groups: &'static str) -> TenantScope {
+        let mut headers = headers();
+        headers.insert(GROUPS_HEADER, http::HeaderValue::from_static(groups));
+        let context = context(TenantStatus::Active, &[Permission::Chat], None);
+        let caller = Caller::of(&context, &headers, None, RequestNote::default()).unwrap();
+        TenantScope::open(caller, Permission::Chat, Isolation::Off, NOW).unwrap()
+    }
+
+    #[test]
+    fn groups_beside_a_key_are_what_the_tenant_asserts() {
+        let context = context(TenantStatus::Active, &[Permission::Chat], None);
+        let with = |lines: &[&str]| {
+            let mut headers = headers();
+            for line in lines {
+                headers.append(GROUPS_HEADER, line.parse().unwrap());
+            }
+            let caller = Caller::of(&context, &headers, None, RequestNote::default()).unwrap();
+            TenantScope::open(caller, Permission::Chat, Isolation::Off, NOW)
+        };
+        assert_eq!(with(&["hr", "legal"]).unwrap().groups(), &groups(&["hr", "legal"]));
+        let (application, user) = (with(&[]).unwrap(), with(&[""]).unwrap());
+        for scope in [&application, &user] {
+            assert!(scope.groups().is_empty());
+            assert!(scope.finds(["*"]) && !scope.finds(["hr"]) && !scope.finds([]));
+        }
+        // The application manages documents that no search of its own finds.
+        assert!(application.may_read(&groups(&["hr"])) && !user.may_read(&groups(&["hr"])));
+        for bad in ["*", "hr,", "hr,,legal"] {
+            let error = ApiError::from(with(&[bad]).unwrap_err());
+            assert_eq!(error.param.as_deref(), Some("X-User-Groups"), "{bad}");
+            assert!(!error.message.contains("legal"), "{}", error.message);
+        }
     }
 
     #[test]

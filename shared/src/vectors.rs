@@ -15,8 +15,9 @@ use qdrant_client::qdrant::{
     DeleteCollection, DeletePointsBuilder, Distance, Document as InferredText, FieldType, Filter,
     ListCollectionsRequest, Modifier, NamedVectors, OptimizersConfigDiffBuilder, PointId, PointStruct,
     PointsIdsList, PrefetchQueryBuilder, Query, QueryPointsBuilder, Range, RrfBuilder, ScoredPoint,
-    ScrollPointsBuilder, SparseVectorParamsBuilder, SparseVectorsConfigBuilder, UpsertPointsBuilder, Value,
-    Vector, VectorInput, VectorParamsBuilder, VectorsConfigBuilder, WalConfigDiffBuilder,
+    ScrollPointsBuilder, SetPayloadPointsBuilder, SparseVectorParamsBuilder, SparseVectorsConfigBuilder,
+    UpsertPointsBuilder, Value, Vector, VectorInput, VectorParamsBuilder, VectorsConfigBuilder,
+    WalConfigDiffBuilder,
 };
 use tonic::metadata::AsciiMetadataValue;
 use tonic::service::Interceptor;
@@ -26,6 +27,7 @@ use tonic::{Code, Request, Status};
 
 use crate::clock::Timestamp;
 use crate::error::{ApiError, Code as ErrorCode};
+use crate::groups::Groups;
 use crate::ids::DocumentId;
 use crate::placement::{Offer, Terms};
 use crate::random;
@@ -47,6 +49,8 @@ const RRF_K: u32 = 60;
 const CANDIDATES: u64 = 40;
 /// When a passage's document was stored, in milliseconds: where its retention begins.
 const STORED_AT: &str = "stored_at_ms";
+/// Whose users find a passage: its document's groups, or everyone ([`Groups::readers`]).
+const READERS: &str = "readers";
 /// Points in one write.
 const WRITE_BATCH: usize = 256;
 
@@ -472,7 +476,11 @@ impl Cells {
             Err(status) if already_exists(&status) => {}
             Err(status) => return Err(status.into()),
         }
-        for (field, kind) in [("document_id", FieldType::Keyword), (STORED_AT, FieldType::Integer)] {
+        for (field, kind) in [
+            ("document_id", FieldType::Keyword),
+            (STORED_AT, FieldType::Integer),
+            (READERS, FieldType::Keyword),
+        ] {
             let index = qdrant_client::qdrant::CreateFieldIndexCollection::from(
                 CreateFieldIndexCollectionBuilder::new(tenant.collection(), field, kind).wait(true),
             );
@@ -585,7 +593,7 @@ fn already_exists(status: &Status) -> bool {
 
 impl Collection<'_> {
     /// The passages that match `text` and its vector best, at most `top_k`, best first; none that is past
-    /// the tenant's retention, as it is now.
+    /// the tenant's retention, as it is now, and none that is not for a group of the scope's user.
     ///
     /// # Errors
     /// If the store fails.
@@ -597,7 +605,10 @@ impl Collection<'_> {
         now: Timestamp,
     ) -> Result<Vec<Hit>, VectorError> {
         let past = self.scope.limits().retained_since(now);
-        let kept = Filter::must([stored(Range { gt: Some(millis(past)), ..Range::default() })]);
+        let kept = Filter::must([
+            stored(Range { gt: Some(millis(past)), ..Range::default() }),
+            Condition::matches(READERS, self.scope.groups().reads_as()),
+        ]);
         let words = InferredText { text: text.to_owned(), model: BM25.to_owned(), ..Default::default() };
         let candidates = CANDIDATES.max(u64::from(top_k));
         let request = qdrant_client::qdrant::QueryPoints::from(
@@ -634,7 +645,7 @@ impl Collection<'_> {
     }
 
     /// A hit, if it is the tenant's own; otherwise it is dropped and the alarm raised. One from before
-    /// `past` is dropped too.
+    /// `past` is dropped too, and one that the user may not find, also with an alarm.
     fn second_look(&self, point: ScoredPoint, past: Timestamp) -> Result<Option<Hit>, VectorError> {
         let text = |name: &'static str| {
             point.payload.get(name).and_then(Value::as_str).cloned().ok_or(VectorError::Malformed(name))
@@ -644,6 +655,10 @@ impl Collection<'_> {
         }
         let stored_at = point.payload.get(STORED_AT).and_then(Value::as_integer);
         if stored_at.ok_or(VectorError::Malformed(STORED_AT))? <= past.as_millis() {
+            return Ok(None);
+        }
+        let readers = point.payload.get(READERS).and_then(Value::as_list).unwrap_or_default();
+        if !self.scope.finds(readers.iter().filter_map(|reader| reader.as_str().map(String::as_str))) {
             return Ok(None);
         }
         Ok(Some(Hit {
@@ -701,18 +716,20 @@ impl Collection<'_> {
         }
     }
 
-    /// Stores passages of a document; one whose id is there already is replaced. Their retention begins
-    /// `at`. Answered once they are found.
+    /// Stores passages of a document of these groups; one whose id is there already is replaced. Their
+    /// retention begins `at`. Answered once they are found.
     ///
     /// # Errors
     /// If the store fails. Some may be stored then; storing them again mends it.
     pub async fn upsert(
         &self,
         document: &DocumentId,
+        groups: &Groups,
         at: Timestamp,
         passages: Vec<NewPoint>,
     ) -> Result<(), VectorError> {
-        let mut points = passages.into_iter().map(|passage| self.point(document, at, passage)).peekable();
+        let mut points =
+            passages.into_iter().map(|passage| self.point(document, groups, at, passage)).peekable();
         while points.peek().is_some() {
             let batch: Vec<PointStruct> = points.by_ref().take(WRITE_BATCH).collect();
             let request = qdrant_client::qdrant::UpsertPoints::from(
@@ -727,7 +744,27 @@ impl Collection<'_> {
         Ok(())
     }
 
-    fn point(&self, document: &DocumentId, at: Timestamp, passage: NewPoint) -> PointStruct {
+    /// Gives all passages of a document other groups, and changes nothing else of them. Answered once they are
+    /// found by these alone.
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub async fn set_groups(&self, document: &DocumentId, groups: &Groups) -> Result<(), VectorError> {
+        let payload = HashMap::from([(READERS.to_owned(), Value::from(groups.readers()))]);
+        let request = qdrant_client::qdrant::SetPayloadPoints::from(
+            SetPayloadPointsBuilder::new(&self.name, payload)
+                .points_selector(of_document(document))
+                .wait(true),
+        );
+        retried(|| {
+            let (mut points, request) = (self.points.clone(), request.clone());
+            async move { points.set_payload(request).await }
+        })
+        .await?;
+        Ok(())
+    }
+
+    fn point(&self, document: &DocumentId, groups: &Groups, at: Timestamp, passage: NewPoint) -> PointStruct {
         let words = InferredText { text: passage.searchable, model: BM25.to_owned(), ..Default::default() };
         let vectors =
             NamedVectors::default().add_vector(DENSE, passage.vector).add_vector(SPARSE, Vector::from(words));
@@ -740,6 +777,7 @@ impl Collection<'_> {
             ("text", Value::from(passage.text)),
             ("chunk_id", Value::from(passage.chunk_id.as_str())),
             (STORED_AT, Value::from(at.as_millis())),
+            (READERS, Value::from(groups.readers())),
         ]
         .map(|(name, value)| (name.to_owned(), value))
         .into();
@@ -853,6 +891,30 @@ mod tests {
             "a=http://h,",
         ] {
             assert!(bad.parse::<Cells>().is_err(), "{bad:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_hit_that_the_user_may_not_find_is_dropped_whatever_the_store_says() {
+        let scope = crate::scope::tests::in_groups("hr");
+        let cells: Cells = "default=http://127.0.0.1:1".parse().unwrap();
+        let collection = cells.read(&scope, scope.embedding()).unwrap();
+        let shown = |readers: Option<Vec<&str>>| {
+            let text = |name: &str| (name.to_owned(), Value::from("d"));
+            let mut payload: HashMap<String, Value> =
+                ["chunk_id", "document_id", "title", "source", "text"].map(text).into();
+            payload.insert("tenant_id".to_owned(), Value::from("acme"));
+            payload.insert(STORED_AT.to_owned(), Value::from(1));
+            if let Some(readers) = readers {
+                let readers: Vec<String> = readers.into_iter().map(str::to_owned).collect();
+                payload.insert(READERS.to_owned(), Value::from(readers));
+            }
+            let point = ScoredPoint { payload, ..ScoredPoint::default() };
+            collection.second_look(point, Timestamp::from_millis(0)).unwrap().is_some()
+        };
+        assert!(shown(Some(vec!["*"])) && shown(Some(vec!["board", "hr"])));
+        for readers in [Some(vec!["board"]), Some(vec!["HR", "h"]), Some(vec![]), None] {
+            assert!(!shown(readers.clone()), "{readers:?}");
         }
     }
 

@@ -13,6 +13,7 @@ use tokio::time::Instant;
 
 use crate::clock::{Clock, Timestamp};
 use crate::error::{ApiError, Code};
+use crate::groups::Groups;
 use crate::idempotency::{self, IdempotencyKey, Stored};
 use crate::ids::UserId;
 use crate::meter::{Remaining, Standing};
@@ -162,7 +163,7 @@ fn place(request: &Request) -> String {
 /// # Errors
 /// 400 if the header holds none.
 pub fn idempotency_key(request: &Request, scope: &TenantScope) -> Result<Option<IdempotencyKey>, ApiError> {
-    idempotency_key_of(request, scope.user_id())
+    idempotency_key_of(request, scope.user_id(), scope.groups())
 }
 
 /// As [`idempotency_key`], of an operator's request.
@@ -173,17 +174,21 @@ pub fn operators_idempotency_key(
     request: &Request,
     _operator: &Operator,
 ) -> Result<Option<IdempotencyKey>, ApiError> {
-    idempotency_key_of(request, None)
+    idempotency_key_of(request, None, &Groups::default())
 }
 
-fn idempotency_key_of(request: &Request, user: Option<&UserId>) -> Result<Option<IdempotencyKey>, ApiError> {
+fn idempotency_key_of(
+    request: &Request,
+    user: Option<&UserId>,
+    groups: &Groups,
+) -> Result<Option<IdempotencyKey>, ApiError> {
     let Some(text) = request.headers().get(idempotency::HEADER) else { return Ok(None) };
     let body: &[u8] = match request.body() {
         Body::Text(text) => text.as_bytes(),
         Body::Binary(bytes) => bytes,
         _ => &[],
     };
-    IdempotencyKey::new(text.as_bytes(), &place(request), user, body)
+    IdempotencyKey::new(text.as_bytes(), &place(request), user, groups, body)
         .map(Some)
         .map_err(|e| ApiError::invalid("Idempotency-Key", e.to_string()))
 }

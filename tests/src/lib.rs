@@ -68,6 +68,8 @@ pub struct Tenant {
     pub key: String,
     /// The user that its requests name.
     pub user: Option<String>,
+    /// The groups that its requests name.
+    pub groups: Option<String>,
 }
 
 /// An access key, with the token that goes with it if it is a session's.
@@ -308,6 +310,7 @@ impl Stack {
             id: id.to_owned(),
             key: key.to_owned(),
             user: None,
+            groups: None,
         }
     }
 
@@ -800,6 +803,11 @@ impl Tenant {
         Self { user: Some(user.to_owned()), ..self.clone() }
     }
 
+    /// The same tenant, speaking for a user of these groups, separated by commas.
+    pub fn in_groups(&self, groups: &str) -> Self {
+        Self { groups: Some(groups.to_owned()), ..self.clone() }
+    }
+
     /// The same tenant with another of its keys.
     pub fn with_key(&self, key: &str) -> Self {
         Self { key: key.to_owned(), ..self.clone() }
@@ -822,10 +830,11 @@ impl Tenant {
     /// A request with this tenant's key.
     pub fn request(&self, method: Method, path: &str) -> Asking {
         let request = Asking::new(&self.http, method, &format!("{}{path}", self.url)).bearer_auth(&self.key);
-        match &self.user {
-            Some(user) => request.header("x-user-id", user),
+        let names = [("x-user-id", &self.user), ("x-user-groups", &self.groups)];
+        names.into_iter().fold(request, |request, (name, value)| match value {
+            Some(value) => request.header(name, value),
             None => request,
-        }
+        })
     }
 
     /// Posts JSON.

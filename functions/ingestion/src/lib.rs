@@ -5,6 +5,7 @@ mod extract;
 mod metered;
 mod put;
 mod read;
+mod regroup;
 mod search;
 mod store;
 

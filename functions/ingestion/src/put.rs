@@ -13,6 +13,7 @@ use serde_json::{Map, Value};
 use shared::document::{ContentType, Document, DocumentStatus, derived_id};
 use shared::error::{ApiError, Code};
 use shared::gate::Need;
+use shared::groups::{Groups, InvalidGroups};
 use shared::ids::DocumentId;
 use shared::meter::Work;
 use shared::scope::TenantScope;
@@ -53,6 +54,7 @@ struct NewDocument {
     content_type: Option<String>,
     #[serde(default)]
     metadata: Map<String, Value>,
+    groups: Option<Vec<String>>,
 }
 
 /// A document of the request.
@@ -229,6 +231,10 @@ fn validate(value: Value) -> Result<(Valid, &'static str), ApiError> {
         let message = format!("metadata is longer than {MOST_METADATA_BYTES} bytes");
         return Err(ApiError::new(Code::TooLarge, message).with_param("metadata"));
     }
+    let groups = Groups::of_document(document.groups).map_err(|error| match error {
+        InvalidGroups::Name(n) => ApiError::invalid(format!("groups[{n}]"), error.to_string()),
+        InvalidGroups::Empty | InvalidGroups::TooMany => ApiError::invalid("groups", error.to_string()),
+    })?;
     let content_type = match &document.content_type {
         None => ContentType::Plain,
         Some(media_type) => ContentType::parse(media_type).ok_or_else(|| {
@@ -258,5 +264,5 @@ fn validate(value: Value) -> Result<(Valid, &'static str), ApiError> {
         None => derived_id(&document.title, &document.source, &content),
     };
     let NewDocument { title, source, metadata, .. } = document;
-    Ok((Valid { id, title, source, content, content_type, metadata }, param))
+    Ok((Valid { id, title, source, content, content_type, metadata, groups }, param))
 }

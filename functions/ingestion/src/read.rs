@@ -6,6 +6,7 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 use shared::document::{ContentType, Document, DocumentStatus};
 use shared::error::ApiError;
+use shared::groups::Groups;
 use shared::ids::DocumentId;
 use shared::ledger::Action;
 use shared::scope::TenantScope;
@@ -26,6 +27,8 @@ pub(crate) struct View {
     content_type: ContentType,
     #[serde(skip_serializing_if = "Map::is_empty")]
     metadata: Map<String, Value>,
+    #[serde(skip_serializing_if = "Groups::is_empty")]
+    groups: Groups,
     created_at: String,
     updated_at: String,
 }
@@ -42,6 +45,7 @@ impl From<Document> for View {
             source: document.source,
             content_type: document.content_type,
             metadata: document.metadata,
+            groups: document.groups,
             created_at: document.created_at.to_string(),
             updated_at: document.updated_at.to_string(),
         }
@@ -63,8 +67,9 @@ pub(crate) async fn list(
     let limit = web::page_size(&request)?;
     let after: Option<String> = web::query(&request, "cursor")?;
     context.gate.admit_read(scope).await?;
-    let (documents, cursor) =
+    let (mut documents, cursor) =
         context.documents.list(scope, limit, after.as_deref(), context.clock.now()).await?;
+    documents.retain(|document| scope.may_read(&document.groups));
     let ids = documents.iter().map(|document| document.id.clone()).collect();
     context.gate.note(scope, Action::DocumentsListed, ids).await?;
     let documents = documents.into_iter().map(View::from).collect();
@@ -78,8 +83,9 @@ pub(crate) async fn one(
 ) -> Result<Response<Body>, ApiError> {
     let id: DocumentId = web::path_id(&request, "id")?;
     context.gate.admit_read(scope).await?;
-    let document =
-        context.documents.get(scope, &id, context.clock.now()).await?.ok_or_else(ApiError::not_found)?;
+    let document = context.documents.get(scope, &id, context.clock.now()).await?;
+    let document = document.filter(|document| scope.may_read(&document.groups));
+    let document = document.ok_or_else(ApiError::not_found)?;
     context.gate.note(scope, Action::DocumentRead, vec![id]).await?;
     Ok(web::reply(StatusCode::OK, &View::from(document)))
 }

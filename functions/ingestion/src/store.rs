@@ -8,6 +8,7 @@ use shared::aws::StoreError;
 use shared::chunk::{Chunk, chunk};
 use shared::document::{ContentType, Document, DocumentStatus, fingerprint};
 use shared::error::ApiError;
+use shared::groups::Groups;
 use shared::ids::DocumentId;
 use shared::scope::TenantScope;
 use shared::vectors::NewPoint;
@@ -15,6 +16,7 @@ use shared::vectors::NewPoint;
 use crate::Context;
 use crate::extract::{self, Unreadable};
 use crate::metered::Metered;
+use crate::regroup::regroup;
 
 /// A document that may be stored, as far as can be told without reading its content.
 pub(crate) struct Valid {
@@ -27,6 +29,7 @@ pub(crate) struct Valid {
     pub(crate) content: Vec<u8>,
     pub(crate) content_type: ContentType,
     pub(crate) metadata: Map<String, Value>,
+    pub(crate) groups: Groups,
 }
 
 /// Why a document was not stored.
@@ -64,15 +67,19 @@ pub(crate) async fn store(
         && known.sha256 == sha256
         && known.status == DocumentStatus::Ready
     {
-        return Ok(known.clone());
+        if known.groups == valid.groups {
+            return Ok(known.clone());
+        }
+        return Ok(regroup(context, metered, known, valid.groups).await?);
     }
     let chunks = chunk(&valid.id, &extract::blocks(&valid.content, valid.content_type)?);
     if chunks.is_empty() {
         return Err(Unreadable::Empty.into());
     }
     let now = context.clock.now();
-    // The same content again is the same version, even where an earlier attempt did not end.
-    let version = known.as_ref().map_or(1, |d| if d.sha256 == sha256 { d.version } else { d.version + 1 });
+    // The same again is the same version, even where an earlier attempt did not end.
+    let same = |d: &Document| d.sha256 == sha256 && d.groups == valid.groups;
+    let version = known.as_ref().map_or(1, |d| if same(d) { d.version } else { d.version + 1 });
     let mut document = Document {
         tenant_id: scope.tenant_id().clone(),
         id: valid.id,
@@ -84,6 +91,7 @@ pub(crate) async fn store(
         source: valid.source,
         content_type: valid.content_type,
         metadata: valid.metadata,
+        groups: valid.groups,
         created_at: known.as_ref().map_or(now, |d| d.created_at),
         updated_at: now,
     };
@@ -123,7 +131,7 @@ async fn overtaken(context: &Context, scope: &TenantScope, id: &DocumentId) -> R
     Ok(())
 }
 
-/// Everything that makes a document what it is.
+/// Everything that makes a document what it is, but for whom it is.
 fn digest(valid: &Valid) -> [u8; 32] {
     let content_type = serde_json::to_string(&valid.content_type).unwrap_or_default();
     let metadata = serde_json::to_string(&valid.metadata).unwrap_or_default();
@@ -161,7 +169,7 @@ async fn index(
             vector,
         })
         .collect();
-    collection.upsert(&document.id, document.updated_at, points).await?;
+    collection.upsert(&document.id, &document.groups, document.updated_at, points).await?;
     collection.delete_chunks(&stale).await?;
     tracing::info!(
         document.id = %document.id,

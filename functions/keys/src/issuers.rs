@@ -20,6 +20,7 @@ struct View {
     #[serde(flatten)]
     keys: KeySource,
     user_claim: String,
+    groups_claim: String,
     scopes: Vec<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     expires_at: Option<String>,
@@ -36,6 +37,7 @@ impl From<Issuer> for View {
             audience: issuer.audience,
             keys: issuer.keys,
             user_claim: issuer.user_claim,
+            groups_claim: issuer.groups_claim,
             scopes: issuer.grants.permissions.into_iter().map(Permission::as_str).collect(),
             expires_at: issuer.grants.expires_at.map(|at| at.to_string()),
             allowed_cidrs: issuer.grants.allowed_cidrs,

@@ -121,7 +121,7 @@ impl IdempotencyStore {
             }
             Claimed::OtherRequest => Err(ApiError::invalid(
                 "Idempotency-Key",
-                "this Idempotency-Key was used for a request with another body",
+                "this Idempotency-Key was used for a request with another body, or for other groups",
             )),
         }
     }

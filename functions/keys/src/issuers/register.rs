@@ -12,7 +12,8 @@ use shared::error::{ApiError, Code};
 use shared::idempotency::{IdempotencyKey, Stored};
 use shared::ids::IssuerId;
 use shared::issuer::{
-    Issuer, JwksUrl, KeySource, LONGEST_NAME, MOST_ISSUERS, MOST_KEYS, PublicKey, Reach, grantable,
+    Issuer, JwksUrl, KeySource, LONGEST_NAME, MOST_ISSUERS, MOST_KEYS, PublicKey, Reach,
+    default_groups_claim, grantable,
 };
 use shared::ledger::{Action, Record};
 use shared::new_key::within;
@@ -33,6 +34,7 @@ struct NewIssuer {
     jwks_url: Option<String>,
     keys: Option<Vec<Value>>,
     user_claim: Option<String>,
+    groups_claim: Option<String>,
     scopes: Option<Vec<Permission>>,
 }
 
@@ -43,6 +45,7 @@ struct Valid {
     audience: String,
     keys: KeySource,
     user_claim: String,
+    groups_claim: String,
     scopes: Option<BTreeSet<Permission>>,
 }
 
@@ -84,6 +87,7 @@ async fn register(
             audience: valid.audience.clone(),
             keys: valid.keys.clone(),
             user_claim: valid.user_claim.clone(),
+            groups_claim: valid.groups_claim.clone(),
             grants: valid.grants(scope.grants())?,
             created_at: now,
         };
@@ -143,6 +147,8 @@ fn validate(new: NewIssuer, reach: Reach) -> Result<Valid, ApiError> {
     named("audience", &new.audience, LONGEST_NAME)?;
     let user_claim = new.user_claim.unwrap_or_else(|| "sub".to_owned());
     named("user_claim", &user_claim, LONGEST_CLAIM)?;
+    let groups_claim = new.groups_claim.unwrap_or_else(default_groups_claim);
+    named("groups_claim", &groups_claim, LONGEST_CLAIM)?;
     let keys = match (new.jwks_url, new.keys) {
         (Some(url), None) => {
             let url = url.parse::<JwksUrl>().and_then(|url| url.within(reach));
@@ -163,7 +169,7 @@ fn validate(new: NewIssuer, reach: Reach) -> Result<Valid, ApiError> {
         }
     }
     let scopes = new.scopes.map(|scopes| scopes.into_iter().collect());
-    Ok(Valid { issuer: new.issuer, audience: new.audience, keys, user_claim, scopes })
+    Ok(Valid { issuer: new.issuer, audience: new.audience, keys, user_claim, groups_claim, scopes })
 }
 
 fn named(param: &'static str, text: &str, longest: usize) -> Result<(), ApiError> {
@@ -229,6 +235,7 @@ mod tests {
     fn what_is_left_out_is_as_narrow_as_the_key() {
         let (valid, grants) = check(new(), &[Permission::Chat, Permission::KeysWrite]).unwrap();
         assert_eq!((valid.user_claim.as_str(), grants.permissions), ("sub", [Permission::Chat].into()));
+        assert_eq!(valid.groups_claim, "groups");
         assert!(check(new(), &[Permission::KeysWrite]).is_err());
     }
 
@@ -246,6 +253,8 @@ mod tests {
             (with(new(), "issuer", "x".repeat(513)), "issuer"),
             (with(new(), "audience", "a\nb"), "audience"),
             (with(new(), "user_claim", ""), "user_claim"),
+            (with(new(), "groups_claim", ""), "groups_claim"),
+            (with(new(), "groups_claim", "x".repeat(129)), "groups_claim"),
             (with(new(), "jwks_url", "https://login.acme.example/keys"), "jwks_url"),
             (with(new(), "keys", Value::Null), "jwks_url"),
             (url("http://login.acme.example/keys"), "jwks_url"),

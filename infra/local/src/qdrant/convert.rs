@@ -189,13 +189,16 @@ pub(super) fn point(point: wire::PointStruct) -> Result<PointStructPersisted, St
     };
     let named: Result<HashMap<String, VectorPersisted>, Status> =
         vectors.into_iter().map(|(name, vector)| Ok((name, stored_vector(vector)?))).collect();
-    let payload: Map<String, Value> =
-        point.payload.into_iter().map(|(name, value)| (name, value.into_json())).collect();
     Ok(PointStructPersisted {
         id,
         vector: VectorStructPersisted::Named(named?),
-        payload: Some(Payload(payload)),
+        payload: Some(payload(point.payload)),
     })
+}
+
+/// A payload to store.
+pub(super) fn payload(wire: HashMap<String, wire::Value>) -> Payload {
+    Payload(wire.into_iter().map(|(name, value)| (name, value.into_json())).collect())
 }
 
 fn stored_vector(vector: wire::Vector) -> Result<VectorPersisted, Status> {

@@ -8,8 +8,9 @@ use ::qdrant_client::qdrant::{
     collections_server::Collections, points_server::Points, qdrant_server::Qdrant, *,
 };
 use qdrant_edge::{
-    CountRequest, CreateIndex, EdgeShard, FieldIndexOperations, PayloadFieldSchema, PayloadSchemaType,
-    PointInsertOperations, PointOperations, Record, ScrollRequest, UpdateOperation,
+    CountRequest, CreateIndex, EdgeShard, FieldIndexOperations, PayloadFieldSchema, PayloadOps,
+    PayloadSchemaType, PointInsertOperations, PointOperations, Record, ScrollRequest, SetPayloadOp,
+    UpdateOperation,
 };
 use tonic::{Request, Response, Status};
 
@@ -235,6 +236,28 @@ impl Points for Service {
         self.update(request.collection_name, UpdateOperation::PointOperation(operation)).await
     }
 
+    async fn set_payload(
+        &self,
+        request: Request<SetPayloadPoints>,
+    ) -> Result<Response<PointsOperationResponse>, Status> {
+        let request = self.admit(request, |r| Needs::Write(&r.collection_name))?;
+        convert::one_shard(request.shard_key_selector.as_ref())?;
+        if request.key.is_some() {
+            return Err(Status::invalid_argument("key is not served by the local store"));
+        }
+        let (points, filter) = match request.points_selector.and_then(|p| p.points_selector_one_of) {
+            Some(PointsSelectorOneOf::Points(list)) => {
+                let ids = list.ids.into_iter().map(|id| convert::point_id(Some(id)));
+                (Some(ids.collect::<Result<_, _>>()?), None)
+            }
+            Some(PointsSelectorOneOf::Filter(filter)) => (None, Some(convert::filter(filter)?)),
+            None => return Err(Status::invalid_argument("points: nothing is selected")),
+        };
+        let payload = convert::payload(request.payload);
+        let operation = PayloadOps::SetPayload(SetPayloadOp { payload, points, filter, key: None });
+        self.update(request.collection_name, UpdateOperation::PayloadOperation(operation)).await
+    }
+
     async fn get(&self, request: Request<GetPoints>) -> Result<Response<GetResponse>, Status> {
         let started = Instant::now();
         let request = self.admit(request, |r| Needs::Read(&r.collection_name))?;
@@ -351,7 +374,6 @@ impl Points for Service {
     unimplemented_calls! {
         update_vectors(UpdatePointVectors) -> PointsOperationResponse;
         delete_vectors(DeletePointVectors) -> PointsOperationResponse;
-        set_payload(SetPayloadPoints) -> PointsOperationResponse;
         overwrite_payload(SetPayloadPoints) -> PointsOperationResponse;
         delete_payload(DeletePayloadPoints) -> PointsOperationResponse;
         clear_payload(ClearPayloadPoints) -> PointsOperationResponse;

@@ -7,9 +7,9 @@ use qdrant_client::qdrant::{
     Condition, CountPoints, CountPointsBuilder, CreateCollectionBuilder, CreateFieldIndexCollectionBuilder,
     DeletePointsBuilder, Distance, Document, FieldType, Filter, GetPointsBuilder, IdfParamsBuilder, Modifier,
     NamedVectors, PointStruct, PrefetchQueryBuilder, Query, QueryPointsBuilder, Range, RrfBuilder,
-    ScrollPointsBuilder, SearchParamsBuilder, ShardKeySelector, SparseVectorParamsBuilder,
-    SparseVectorsConfigBuilder, UpsertPointsBuilder, Vector, VectorInput, VectorParamsBuilder,
-    VectorsConfigBuilder, WalConfigDiffBuilder,
+    ScrollPointsBuilder, SearchParamsBuilder, SetPayloadPointsBuilder, ShardKeySelector,
+    SparseVectorParamsBuilder, SparseVectorsConfigBuilder, UpsertPointsBuilder, Vector, VectorInput,
+    VectorParamsBuilder, VectorsConfigBuilder, WalConfigDiffBuilder,
 };
 use qdrant_client::{Payload, Qdrant, QdrantError};
 use serde_json::{Value, json};
@@ -130,6 +130,43 @@ async fn dense_and_words_are_fused_by_rank() {
         .filter(Filter::must([Condition::matches("doc", "d1".to_owned())]));
     let found = ids(client.query(only).await.unwrap().result);
     assert!(found.iter().all(|n| n % 2 == 1), "{found:?}");
+}
+
+#[tokio::test]
+async fn a_payload_is_set_where_a_filter_says_and_a_list_matches_by_any_of_its_values() {
+    let directory = tempfile::tempdir().unwrap();
+    let server = Server::start(directory.path()).await;
+    let client = server.client(ROOT);
+    create(&client, "c").await;
+    fill(&client, "c").await;
+    let index = CreateFieldIndexCollectionBuilder::new("c", "readers", FieldType::Keyword).wait(true);
+    client.create_field_index(index).await.unwrap();
+    let found = async |readers: &[&str]| {
+        let any: Vec<String> = readers.iter().map(|reader| (*reader).to_owned()).collect();
+        let filter = Filter::must([Condition::matches("readers", any)]);
+        let page = client.scroll(ScrollPointsBuilder::new("c").filter(filter)).await.unwrap().result;
+        page.iter().map(|point| point.payload["n"].as_integer().unwrap()).collect::<Vec<_>>()
+    };
+    for (doc, readers) in
+        [("d0", json!(["*"])), ("d1", json!(["hr", "legal"])), ("d1", json!(["board", "hr"]))]
+    {
+        let payload: Payload = json!({"readers": readers}).try_into().unwrap();
+        let of = Filter::must([Condition::matches("doc", doc.to_owned())]);
+        let set = SetPayloadPointsBuilder::new("c", payload).points_selector(of).wait(true);
+        client.set_payload(set).await.unwrap();
+    }
+    assert_eq!(found(&["*"]).await, [2]);
+    assert_eq!(found(&["hr", "*"]).await, [1, 2, 3]);
+    assert_eq!(found(&["legal"]).await, Vec::<i64>::new(), "what was there before is replaced");
+    assert_eq!(found(&["board", "nobody"]).await, [1, 3]);
+    // The rest of the payload, and the vectors, are as they were.
+    let hits = client.query(hybrid("c", vec![0.0, 1.0, 0.0], "soup in the canteen")).await.unwrap().result;
+    assert_eq!(hits[0].payload["text"].as_str().unwrap(), "the canteen serves soup");
+    let reader =
+        server.token(&json!({"access": [{"collection": "c", "access": "r"}], "exp": 4_000_000_000_u64}));
+    let payload: Payload = json!({"readers": ["*"]}).try_into().unwrap();
+    let set = SetPayloadPointsBuilder::new("c", payload).points_selector(Filter::default());
+    assert_eq!(code(reader.set_payload(set).await), Code::PermissionDenied);
 }
 
 #[tokio::test]
