@@ -11,7 +11,7 @@ use std::time::Duration;
 use futures_util::StreamExt;
 use local::template::{Function, Template};
 use serde_json::{Value, json};
-use tests::Stack;
+use tests::{Options, Stack};
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpListener;
 use tokio::process::Command;
@@ -25,6 +25,9 @@ const NOT_OURS: &str = "AWS_LAMBDA_HTTP_IGNORE_STAGE_IN_PATH";
 /// A text that no line may repeat: a secret is not told by being wrong.
 const WRONG: &str = "a wrong secret";
 
+/// Where no reranker is: that there is one is enough for a start.
+const RERANKER: &str = "http://127.0.0.1:1";
+
 type Environment = BTreeMap<String, String>;
 
 /// The template with the parameters of a running stack.
@@ -35,9 +38,16 @@ fn template(stack: &Stack) -> Template {
         ("QdrantCells", format!("default={}", of("qdrant_url"))),
         ("ModelUrl", of("model_url")),
         ("EmbeddingsUrl", of("embeddings_url")),
+        ("RerankUrl", RERANKER.to_owned()),
     ];
     let parameters = parameters.map(|(name, value)| (name.to_owned(), value)).into();
     Template::load(&root.join("infra/template.yaml"), &parameters).unwrap()
+}
+
+/// A stack with all that is optional.
+async fn stack() -> Stack {
+    let parameters = vec![("RerankUrl", RERANKER.to_owned())];
+    Stack::start_with(Options { parameters, ..Options::default() }).await
 }
 
 /// What Lambda and the stack put into a process's environment.
@@ -111,8 +121,8 @@ fn malformed(variable: &str) -> &'static str {
         | "AUTHORIZER_CACHE_SECONDS"
         | "EMBEDDINGS_DIMENSIONS"
         | "MODEL_MAX_IN_FLIGHT" => "many",
-        "EMBEDDINGS_MODEL" => "two words",
-        "EMBEDDINGS_URL" | "MODEL_URL" => "nowhere",
+        "EMBEDDINGS_MODEL" | "RERANK_MODEL" => "two words",
+        "EMBEDDINGS_URL" | "MODEL_URL" | "RERANK_URL" => "nowhere",
         "ISSUER_REACH" | "WEBHOOK_RECEIVERS" => "everywhere",
         "LOG_LEVEL" => "loud",
         "METRICS_NAMESPACE" => "a namespace",
@@ -159,7 +169,7 @@ async fn not_refused(stack: &Stack, cases: Vec<Case<'_>>) -> Vec<String> {
 
 #[tokio::test]
 async fn a_function_starts_with_what_the_template_gives_it_and_with_nothing_less() {
-    let stack = Stack::start().await;
+    let stack = stack().await;
     let template = template(&stack);
     for function in &template.functions {
         let started = start(function, &surroundings(&stack, function)).await;
@@ -180,7 +190,7 @@ async fn a_function_starts_with_what_the_template_gives_it_and_with_nothing_less
 
 #[tokio::test]
 async fn a_function_whose_secret_is_absent_empty_or_malformed_does_not_start() {
-    let stack = Stack::start().await;
+    let stack = stack().await;
     let template = template(&stack);
     // As CloudFormation makes it, before an operator has put a value.
     let empty: Value = json!({"Name": "bulkhead/test/empty"});

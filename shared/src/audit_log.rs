@@ -158,6 +158,10 @@ pub struct WireRecord {
     pub estimated: bool,
     pub model_cost_nano_usd: NanoUsd,
     pub embedding_cost_nano_usd: NanoUsd,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rerank_model: Option<String>,
+    #[serde(default, skip_serializing_if = "NanoUsd::is_zero")]
+    pub rerank_cost_nano_usd: NanoUsd,
     pub unreported_cost_nano_usd: NanoUsd,
     pub cost_nano_usd: NanoUsd,
     pub documents: Vec<DocumentId>,
@@ -207,6 +211,8 @@ impl WireRecord {
             estimated: record.estimated,
             model_cost_nano_usd: record.model_cost_nano_usd,
             embedding_cost_nano_usd: record.embedding_cost_nano_usd,
+            rerank_model: record.rerank_model,
+            rerank_cost_nano_usd: record.rerank_cost_nano_usd,
             unreported_cost_nano_usd: record.unreported_cost_nano_usd,
             cost_nano_usd: record.cost_nano_usd,
             documents: record.documents,
@@ -249,6 +255,8 @@ impl From<WireRecord> for Record {
             embedding_model: wire.embedding_model,
             embedding_tokens: wire.embedding_tokens,
             embedding_cost_nano_usd: wire.embedding_cost_nano_usd,
+            rerank_model: wire.rerank_model,
+            rerank_cost_nano_usd: wire.rerank_cost_nano_usd,
             unreported_tokens: wire.unreported_tokens,
             unreported_cost_nano_usd: wire.unreported_cost_nano_usd,
             cost_nano_usd: wire.cost_nano_usd,

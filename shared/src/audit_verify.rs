@@ -706,8 +706,12 @@ impl Verifier {
         if hour(time) != hour(opening.time) && !std::mem::replace(&mut opening.mixed, true) {
             self.find(report, key, at, Fault::Hours { first: opening.time, found: time });
         }
-        let parts =
-            [record.model_cost_nano_usd, record.embedding_cost_nano_usd, record.unreported_cost_nano_usd];
+        let parts = [
+            record.model_cost_nano_usd,
+            record.embedding_cost_nano_usd,
+            record.rerank_cost_nano_usd,
+            record.unreported_cost_nano_usd,
+        ];
         let parts: u128 = parts.iter().map(|part| u128::from(part.0)).sum();
         let total = record.cost_nano_usd.0;
         if parts != u128::from(total) {

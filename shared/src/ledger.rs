@@ -239,6 +239,12 @@ pub struct Record {
     pub embedding_tokens: Tokens,
     /// What it cost.
     pub embedding_cost_nano_usd: NanoUsd,
+    /// The reranker that was asked, once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rerank_model: Option<String>,
+    /// What it cost.
+    #[serde(default, skip_serializing_if = "NanoUsd::is_zero")]
+    pub rerank_cost_nano_usd: NanoUsd,
     /// Tokens of no known kind, charged at the bound that was reserved for them.
     pub unreported_tokens: Tokens,
     /// What they cost at most.
@@ -292,6 +298,8 @@ pub struct Entry {
     pub model: Option<(String, Usage)>,
     /// The embedding model that was asked and what it used.
     pub embedding: Option<(String, Tokens)>,
+    /// The reranker that was asked once, if one was.
+    pub rerank: Option<String>,
     /// Whether any of these is a bound rather than a report.
     pub estimated: bool,
     /// Documents shown or stored.
@@ -350,6 +358,8 @@ impl Record {
             embedding_model: None,
             embedding_tokens: Tokens(0),
             embedding_cost_nano_usd: NanoUsd(0),
+            rerank_model: None,
+            rerank_cost_nano_usd: NanoUsd(0),
             unreported_tokens: Tokens(0),
             unreported_cost_nano_usd: NanoUsd(0),
             cost_nano_usd: NanoUsd(0),
@@ -397,7 +407,12 @@ impl Record {
             record.embedding_model = Some(model);
             record.embedding_tokens = tokens;
         }
-        record.cost_nano_usd = record.model_cost_nano_usd + record.embedding_cost_nano_usd;
+        if let Some(model) = entry.rerank {
+            record.rerank_cost_nano_usd = pricing::rerank_model(&model).map_or(NanoUsd(0), |m| m.cost(at));
+            record.rerank_model = Some(model);
+        }
+        record.cost_nano_usd =
+            record.model_cost_nano_usd + record.embedding_cost_nano_usd + record.rerank_cost_nano_usd;
         record
     }
 
@@ -589,6 +604,9 @@ impl Record {
             let (embedding_tokens, cost) = (self.embedding_tokens, self.embedding_cost_nano_usd);
             lines.push(Line { embedding_tokens, cost, ..blank(model) });
         }
+        if let Some(model) = &self.rerank_model {
+            lines.push(Line { cost: self.rerank_cost_nano_usd, ..blank(model) });
+        }
         if lines.is_empty() || self.outcome == Outcome::Aborted {
             let (unreported_tokens, cost) = (self.unreported_tokens, self.unreported_cost_nano_usd);
             lines.push(Line { unreported_tokens, cost, ..blank(UNREPORTED) });
@@ -637,6 +655,7 @@ mod tests {
         record.changed = vec!["limits.monthly_token_budget".into(); 20];
         record.model = Some("m".repeat(256));
         record.embedding_model = record.model.clone();
+        record.rerank_model = record.model.clone();
         assert!("x".repeat(257).parse::<UserId>().is_err() && "x".repeat(129).parse::<DocumentId>().is_err());
         let size = serde_json::to_vec(&record).unwrap().len();
         assert!(size < 64 << 10, "{size} bytes");
@@ -654,7 +673,9 @@ mod tests {
         record.embedding_model = Some("e".into());
         record.embedding_tokens = Tokens(5);
         record.embedding_cost_nano_usd = NanoUsd(6);
-        record.cost_nano_usd = NanoUsd(56);
+        record.rerank_model = Some("r".into());
+        record.rerank_cost_nano_usd = NanoUsd(7);
+        record.cost_nano_usd = NanoUsd(63);
         let lines = record.lines();
         assert_eq!(lines.iter().map(|l| l.cost.0).sum::<u64>(), record.cost_nano_usd.0);
         assert_eq!(lines.iter().map(|l| l.requests).sum::<u64>(), 1);

@@ -40,6 +40,7 @@ pub mod placement;
 pub mod pressure;
 pub mod pricing;
 pub mod random;
+pub mod ranking;
 pub mod roots;
 pub mod scope;
 pub mod sealing;
@@ -71,6 +72,10 @@ pub mod model;
 pub mod outbound;
 #[cfg(feature = "prompt")]
 pub mod prompt;
+#[cfg(feature = "retrieval")]
+pub mod rerank;
+#[cfg(feature = "retrieval")]
+pub mod retrieval;
 #[cfg(any(feature = "dynamodb", feature = "outbound", feature = "vectors"))]
 pub mod retry;
 #[cfg(feature = "start")]

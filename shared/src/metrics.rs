@@ -44,6 +44,8 @@ pub enum Metric {
     Refused,
     /// Requests that failed through no fault of the caller's.
     Failed,
+    /// Searches that the reranker did not answer, and that were shown in their own order.
+    RerankFailures,
     /// Records and decisions of another tenant that a request was given. It must never happen.
     IsolationAlerts,
     /// Admitted requests that are not settled, of all tenants.
@@ -65,7 +67,7 @@ pub enum Dimension {
 
 impl Metric {
     /// All of them.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::Latency,
         Self::TimeToFirstByte,
         Self::InputTokens,
@@ -77,6 +79,7 @@ impl Metric {
         Self::Admitted,
         Self::Refused,
         Self::Failed,
+        Self::RerankFailures,
         Self::IsolationAlerts,
         Self::OpenTickets,
         Self::AbortedTickets,
@@ -97,6 +100,7 @@ impl Metric {
             Self::Admitted => "Admitted",
             Self::Refused => "Refused",
             Self::Failed => "Failed",
+            Self::RerankFailures => "RerankFailures",
             Self::IsolationAlerts => "IsolationAlerts",
             Self::OpenTickets => "OpenTickets",
             Self::AbortedTickets => "AbortedTickets",
@@ -224,6 +228,8 @@ pub struct Measured {
     pub refused_by: Option<Limit>,
     /// How often it was given something of another tenant.
     pub isolation_alerts: u64,
+    /// How often the reranker did not answer.
+    pub rerank_failures: u64,
     /// How long it took to the first word of its answer.
     pub first_byte_ms: Option<u64>,
     /// What it was charged.
@@ -238,6 +244,7 @@ pub struct Charged {
     usage: Usage,
     embedding_model: Option<String>,
     embedding_tokens: u64,
+    rerank_model: Option<String>,
     unreported_tokens: u64,
     cost_nano_usd: u64,
 }
@@ -250,6 +257,7 @@ impl From<&Record> for Charged {
             usage: record.usage,
             embedding_model: record.embedding_model.clone(),
             embedding_tokens: record.embedding_tokens.0,
+            rerank_model: record.rerank_model.clone(),
             unreported_tokens: record.unreported_tokens.0,
             cost_nano_usd: record.cost_nano_usd.0,
         }
@@ -302,6 +310,9 @@ pub fn line(arrived: &Arrived, measured: &Measured, ending: Ending, now: Timesta
     if measured.isolation_alerts > 0 {
         line = line.measure(Metric::IsolationAlerts, measured.isolation_alerts);
     }
+    if measured.rerank_failures > 0 {
+        line = line.measure(Metric::RerankFailures, measured.rerank_failures);
+    }
     match &measured.charged {
         Some(charged) => charged.measured(line),
         None => line,
@@ -314,6 +325,7 @@ impl Charged {
             .with("ticket", self.ticket)
             .with("model", self.model.as_deref())
             .with("embedding_model", self.embedding_model.as_deref())
+            .with("rerank_model", self.rerank_model.as_deref())
             .with("tokens.unreported", Some(self.unreported_tokens).filter(|tokens| *tokens > 0))
             .measure(Metric::CostNanoUsd, self.cost_nano_usd);
         if self.model.is_some() {

@@ -95,11 +95,27 @@ struct EmbeddingPrice {
     input: NanoUsd,
 }
 
+/// A reranker. It is paid by the call, whatever it reads: a question, and no more passages than one call takes.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RerankPrices {
+    prices: Vec<RerankPrice>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RerankPrice {
+    #[serde(deserialize_with = "date")]
+    from: Date,
+    call: NanoUsd,
+}
+
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Models {
     chat: HashMap<String, ChatModel>,
     embedding: HashMap<String, EmbeddingPrices>,
+    rerank: HashMap<String, RerankPrices>,
 }
 
 static MODELS: LazyLock<Models> = LazyLock::new(|| {
@@ -115,6 +131,11 @@ pub fn chat_model(name: &str) -> Option<&'static ChatModel> {
 /// The embedding model of that name, if it has a price.
 pub fn embedding_model(name: &str) -> Option<&'static EmbeddingPrices> {
     MODELS.embedding.get(name)
+}
+
+/// The reranker of that name, if it has a price.
+pub fn rerank_model(name: &str) -> Option<&'static RerankPrices> {
+    MODELS.rerank.get(name)
 }
 
 impl ChatModel {
@@ -153,6 +174,13 @@ impl EmbeddingPrices {
     }
 }
 
+impl RerankPrices {
+    /// What a call costs at the price in force at `at`.
+    pub fn cost(&self, at: Timestamp) -> NanoUsd {
+        in_force(&self.prices, |p| p.from, at).map_or(NanoUsd(0), |price| price.call)
+    }
+}
+
 fn in_force<T>(prices: &[T], from: impl Fn(&T) -> Date, at: Timestamp) -> Option<&T> {
     let day = at.to_datetime().date();
     prices.iter().rev().find(|p| from(p) <= day).or(prices.first())
@@ -175,6 +203,10 @@ mod tests {
             assert!(model.prices.is_sorted_by_key(|p| p.from), "{name}");
         }
         for (name, model) in &MODELS.embedding {
+            assert!(!model.prices.is_empty(), "{name}");
+            assert!(model.prices.is_sorted_by_key(|p| p.from), "{name}");
+        }
+        for (name, model) in &MODELS.rerank {
             assert!(!model.prices.is_empty(), "{name}");
             assert!(model.prices.is_sorted_by_key(|p| p.from), "{name}");
         }

@@ -47,6 +47,11 @@ impl Sum for Tokens {
 pub struct NanoUsd(pub u64);
 
 impl NanoUsd {
+    /// Whether it is nothing.
+    pub const fn is_zero(&self) -> bool {
+        self.0 == 0
+    }
+
     /// The price of `count` tokens at this price a token, saturating.
     pub const fn times(self, count: Tokens) -> Self {
         Self(self.0.saturating_mul(count.0))

@@ -46,7 +46,7 @@ const BM25: &str = "qdrant/bm25";
 /// Rank fusion's constant (Cormack, Clarke and Büttcher, 2009).
 const RRF_K: u32 = 60;
 /// Candidates of each method before fusion.
-const CANDIDATES: u64 = 40;
+pub(crate) const CANDIDATES: u32 = 40;
 /// When a passage's document was stored, in milliseconds: where its retention begins.
 const STORED_AT: &str = "stored_at_ms";
 /// Whose users find a passage: its document's groups, or everyone ([`Groups::readers`]).
@@ -610,7 +610,7 @@ impl Collection<'_> {
             Condition::matches(READERS, self.scope.groups().reads_as()),
         ]);
         let words = InferredText { text: text.to_owned(), model: BM25.to_owned(), ..Default::default() };
-        let candidates = CANDIDATES.max(u64::from(top_k));
+        let candidates = u64::from(CANDIDATES.max(top_k));
         let request = qdrant_client::qdrant::QueryPoints::from(
             QueryPointsBuilder::new(&self.name)
                 .add_prefetch(

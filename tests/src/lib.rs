@@ -169,6 +169,8 @@ impl Stack {
             .env_remove("EMBEDDINGS_API_KEY")
             .env_remove("EMBEDDINGS_URL")
             .env_remove("MODEL_URL")
+            .env_remove("RERANK_URL")
+            .env_remove("RERANK_API_KEY")
             .stdin(Stdio::null())
             .stdout(output.try_clone().expect("a second handle"))
             .stderr(output)

@@ -18,6 +18,7 @@ use shared::model::{self, ModelEvent};
 use shared::outbound::OutboundError;
 use shared::pricing::Usage;
 use shared::prompt::{self, AnswerReader, Inputs, Outline, Passage, Prompt};
+use shared::retrieval::Wanted;
 use shared::scope::TenantScope;
 use shared::sealing::DataKey;
 use shared::units::{NanoUsd, Tokens};
@@ -125,7 +126,8 @@ fn needs(context: &Context, scope: &TenantScope, question: &Question, searched: 
 /// What it takes to find out what a question is about.
 fn finding_out(context: &Context, searched: &str, at: Timestamp) -> Need {
     let tokens = Tokens::most(searched);
-    Need { tokens, cost: context.embedding_prices.cost(tokens, at) }
+    let cost = context.embedding_prices.cost(tokens, at) + context.retrieval.most_cost(at);
+    Need { tokens, cost }
 }
 
 /// What the whole answer needs, where its prompt has `input` tokens at most.
@@ -275,8 +277,14 @@ async fn prepare(
         }
     };
     let (history, begun_at) = history?;
-    let hits = collection.search(&text, vector, question.top_k, now).await?;
-    let passages = hits
+    let wanted = Wanted { text: &text, vector, top_k: question.top_k, now, deadline };
+    let found = context.retrieval.find(scope, &collection, wanted).await?;
+    if let Some(reranked) = found.reranked {
+        entry.rerank = Some(reranked.model);
+        entry.estimated |= reranked.estimated;
+    }
+    let passages = found
+        .hits
         .into_iter()
         .map(|hit| Passage {
             chunk_id: hit.chunk_id,
@@ -325,7 +333,8 @@ async fn prepare(
         let counted = counted + Tokens((counted.0 / 100).max(COUNT_MARGIN));
         input_most = counted;
         let tokens = entry.embedding.as_ref().map_or(Tokens(0), |(_, tokens)| *tokens);
-        let spent = Need { tokens, cost: context.embedding_prices.cost(tokens, now) };
+        let cost = context.embedding_prices.cost(tokens, now) + context.retrieval.most_cost(now);
+        let spent = Need { tokens, cost };
         context.gate.extend(scope, admission, answering(question, spent, counted, now)).await?;
     }
 

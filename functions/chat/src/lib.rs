@@ -31,6 +31,7 @@ use shared::metrics::Ending;
 use shared::model::ModelClient;
 use shared::pricing::{self, EmbeddingPrices};
 use shared::random::{Entropy, entropy};
+use shared::retrieval::Retrieval;
 use shared::scope::TenantScope;
 use shared::tenant::{EmbeddingModel, ModelAccount};
 use shared::valve::Valve;
@@ -55,6 +56,7 @@ pub struct Context {
     cells: Cells,
     embeddings: EmbeddingsClient,
     embedding_prices: &'static EmbeddingPrices,
+    retrieval: Retrieval,
     model: ModelClient,
     /// The keys of tenants that have accounts of their own.
     model_keys: TenantKeys,
@@ -95,6 +97,7 @@ impl Context {
             cells: env::parsed("QDRANT_CELLS")?,
             embeddings: EmbeddingsClient::new(http.clone(), &embeddings_url, embeddings_key, embedding),
             embedding_prices,
+            retrieval: Retrieval::from_env(&config, http.clone()).await?,
             model: ModelClient::new(http, &model_url, model_key),
             model_keys: TenantKeys::from_env(&access, "TENANT_MODEL_KEYS")?,
             clock,

@@ -23,6 +23,7 @@ use shared::embeddings::EmbeddingsClient;
 use shared::error::ApiError;
 use shared::gate::Gate;
 use shared::pricing::{self, EmbeddingPrices};
+use shared::retrieval::Retrieval;
 use shared::scope::TenantScope;
 use shared::tenant::EmbeddingModel;
 use shared::vectors::Cells;
@@ -38,6 +39,7 @@ pub struct Context {
     cells: Cells,
     embeddings: EmbeddingsClient,
     embedding_prices: &'static EmbeddingPrices,
+    retrieval: Retrieval,
     clock: Clock,
 }
 
@@ -57,7 +59,7 @@ impl Context {
             .ok_or_else(|| format!("EMBEDDINGS_MODEL names {}, which has no price", embedding.name))?;
         let url: Url = env::parsed("EMBEDDINGS_URL")?;
         let key = secrets::read(&config, "EMBEDDINGS_KEY_SECRET").await?;
-        let clock = Clock::system();
+        let (clock, http) = (Clock::system(), outbound::client()?);
         Ok(Self {
             gate: Gate::from_env(&access, clock.clone())?,
             ledger: Ledger::new(&access, env::table("AUDIT_TABLE")?),
@@ -65,8 +67,9 @@ impl Context {
             documents: DocumentStore::new(&access, env::table("DOCUMENTS_TABLE")?),
             data_keys: DataKeys::new(&access),
             cells: env::parsed("QDRANT_CELLS")?,
-            embeddings: EmbeddingsClient::new(outbound::client()?, &url, key, embedding),
+            embeddings: EmbeddingsClient::new(http.clone(), &url, key, embedding),
             embedding_prices,
+            retrieval: Retrieval::from_env(&config, http).await?,
             clock,
         })
     }

@@ -12,6 +12,7 @@ use shared::gate::{Admission, Need};
 use shared::idempotency::{IdempotencyKey, Stored};
 use shared::ids::DocumentId;
 use shared::ledger::Entry;
+use shared::retrieval::Reranked;
 use shared::scope::TenantScope;
 use shared::sealing::DataKey;
 use shared::units::{NanoUsd, Tokens};
@@ -27,6 +28,7 @@ pub(crate) struct Metered<'a> {
     deadline: Instant,
     held: Mutex<Held>,
     seal: Option<Arc<DataKey>>,
+    reranked: Option<Reranked>,
 }
 
 struct Held {
@@ -53,7 +55,7 @@ impl<'a> Metered<'a> {
         deadline: Instant,
     ) -> Self {
         let held = Held { admission, spent: Tokens(0), under_way: Tokens(0), estimated: false };
-        Self { context, scope, deadline, held: Mutex::new(held), seal: None }
+        Self { context, scope, deadline, held: Mutex::new(held), seal: None, reranked: None }
     }
 
     /// Gets what is stored of the request sealed, where the tenant has a key of its own: before anything is spent.
@@ -73,6 +75,16 @@ impl<'a> Metered<'a> {
     /// The request's tenant.
     pub(crate) const fn scope(&self) -> &'a TenantScope {
         self.scope
+    }
+
+    /// By when the request has to be answered.
+    pub(crate) const fn deadline(&self) -> Instant {
+        self.deadline
+    }
+
+    /// Notes a call of the reranker, to be charged with the request.
+    pub(crate) fn note_reranked(&mut self, reranked: Reranked) {
+        self.reranked = Some(reranked);
     }
 
     /// Vectors of `texts`, in their order.
@@ -141,10 +153,14 @@ impl<'a> Metered<'a> {
         status: StatusCode,
         result: Result<(T, Shown), ApiError>,
     ) -> Result<Stored, ApiError> {
-        let Self { context, scope, held, seal, .. } = self;
+        let Self { context, scope, held, seal, reranked, .. } = self;
         let Held { admission, spent, estimated, .. } = held.into_inner();
         let embedding = Some((context.embeddings.model().name.clone(), spent));
         let mut entry = Entry { embedding, estimated, latency_ms, ..Entry::default() };
+        if let Some(reranked) = reranked {
+            entry.rerank = Some(reranked.model);
+            entry.estimated |= reranked.estimated;
+        }
         let settled = match result {
             Ok((answer, shown)) => {
                 entry.documents = shown.documents;

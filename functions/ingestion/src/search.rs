@@ -7,6 +7,7 @@ use shared::error::{ApiError, Code};
 use shared::gate::Need;
 use shared::ids::DocumentId;
 use shared::meter::Work;
+use shared::retrieval::Wanted;
 use shared::scope::TenantScope;
 use shared::units::Tokens;
 use shared::web;
@@ -68,7 +69,8 @@ pub(crate) async fn handle(
     }
     // Exactly what the call can use, so that nothing has to be reserved on the way.
     let tokens = Tokens::most(&query);
-    let need = Need { tokens, cost: context.embedding_prices.cost(tokens, started) };
+    let cost = context.embedding_prices.cost(tokens, started) + context.retrieval.most_cost(started);
+    let need = Need { tokens, cost };
     let (admission, _) = match context.gate.admit(scope, Work::Search, |_| Ok(vec![need]), deadline).await {
         Ok(admitted) => admitted,
         Err(error) => {
@@ -80,7 +82,7 @@ pub(crate) async fn handle(
     // Without a key for a repeat, nothing of it is stored.
     let sealed = if key.is_some() { metered.sealed().await } else { Ok(()) };
     let found = match sealed {
-        Ok(()) => find(context, &metered, query, top_k).await,
+        Ok(()) => find(context, &mut metered, query, top_k).await,
         Err(error) => Err(error),
     };
     let latency_ms = context.clock.now().millis_since(started);
@@ -90,7 +92,7 @@ pub(crate) async fn handle(
 
 async fn find(
     context: &Context,
-    metered: &Metered<'_>,
+    metered: &mut Metered<'_>,
     query: String,
     top_k: u32,
 ) -> Result<(Found, Shown), ApiError> {
@@ -98,7 +100,13 @@ async fn find(
     let texts = [query];
     let vector = metered.embed(&texts).await?.into_iter().next().unwrap_or_default();
     let [query] = texts;
-    let hits = collection.search(&query, vector, top_k, context.clock.now()).await?;
+    let (now, deadline) = (context.clock.now(), metered.deadline());
+    let wanted = Wanted { text: &query, vector, top_k, now, deadline };
+    let found = context.retrieval.find(metered.scope(), &collection, wanted).await?;
+    let hits = found.hits;
+    if let Some(reranked) = found.reranked {
+        metered.note_reranked(reranked);
+    }
     let shown = Shown {
         documents: hits.iter().map(|hit| hit.document_id.clone()).collect(),
         chunks: hits.iter().map(|hit| hit.chunk_id.clone()).collect(),

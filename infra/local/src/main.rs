@@ -59,6 +59,15 @@ struct Arguments {
     /// The length of its vectors
     #[arg(long, env = "EMBEDDINGS_DIMENSIONS", default_value_t = 1536)]
     embeddings_dimensions: u32,
+    /// A reranker of Cohere's and Jina's protocol; without it there is none
+    #[arg(long, env = "RERANK_URL")]
+    rerank_url: Option<String>,
+    /// The reranker's key
+    #[arg(long, env = "RERANK_API_KEY", hide_env_values = true)]
+    rerank_key: Option<String>,
+    /// The reranker's model
+    #[arg(long, env = "RERANK_MODEL", default_value = "rerank-v3.5")]
+    rerank_model: String,
     /// A folder with the functions' programs; without it they are built first
     #[arg(long)]
     functions: Option<PathBuf>,
@@ -117,6 +126,10 @@ async fn run(arguments: Arguments) -> Result<(), String> {
         let key = arguments.embeddings_key.unwrap_or_else(|| NO_KEY.to_owned());
         (Endpoint { url, key }, arguments.embeddings_model, arguments.embeddings_dimensions)
     });
+    let reranker = arguments.rerank_url.map(|url| {
+        let key = arguments.rerank_key.unwrap_or_else(|| NO_KEY.to_owned());
+        (Endpoint { url, key }, arguments.rerank_model)
+    });
     let offline = model.is_none();
     let config = Config {
         port: arguments.port,
@@ -127,6 +140,7 @@ async fn run(arguments: Arguments) -> Result<(), String> {
         template,
         model,
         embeddings,
+        reranker,
         model_delay_ms: arguments.model_delay_ms,
         parameters: arguments.parameters,
         log_level: arguments.log_level,

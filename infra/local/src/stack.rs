@@ -57,6 +57,8 @@ pub struct Config {
     pub model: Option<Endpoint>,
     /// The embeddings service and its model; the offline one if there is none.
     pub embeddings: Option<(Endpoint, String, u32)>,
+    /// The reranker and its model, if there is one.
+    pub reranker: Option<(Endpoint, String)>,
     /// Milliseconds between two words of the offline model.
     pub model_delay_ms: u64,
     /// Values of the template's parameters, in place of those that the stack itself gives.
@@ -268,6 +270,13 @@ impl Stack {
             ]
             .map(|(name, value)| (name.to_owned(), value)),
         );
+        // Without one its key is whatever a parameter's service takes.
+        let mut rerank_key = "offline".to_owned();
+        if let Some((endpoint, model)) = config.reranker {
+            rerank_key = endpoint.key;
+            parameters.insert("RerankUrl".to_owned(), endpoint.url);
+            parameters.insert("RerankModel".to_owned(), model);
+        }
         parameters.extend(config.parameters);
         let template = Template::load(&config.template, &parameters)?;
         for function in &template.functions {
@@ -344,6 +353,7 @@ impl Stack {
                 "QdrantRootKey" => &root_key,
                 "ModelKey" => &model_key,
                 "EmbeddingsKey" => &embeddings_key,
+                "RerankKey" => &rerank_key,
                 "WebhookKey" => &webhook_key,
                 // An operator sets the others.
                 _ => continue,

@@ -208,7 +208,7 @@ fn quoted<'a>(texts: impl Iterator<Item = &'a str>) -> String {
     texts.map(|text| format!("\"{}\"", OneLine(text))).collect::<Vec<_>>().join(",")
 }
 
-const COLUMNS: [&str; 41] = [
+const COLUMNS: [&str; 43] = [
     "time",
     "tenant_id",
     "position",
@@ -232,10 +232,12 @@ const COLUMNS: [&str; 41] = [
     "cache_creation_input_tokens",
     "embedding_model",
     "embedding_tokens",
+    "rerank_model",
     "unreported_tokens",
     "estimated",
     "model_cost_nano_usd",
     "embedding_cost_nano_usd",
+    "rerank_cost_nano_usd",
     "unreported_cost_nano_usd",
     "cost_nano_usd",
     "cost_usd",
@@ -252,7 +254,7 @@ const COLUMNS: [&str; 41] = [
     "retain_until",
 ];
 
-fn cells(line: &Line) -> [String; 41] {
+fn cells(line: &Line) -> [String; 43] {
     let record = &line.record;
     let text = |text: Option<&str>| text.map_or_else(String::new, |text| safe(text).into_owned());
     let number = |number: Option<u64>| number.map_or_else(String::new, |number| number.to_string());
@@ -281,10 +283,12 @@ fn cells(line: &Line) -> [String; 41] {
         record.cache_creation_input_tokens.0.to_string(),
         text(record.embedding_model.as_deref()),
         record.embedding_tokens.0.to_string(),
+        text(record.rerank_model.as_deref()),
         record.unreported_tokens.0.to_string(),
         record.estimated.to_string(),
         record.model_cost_nano_usd.0.to_string(),
         record.embedding_cost_nano_usd.0.to_string(),
+        record.rerank_cost_nano_usd.0.to_string(),
         record.unreported_cost_nano_usd.0.to_string(),
         record.cost_nano_usd.0.to_string(),
         dollars(record.cost_nano_usd),
