@@ -9,6 +9,8 @@ use crate::lexis::{count_tokens, is_stop_word, stem, token_ends, words};
 
 const MAX_SENTENCES: usize = 4;
 const MAX_PASSAGES: usize = 3;
+/// What one passage must hold of the question's words, by their rarity: with less it is about something else.
+const ENOUGH: f64 = 0.34;
 /// A further sentence must be about as good as the best one.
 const WORTH_QUOTING: f64 = 0.6;
 const LEAD: &str = "According to the documents: ";
@@ -180,6 +182,10 @@ fn choose<'a, 'b>(
             question.intersection(&has).map(rarity).sum()
         })
         .collect();
+    let whole: f64 = question.iter().map(rarity).sum();
+    if !context.iter().any(|has: &f64| *has >= ENOUGH * whole) {
+        return Vec::new();
+    }
     let mut ranked: Vec<(f64, usize, &Sentence<'_>)> = sentences
         .iter()
         .enumerate()
