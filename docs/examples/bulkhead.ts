@@ -1,0 +1,104 @@
+// Bulkhead from TypeScript, with what Node 18 and browsers have: store a document, ask, and read an answer as it is
+// written. Keep the key on a server: whoever has it can ask as anybody.
+//
+//     BULKHEAD_URL=http://127.0.0.1:9000 BULKHEAD_KEY=ten_… node bulkhead.js handbook.md
+
+import { randomUUID } from "node:crypto";
+import { readFile } from "node:fs/promises";
+import { extname, parse } from "node:path";
+import { setTimeout as sleep } from "node:timers/promises";
+
+const ATTEMPTS = 10;
+const KINDS: Record<string, string> = { ".md": "text/markdown", ".html": "text/html", ".txt": "text/plain" };
+
+interface Problem { error: { code: string; message: string; limit?: string; retry_after_ms?: number } }
+interface Stored { documents: { id: string; version: number; status: string }[] }
+interface Answer {
+  conversation_id: string;
+  response: string;
+  citations: { chunk_id: string; document_id: string; title: string; source: string }[];
+  usage: { cost_nano_usd: number };
+}
+type Event =
+  | { name: "meta"; data: { id: string; conversation_id: string; model: string } }
+  | { name: "delta"; data: { text: string } }
+  | { name: "done"; data: Answer }
+  | { name: "error"; data: Problem };
+
+function setting(name: string): string {
+  const value = process.env[name];
+  if (!value) throw new Error(`${name} is not set`);
+  return value;
+}
+
+/**
+ * Sends JSON and returns the response. Comes again when a limit says when (429), and when the service is unavailable
+ * (503). The key makes that safe: what was done already is answered, and not done or paid for twice.
+ */
+async function post(path: string, body: object, user = "ann"): Promise<Response> {
+  const request = {
+    method: "POST",
+    headers: {
+      "authorization": `Bearer ${setting("BULKHEAD_KEY")}`,
+      "content-type": "application/json",
+      "idempotency-key": randomUUID(),
+      "x-user-id": user,
+    },
+    body: JSON.stringify(body),
+  };
+  for (let attempt = 1; ; attempt++) {
+    const response = await fetch(`${setting("BULKHEAD_URL")}${path}`, request);
+    if (response.ok) return response;
+    const { error } = (await response.json()) as Problem;
+    if (![429, 503].includes(response.status) || attempt === ATTEMPTS) {
+      throw new Error(`${response.status} ${error.code}: ${error.message}`);
+    }
+    const wait_s = Number(response.headers.get("retry-after") ?? 2 ** attempt);
+    console.error(`${response.status} ${error.code}: again in ${wait_s} s`);
+    await sleep(wait_s * 1000);
+  }
+}
+
+/** Stores a file, or a new version of it. The same file again changes nothing. */
+async function store(path: string): Promise<Stored["documents"][number]> {
+  const id = parse(path).name;
+  const content = await readFile(path, "utf8");
+  const response = await post("/v1/documents", { id, title: id, content, content_type: KINDS[extname(path)] });
+  return ((await response.json()) as Stored).documents[0];
+}
+
+/** Asks, and returns the answer with its citations. */
+async function ask(message: string, conversation_id?: string): Promise<Answer> {
+  return (await post("/v1/chat", { message, conversation_id })).json() as Promise<Answer>;
+}
+
+/** Asks, and yields events as they come: `meta`, `delta`…, `done`. */
+async function* stream(message: string): AsyncGenerator<Event> {
+  const response = await post("/v1/chat", { message, stream: true });
+  const decoder = new TextDecoder();
+  let buffer = "";
+  for await (const chunk of response.body!) {
+    buffer += decoder.decode(chunk, { stream: true });
+    const frames = buffer.split("\n\n");
+    buffer = frames.pop()!;
+    for (const frame of frames) {
+      const field = (name: string) =>
+        frame.split("\n").filter((line) => line.startsWith(`${name}: `)).map((line) => line.slice(name.length + 2)).join("");
+      yield { name: field("event"), data: JSON.parse(field("data")) } as Event;
+    }
+  }
+}
+
+const document = await store(process.argv[2]);
+console.log(`stored ${document.id} version ${document.version}: ${document.status}`);
+
+const answer = await ask("How many days of annual leave are there?");
+console.log(`answer: ${answer.response}`);
+console.log(`cited: ${answer.citations.map((citation) => citation.document_id).join(", ")}`);
+
+process.stdout.write("stream: ");
+for await (const event of stream("How many days may be carried over?")) {
+  if (event.name === "delta") process.stdout.write(event.data.text);
+  if (event.name === "done") console.log(`\ncost: ${event.data.usage.cost_nano_usd} nano-dollars`);
+  if (event.name === "error") throw new Error(`${event.data.error.code}: ${event.data.error.message}`);
+}
