@@ -18,6 +18,9 @@
 //! | `PUT /kms` | steers KMS: `{"outage": true}`; `{}` ends it |
 //! | `GET /kms` | how it is steered, and the calls that it has had |
 //! | `DELETE /kms/calls` | forgets them |
+//! | `GET /queues/{queue}` | what is in a queue that a function is invoked with: bodies, how often each was received, whether it is hidden |
+//! | `POST /queues/{queue}` | sends it the body as a message |
+//! | `POST /queues/{queue}/unhide` | lets its hidden messages be received at once, as if their time were over |
 //!
 //! A rule of the faults has a `mode` (`throttle`, `error`, `conflict`, `cancel_conflict`, `hang`,
 //! `lost_answer`, `lost_answer_error`, `delay` with `delay_ms`, `kill_before` and `kill_after` with
@@ -43,7 +46,8 @@ use crate::gateway::Poison;
 use crate::iam::Callers;
 use crate::kms::{self, Kms};
 use crate::lambda::{InvokeError, Lambda, MAX_PAYLOAD, WITHOUT_HURRY};
-use crate::serving::{self, Traces};
+use crate::queues::Queues;
+use crate::serving::{self, Traces, system_clock};
 use crate::sts::{Steering, Sts};
 
 /// Names the tenant that a function is invoked for.
@@ -66,6 +70,8 @@ pub struct Control {
     pub decisions: Poison,
     /// Where in traces the vector store is called.
     pub traces: Traces,
+    /// The queues that functions are invoked with.
+    pub queues: Arc<Queues>,
 }
 
 /// Serves the control address until `shutdown` resolves.
@@ -89,6 +95,8 @@ pub async fn serve(
         .route("/sts", get(sts).put(steer_sts))
         .route("/kms", get(kms).put(steer_kms))
         .route("/kms/calls", delete(forget_kms_calls))
+        .route("/queues/{queue}", get(queue).post(send))
+        .route("/queues/{queue}/unhide", post(unhide))
         // The function's own limit is the one that is to be seen.
         .layer(DefaultBodyLimit::max(MAX_PAYLOAD * 2))
         .with_state(control);
@@ -188,6 +196,27 @@ async fn forget_kms_calls(State(control): State<Control>) -> StatusCode {
     StatusCode::NO_CONTENT
 }
 
+async fn queue(State(control): State<Control>, Path(queue): Path<String>) -> Response {
+    match control.queues.show(&queue, system_clock()) {
+        Ok(messages) => Json(messages).into_response(),
+        Err(error) => refused(StatusCode::NOT_FOUND, &error),
+    }
+}
+
+async fn send(State(control): State<Control>, Path(queue): Path<String>, body: String) -> Response {
+    match control.queues.send(&queue, body, system_clock()) {
+        Ok(()) => StatusCode::NO_CONTENT.into_response(),
+        Err(error) => refused(StatusCode::INTERNAL_SERVER_ERROR, &error),
+    }
+}
+
+async fn unhide(State(control): State<Control>, Path(queue): Path<String>) -> Response {
+    match control.queues.unhide(&queue, system_clock()) {
+        Ok(()) => StatusCode::NO_CONTENT.into_response(),
+        Err(error) => refused(StatusCode::NOT_FOUND, &error),
+    }
+}
+
 fn refused(status: StatusCode, error: &dyn std::error::Error) -> Response {
     (status, Json(json!({ "error": error.to_string() }))).into_response()
 }
@@ -217,6 +246,7 @@ mod tests {
             callers: Arc::default(),
             kms: Kms::open(&folder.path().join("kms.json"), Arc::default()).unwrap(),
             traces: Traces::default(),
+            queues: Queues::open(&folder.path().join("queues"), []).unwrap(),
         };
         tokio::spawn(serve(listener, control, std::future::pending()));
         let client = reqwest::Client::new();

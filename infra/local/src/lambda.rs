@@ -14,6 +14,7 @@
 //! an error and the program ends.
 
 mod api;
+pub mod front;
 mod idle;
 mod instance;
 mod pool;

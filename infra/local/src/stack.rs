@@ -14,14 +14,15 @@ use futures_util::FutureExt;
 use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
 use crate::control::{self, Control};
 use crate::gateway::{Gateway, Poison};
 use crate::iam::{Caller, Callers};
 use crate::identity::{AdminKey, Identity, SeededTenant};
-use crate::lambda::{Lambda, Options as LambdaOptions};
+use crate::lambda::{self, Lambda, Options as LambdaOptions};
+use crate::queues::{self, Queues};
 use crate::serving::{Traces, replace_file, system_clock, unique_id};
 use crate::sigv4::Credentials;
 use crate::template::{self, Function, Template, TemplateError};
@@ -141,6 +142,7 @@ pub struct Ready {
     pub secrets_url: String,
     pub sts_url: String,
     pub kms_url: String,
+    pub lambda_url: String,
     pub audit_bucket: String,
     /// The model's service in use.
     pub model_url: String,
@@ -150,7 +152,7 @@ pub struct Ready {
     pub control_url: String,
     /// What the functions print.
     pub log_directory: PathBuf,
-    /// The queues: for each a file of messages, one to a line.
+    /// The queues that nobody reads: for each a file of messages, one to a line.
     pub queue_directory: PathBuf,
 }
 
@@ -233,6 +235,7 @@ impl Stack {
         let (secrets_listener, secrets_url) = listen(0).await?;
         let (sts_listener, sts_url) = listen(0).await?;
         let (kms_listener, kms_url) = listen(0).await?;
+        let (lambda_listener, lambda_url) = listen(0).await?;
         let (control_listener, control_url) = listen(0).await?;
         let (model_url, model_key) = match &config.model {
             Some(endpoint) => (endpoint.url.clone(), endpoint.key.clone()),
@@ -288,7 +291,7 @@ impl Stack {
         let failed = |service| {
             move |error: &dyn std::fmt::Display| StackError::Service { service, reason: error.to_string() }
         };
-        let (logs, queues) = (in_data("logs"), in_data("queues"));
+        let (logs, queue_directory) = (in_data("logs"), in_data("queues"));
         let roles = template.functions.iter().map(|function| (function.logical_id.clone(), role(function)));
         let roles: BTreeMap<String, Caller> = roles.collect();
         let keys = roles.iter().map(|(function, role)| (function.clone(), role.credentials.clone()));
@@ -302,6 +305,7 @@ impl Stack {
                 ("AWS_ENDPOINT_URL_SECRETS_MANAGER", &secrets_url),
                 ("AWS_ENDPOINT_URL_STS", &sts_url),
                 ("AWS_ENDPOINT_URL_KMS", &kms_url),
+                ("AWS_ENDPOINT_URL_LAMBDA", &lambda_url),
             ]
             .map(|(name, value)| (name.to_owned(), value.clone())),
         );
@@ -324,11 +328,22 @@ impl Stack {
         let serving =
             dynamodb::serve(dynamodb_listener, database.clone(), Arc::clone(&dynamodb_front), stopped);
         back.run("DynamoDB", serving);
+        let stopped = back.stopped();
+        let invoking =
+            lambda::front::serve(lambda_listener, Arc::clone(&lambda), Arc::clone(&callers), stopped);
+        back.run("Lambda", invoking);
+        let read = template.functions.iter().flat_map(|function| &function.events.queues);
+        let messages = Queues::open(&queue_directory, read.map(|event| event.queue.clone()))
+            .map_err(|source| file(&queue_directory, source))?;
+        let (events, told) = mpsc::unbounded_channel();
+        let stopped = back.stopped();
+        let telling = Arc::clone(&messages).tell(template.buckets.clone(), told, system_clock, stopped);
+        back.run("S3's notifications", telling);
         let s3_options = s3::Options {
             directory: in_data("s3"),
             callers: Arc::clone(&callers),
             buckets: template.buckets.clone(),
-            events: None,
+            events: Some(events),
         };
         let stopped = back.stopped();
         back.run("S3", s3::serve(s3_listener, s3_options, system_clock, stopped));
@@ -366,12 +381,7 @@ impl Stack {
 
         let mut front = Services::new();
         for function in &template.functions {
-            let arn = format!(
-                "arn:aws:lambda:{}:{}:function:{}",
-                template::REGION,
-                template::ACCOUNT,
-                function.name
-            );
+            let arn = template::function_arn(&function.name);
             for stream in &function.events.streams {
                 let mapping = streams::Mapping {
                     stream: stream.clone(),
@@ -379,13 +389,22 @@ impl Stack {
                     invoke: lambda.invoker(&function.logical_id),
                     position: in_data("streams")
                         .join(format!("{}-{}.json", function.logical_id, stream.name)),
-                    queues: queues.clone(),
+                    queues: queue_directory.clone(),
                     callers: Arc::clone(&callers),
                     caller: Arc::new(role(function)),
                 };
                 let (written, stopped) = (dynamodb_front.written(), front.stopped());
                 let reading = streams::run(mapping, database.clone(), written, system_clock, stopped);
                 front.run("a stream's mapping", reading);
+            }
+            for queue in &function.events.queues {
+                let invoke = lambda.invoker(&function.logical_id);
+                let stopped = front.stopped();
+                let reader =
+                    queues::Reader { caller: Arc::new(role(function)), callers: Arc::clone(&callers) };
+                let delivering =
+                    Arc::clone(&messages).deliver(queue.clone(), reader, invoke, system_clock, stopped);
+                front.run("a queue's mapping", delivering);
             }
             for schedule in &function.events.schedules {
                 let invoke = lambda.invoker(&function.logical_id);
@@ -408,6 +427,7 @@ impl Stack {
             callers,
             decisions,
             traces,
+            queues: messages,
         };
         front.run("the control address", control::serve(control_listener, steered, stopped));
 
@@ -428,12 +448,13 @@ impl Stack {
             secrets_url,
             sts_url,
             kms_url,
+            lambda_url,
             audit_bucket: template.bucket_name("AuditBucket").unwrap_or_default().to_owned(),
             model_url,
             embeddings_url,
             control_url: format!("{control_url}/_local"),
             log_directory: logs,
-            queue_directory: queues,
+            queue_directory,
         };
         if let Some(path) = &config.ready_file {
             let text = serde_json::to_vec_pretty(&ready).map_err(|e| file(path, e.into()))?;

@@ -18,7 +18,7 @@ use http::Method;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
-pub use self::events::{Events, ScheduleEvent, StartingPosition, StreamEvent, queue_arn};
+pub use self::events::{Events, QueueEvent, ScheduleEvent, StartingPosition, StreamEvent, queue_arn};
 use self::intrinsics::Evaluator;
 use crate::iam::{Policy, Role, Trust};
 
@@ -165,6 +165,28 @@ pub struct Bucket {
     pub object_lock: bool,
     /// How long every new object is locked, if the bucket says so.
     pub default_retention: Option<Retention>,
+    /// Who is told of what happens in it.
+    pub notifications: Vec<Notification>,
+}
+
+/// A queue that is told of what happens in a bucket.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Notification {
+    /// Its place among the bucket's.
+    pub id: String,
+    /// What it is told of, as `s3:ObjectCreated:Put`, or `s3:ObjectCreated:*`.
+    pub event: String,
+    /// The queue's name.
+    pub queue: String,
+}
+
+impl Notification {
+    /// Whether an event of that name, as `ObjectCreated:Put`, is told.
+    #[must_use]
+    pub fn tells(&self, event: &str) -> bool {
+        let wanted = self.event.strip_prefix("s3:").unwrap_or(&self.event);
+        wanted.strip_suffix('*').map_or(wanted == event, |prefix| event.starts_with(prefix))
+    }
 }
 
 /// How long, and how strictly, an object is locked.
@@ -192,6 +214,19 @@ pub struct Queue {
     pub logical_id: String,
     /// Its name in the account.
     pub name: String,
+    /// How long a message that was received is hidden from others.
+    pub visibility: Duration,
+    /// Where messages go that were received too often, and how often that is.
+    pub redrive: Option<Redrive>,
+}
+
+/// Where messages of a queue end that nobody could do anything with.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Redrive {
+    /// The name of the other queue.
+    pub queue: String,
+    /// How often a message is received before that.
+    pub max_receives: u32,
 }
 
 /// The REST API.
@@ -299,15 +334,18 @@ impl Template {
             return Err(invalid("Resources", "exactly one AWS::Serverless::Api is expected"));
         };
         let tables = of_kind(&resources, "AWS::DynamoDB::Table", table)?;
-        let queues = of_kind(&resources, "AWS::SQS::Queue", queue)?;
-        let functions = of_kind(&resources, "AWS::Serverless::Function", |resource| {
+        let queues = of_kind(&resources, "AWS::SQS::Queue", |resource| queue(resource, &resources))?;
+        let mut functions = of_kind(&resources, "AWS::Serverless::Function", |resource| {
             function(resource, &globals, &tables, &queues)
         })?;
+        for mapping in resources.iter().filter(|r| r.kind == "AWS::Lambda::EventSourceMapping") {
+            map_queue(mapping, &mut functions, &queues)?;
+        }
         let template = Self {
             functions,
             tables,
             queues,
-            buckets: of_kind(&resources, "AWS::S3::Bucket", bucket)?,
+            buckets: of_kind(&resources, "AWS::S3::Bucket", |resource| bucket(resource, &resources))?,
             secrets: of_kind(&resources, "AWS::SecretsManager::Secret", secret)?,
             roles: of_kind(&resources, "AWS::IAM::Role", role)?.into_iter().flatten().collect(),
             api,
@@ -459,6 +497,26 @@ fn function(
     })
 }
 
+/// Lets a function be invoked with the messages of a queue.
+fn map_queue(mapping: &Resource, functions: &mut [Function], queues: &[Queue]) -> Result<(), TemplateError> {
+    const FUNCTION: &str = "/FunctionName";
+    let Some((name, event)) = events::queue_mapping(mapping, queues)? else { return Ok(()) };
+    let function = functions.iter_mut().find(|function| function.name == name);
+    let function = function
+        .ok_or_else(|| invalid(mapping.at(FUNCTION), format!("`{name}` is no function of the template")))?;
+    if function.tenant_isolation {
+        return Err(invalid(mapping.at(FUNCTION), "does not go together with TenancyConfig"));
+    }
+    // AWS refuses the mapping otherwise: a message would come again while the function is at work on it.
+    if event.queue.visibility < function.timeout {
+        let problem =
+            format!("hides messages for {:?}, less than the function may take", event.queue.visibility);
+        return Err(invalid(mapping.at("/EventSourceArn"), problem));
+    }
+    function.events.queues.push(event);
+    Ok(())
+}
+
 /// Whether the function keeps tenants apart. Such a function is invoked by requests alone: AWS takes no
 /// stream or schedule for it.
 fn tenant_isolation(function: &Resource, events: &Events) -> Result<bool, TemplateError> {
@@ -511,6 +569,11 @@ fn role(resource: &Resource) -> Result<Option<Role>, TemplateError> {
 /// A role's ARN.
 fn role_arn(name: &str) -> String {
     format!("arn:aws:iam::{ACCOUNT}:role/{name}")
+}
+
+/// A function's ARN.
+pub fn function_arn(name: &str) -> String {
+    format!("arn:aws:lambda:{REGION}:{ACCOUNT}:function:{name}")
 }
 
 /// The ARN of the role that SAM makes for a function.
@@ -596,7 +659,7 @@ fn table(resource: &Resource) -> Result<Table, TemplateError> {
     })
 }
 
-fn bucket(resource: &Resource) -> Result<Bucket, TemplateError> {
+fn bucket(resource: &Resource, all: &[Resource]) -> Result<Bucket, TemplateError> {
     const DEFAULT: &str = "/ObjectLockConfiguration/Rule/DefaultRetention";
     let default_retention = match resource.get(DEFAULT) {
         None => None,
@@ -616,6 +679,52 @@ fn bucket(resource: &Resource) -> Result<Bucket, TemplateError> {
         versioned: resource.optional_text("/VersioningConfiguration/Status")?.as_deref() == Some("Enabled"),
         object_lock: is_true(resource.get("/ObjectLockEnabled")),
         default_retention,
+        notifications: notifications(resource, all)?,
+    })
+}
+
+/// Whom a bucket tells of what happens in it: queues that S3 may send to, as their policies say.
+fn notifications(bucket: &Resource, all: &[Resource]) -> Result<Vec<Notification>, TemplateError> {
+    const AT: &str = "/NotificationConfiguration";
+    const QUEUES: &str = "/NotificationConfiguration/QueueConfigurations";
+    let Some(configuration) = bucket.get(AT) else { return Ok(Vec::new()) };
+    let known = configuration.as_object().is_some_and(|c| c.keys().all(|name| name == "QueueConfigurations"));
+    let told = bucket.get(QUEUES).and_then(Value::as_array).filter(|_| known);
+    let told = told.ok_or_else(|| invalid(bucket.at(AT), "is known here as QueueConfigurations alone"))?;
+    let source = format!("arn:aws:s3:::{}", physical_name(bucket));
+    let one = |n: usize| {
+        let at = format!("{QUEUES}/{n}");
+        if bucket.get(&format!("{at}/Filter")).is_some() {
+            return Err(invalid(bucket.at(&at), "has a Filter, which is not known to the local stack"));
+        }
+        let arn = bucket.text(&format!("{at}/Queue"))?;
+        let queue = all.iter().find(|r| r.kind == "AWS::SQS::Queue" && queue_arn(&physical_name(r)) == arn);
+        let queue =
+            queue.ok_or_else(|| invalid(bucket.at(&at), format!("`{arn}` is no queue of the template")))?;
+        if !all.iter().filter(|r| r.kind == "AWS::SQS::QueuePolicy").any(|r| lets_send(r, &arn, &source)) {
+            let problem = format!("no policy of {} lets S3 send to it for this bucket alone", queue.id);
+            return Err(invalid(bucket.at(&at), problem));
+        }
+        let event = bucket.text(&format!("{at}/Event"))?;
+        Ok(Notification { id: format!("{}-{n}", bucket.id), event, queue: physical_name(queue) })
+    };
+    (0..told.len()).map(one).collect()
+}
+
+/// Whether the policy of a queue lets S3 send to it, and for that bucket alone. Without the condition whoever
+/// has any bucket could have S3 send.
+/// <https://docs.aws.amazon.com/AmazonS3/latest/userguide/grant-destinations-permissions-to-s3.html>
+fn lets_send(policy: &Resource, queue_arn: &str, bucket_arn: &str) -> bool {
+    let statements = policy.get("/PolicyDocument/Statement").and_then(Value::as_array);
+    statements.into_iter().flatten().any(|statement| {
+        let is = |pointer: &str, wanted: &str| {
+            statement.pointer(pointer).and_then(scalar).is_some_and(|value| value == wanted)
+        };
+        is("/Effect", "Allow")
+            && is("/Principal/Service", "s3.amazonaws.com")
+            && is("/Action", "sqs:SendMessage")
+            && is("/Resource", queue_arn)
+            && is("/Condition/ArnEquals/aws:SourceArn", bucket_arn)
     })
 }
 
@@ -623,8 +732,32 @@ fn secret(resource: &Resource) -> Result<Secret, TemplateError> {
     Ok(Secret { logical_id: resource.id.clone(), name: physical_name(resource) })
 }
 
-fn queue(resource: &Resource) -> Result<Queue, TemplateError> {
-    Ok(Queue { logical_id: resource.id.clone(), name: physical_name(resource) })
+fn queue(resource: &Resource, all: &[Resource]) -> Result<Queue, TemplateError> {
+    /// What SQS takes where the template says nothing.
+    const VISIBILITY_S: u64 = 30;
+    const TARGET: &str = "/RedrivePolicy/deadLetterTargetArn";
+    resource.refuse(&["DelaySeconds", "FifoQueue", "ReceiveMessageWaitTimeSeconds", "RedriveAllowPolicy"])?;
+    let redrive = match resource.get("/RedrivePolicy") {
+        None => None,
+        Some(_) => {
+            let arn = resource.text(TARGET)?;
+            let other = all.iter().filter(|other| other.kind == "AWS::SQS::Queue").map(physical_name);
+            let queue = other.into_iter().find(|name| queue_arn(name) == arn);
+            let queue = queue.ok_or_else(|| {
+                invalid(resource.at(TARGET), format!("`{arn}` is no queue of the template"))
+            })?;
+            let most = "/RedrivePolicy/maxReceiveCount";
+            let max_receives =
+                resource.number(most)?.ok_or_else(|| invalid(resource.at(most), "is missing"))?;
+            Some(Redrive { queue, max_receives })
+        }
+    };
+    Ok(Queue {
+        logical_id: resource.id.clone(),
+        name: physical_name(resource),
+        visibility: Duration::from_secs(resource.number("/VisibilityTimeout")?.unwrap_or(VISIBILITY_S)),
+        redrive,
+    })
 }
 
 /// The property that names a resource of this kind, for the kinds whose name is also their `Ref`.

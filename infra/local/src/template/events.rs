@@ -1,4 +1,4 @@
-//! What invokes a function by itself: the changes of a table, and the clock.
+//! What invokes a function by itself: the changes of a table, the messages of a queue, and the clock.
 
 use std::time::Duration;
 
@@ -11,6 +11,9 @@ use crate::event_pattern::Pattern;
 const STREAM_LABEL: &str = "2026-01-01T00:00:00.000";
 /// What Lambda takes where the template says nothing.
 const DEFAULT_BATCH: usize = 100;
+const DEFAULT_QUEUE_BATCH: usize = 10;
+/// Invocations at once for one queue, where the template sets no bound: here nobody has more to do.
+const DEFAULT_CONCURRENCY: usize = 10;
 const DEFAULT_RETRIES: u32 = 2;
 
 /// The ARN of a table's stream.
@@ -28,6 +31,8 @@ pub fn queue_arn(queue: &str) -> String {
 pub struct Events {
     /// Streams of tables.
     pub streams: Vec<StreamEvent>,
+    /// Queues.
+    pub queues: Vec<QueueEvent>,
     /// Schedules.
     pub schedules: Vec<ScheduleEvent>,
 }
@@ -59,6 +64,21 @@ pub struct StreamEvent {
     pub on_failure: Option<String>,
     /// Records that match none of these are passed over; all are wanted if there is none.
     pub filters: Vec<Pattern>,
+}
+
+/// The messages of a queue, in batches.
+#[derive(Clone, Debug, PartialEq)]
+pub struct QueueEvent {
+    /// The mapping's name in the template.
+    pub name: String,
+    /// The queue.
+    pub queue: Queue,
+    /// The most messages in one invocation.
+    pub batch_size: usize,
+    /// The most invocations at once.
+    pub concurrency: usize,
+    /// Whether the function says which messages failed.
+    pub reports_item_failures: bool,
 }
 
 /// Where a stream is begun to be read.
@@ -233,14 +253,7 @@ impl Event<'_> {
         if self.number::<u32>("ParallelizationFactor")?.is_some_and(|factor| factor != 1) {
             return Err(invalid(self.at("ParallelizationFactor"), "is known to the local stack as 1 alone"));
         }
-        let reports_item_failures = match self.get("FunctionResponseTypes") {
-            None => false,
-            Some(types) if *types == json!(["ReportBatchItemFailures"]) => true,
-            Some(_) => {
-                let problem = "is known to the local stack as [ReportBatchItemFailures] alone";
-                return Err(invalid(self.at("FunctionResponseTypes"), problem));
-            }
-        };
+        let reports_item_failures = self.reports_item_failures()?;
         let on_failure = match self.get(FAILURE) {
             None => None,
             Some(_) => {
@@ -269,6 +282,17 @@ impl Event<'_> {
             filters: self.filters()?,
         };
         Ok((!self.off()).then_some(event))
+    }
+
+    fn reports_item_failures(&self) -> Result<bool, TemplateError> {
+        match self.get("FunctionResponseTypes") {
+            None => Ok(false),
+            Some(types) if *types == json!(["ReportBatchItemFailures"]) => Ok(true),
+            Some(_) => {
+                let problem = "is known to the local stack as [ReportBatchItemFailures] alone";
+                Err(invalid(self.at("FunctionResponseTypes"), problem))
+            }
+        }
     }
 
     fn filters(&self) -> Result<Vec<Pattern>, TemplateError> {
@@ -324,6 +348,46 @@ impl Event<'_> {
         };
         Ok((!self.off()).then_some(event))
     }
+}
+
+/// A mapping of a queue to a function, if it is on: the function's name, and what it is invoked with.
+///
+/// SAM's own events of type `SQS` are not known here: they let the function read every queue of the account.
+pub(super) fn queue_mapping(
+    mapping: &Resource,
+    queues: &[Queue],
+) -> Result<Option<(String, QueueEvent)>, TemplateError> {
+    let event = Event { resource: mapping, name: &mapping.id, pointer: String::new() };
+    event.only(&[
+        "BatchSize",
+        "Enabled",
+        "EventSourceArn",
+        "FunctionName",
+        "FunctionResponseTypes",
+        "ScalingConfig",
+    ])?;
+    let arn = event.text("EventSourceArn")?;
+    let queue = queues.iter().find(|queue| queue_arn(&queue.name) == arn);
+    let queue = queue
+        .ok_or_else(|| invalid(event.at("EventSourceArn"), format!("`{arn}` is no queue of the template")))?;
+    let batch_size = event.number("BatchSize")?.unwrap_or(DEFAULT_QUEUE_BATCH);
+    if !(1..=10).contains(&batch_size) {
+        return Err(invalid(event.at("BatchSize"), format!("`{batch_size}` is not between 1 and 10")));
+    }
+    let concurrency = event.number("ScalingConfig/MaximumConcurrency")?.unwrap_or(DEFAULT_CONCURRENCY);
+    if !(2..=1_000).contains(&concurrency) {
+        let problem = format!("`{concurrency}` is not between 2 and 1000");
+        return Err(invalid(event.at("ScalingConfig/MaximumConcurrency"), problem));
+    }
+    let read = QueueEvent {
+        name: mapping.id.clone(),
+        queue: queue.clone(),
+        batch_size,
+        concurrency,
+        reports_item_failures: event.reports_item_failures()?,
+    };
+    let function = event.text("FunctionName")?;
+    Ok((!event.off()).then_some((function, read)))
 }
 
 /// `rate(5 minutes)` as a duration. AWS is strict about the plural.

@@ -420,7 +420,7 @@ fn a_functions_stream_is_read_as_declared() {
         on_failure: Some("bulkhead-failed".into()),
         filters: vec![filter],
     };
-    assert_eq!(events, Events { streams: vec![stream], schedules: Vec::new() });
+    assert_eq!(events, Events { streams: vec![stream], ..Events::default() });
 
     let short =
         "{Type: DynamoDB, Properties: {Stream: !GetAtt Notes.StreamArn, StartingPosition: TRIM_HORIZON}}";
@@ -430,6 +430,106 @@ fn a_functions_stream_is_read_as_declared() {
     assert_eq!(stream.starting_position, StartingPosition::TrimHorizon);
     let off = short.replace("Properties: {", "Properties: {Enabled: false, ");
     assert_eq!(with_event(&off).unwrap(), Events::default());
+}
+
+/// A function, a queue, and a mapping of the one to the other with these properties besides.
+fn with_mapping(function: &str, properties: &str) -> Result<Events, TemplateError> {
+    let template = small(&format!(
+        r#"
+Resources:
+  Work: {{Type: AWS::SQS::Queue, Properties: {{QueueName: work}}}}
+  Function:
+    Type: AWS::Serverless::Function
+    Metadata: {{BuildProperties: {{Binary: b}}}}
+    Properties: {{{function}}}
+  Mapping:
+    Type: AWS::Lambda::EventSourceMapping
+    Properties: {{FunctionName: !Ref Function, EventSourceArn: !GetAtt Work.Arn, {properties}}}
+"#
+    ))?;
+    Ok(template.functions[0].events.clone())
+}
+
+#[test]
+fn a_functions_queue_is_read_as_declared() {
+    let declared = "BatchSize: 2, FunctionResponseTypes: [ReportBatchItemFailures], \
+        ScalingConfig: {MaximumConcurrency: 5}";
+    let events = with_mapping("Timeout: 30", declared).unwrap();
+    let queue = &events.queues[0];
+    assert_eq!((queue.queue.name.as_str(), queue.batch_size, queue.concurrency), ("work", 2, 5));
+    assert!(queue.reports_item_failures);
+    assert_eq!((queue.queue.visibility, queue.queue.redrive.is_none()), (Duration::from_secs(30), true));
+    assert_eq!(with_mapping("Timeout: 30", "Enabled: false").unwrap(), Events::default());
+    for (function, properties, says) in [
+        ("Timeout: 30", "BatchSize: 11", "BatchSize: `11` is not between 1 and 10"),
+        (
+            "Timeout: 30",
+            "ScalingConfig: {MaximumConcurrency: 1}",
+            "MaximumConcurrency: `1` is not between 2 and 1000",
+        ),
+        ("Timeout: 30", "MaximumBatchingWindowInSeconds: 1", "is not known"),
+        ("Timeout: 31", "", "EventSourceArn: hides messages for 30s, less than the function may take"),
+        (
+            "Timeout: 30, TenancyConfig: {TenantIsolationMode: PER_TENANT}",
+            "",
+            "FunctionName: does not go together with TenancyConfig",
+        ),
+    ] {
+        let problem = with_mapping(function, properties).unwrap_err().to_string();
+        assert!(problem.contains(says), "{problem}");
+    }
+}
+
+/// A bucket that tells a queue of what happens in it, where the queue's policy has these statements.
+fn with_notifications(statements: &str, configuration: &str) -> Result<Template, TemplateError> {
+    small(&format!(
+        r#"
+Resources:
+  Files:
+    Type: AWS::S3::Bucket
+    Properties: {{BucketName: files, NotificationConfiguration: {configuration}}}
+  Dead: {{Type: AWS::SQS::Queue, Properties: {{QueueName: dead}}}}
+  Work:
+    Type: AWS::SQS::Queue
+    Properties:
+      QueueName: work
+      VisibilityTimeout: 60
+      RedrivePolicy: {{deadLetterTargetArn: !GetAtt Dead.Arn, maxReceiveCount: 4}}
+  WorkPolicy:
+    Type: AWS::SQS::QueuePolicy
+    Properties: {{Queues: [!Ref Work], PolicyDocument: {{Version: "2012-10-17", Statement: {statements}}}}}
+"#
+    ))
+}
+
+#[test]
+fn a_bucket_tells_queues_that_take_it_from_that_bucket_alone() {
+    const TOLD: &str = "{QueueConfigurations: [{Event: 's3:ObjectCreated:Put', Queue: !GetAtt Work.Arn}]}";
+    let statement = |source: &str| {
+        format!(
+            "[{{Effect: Allow, Principal: {{Service: s3.amazonaws.com}}, Action: 'sqs:SendMessage', \
+             Resource: !GetAtt Work.Arn, Condition: {{ArnEquals: {{'aws:SourceArn': '{source}'}}}}}}]"
+        )
+    };
+    let template = with_notifications(&statement("arn:aws:s3:::files"), TOLD).unwrap();
+    let notification = &template.buckets[0].notifications[0];
+    assert_eq!(notification.queue, "work");
+    assert!(notification.tells("ObjectCreated:Put") && !notification.tells("ObjectCreated:Copy"));
+    let all = Notification { event: "s3:ObjectCreated:*".into(), ..notification.clone() };
+    assert!(all.tells("ObjectCreated:Copy") && !all.tells("ObjectRemoved:Delete"));
+    let work = template.queues.iter().find(|queue| queue.name == "work").unwrap();
+    assert_eq!(work.visibility, Duration::from_secs(60));
+    assert_eq!(work.redrive, Some(Redrive { queue: "dead".into(), max_receives: 4 }));
+
+    let problem =
+        |statements: &str, told: &str| with_notifications(statements, told).unwrap_err().to_string();
+    for lacking in [statement("arn:aws:s3:::others"), "[]".to_owned()] {
+        assert!(problem(&lacking, TOLD).contains("no policy of Work lets S3 send to it"));
+    }
+    let filtered = TOLD.replace("{Event", "{Filter: {}, Event");
+    assert!(problem(&statement("arn:aws:s3:::files"), &filtered).contains("has a Filter"));
+    let topic = "{TopicConfigurations: []}";
+    assert!(problem("[]", topic).contains("is known here as QueueConfigurations alone"));
 }
 
 #[test]
