@@ -56,7 +56,7 @@ const OF_EACH_REQUEST: [&str; 7] = [
     "x-ratelimit-reset-tokens",
 ];
 /// The functions that streams and schedules drive, as the callers of the stores' calls name them.
-const BY_THEMSELVES: [&str; 4] = ["AuditExport", "Reconciler", "TenantWebhooks", "Eraser"];
+const BY_THEMSELVES: [&str; 5] = ["AuditExport", "Reconciler", "TenantWebhooks", "Eraser", "UploadIngestion"];
 
 /// A tenant, and what only it may see.
 struct Target {
@@ -338,6 +338,20 @@ fn shapes(route: &str, attacker: &Target, victim: &Target) -> Vec<(String, Value
             all
         }
         "DELETE /v1/documents/{id}" => at("/v1/documents", &[&victim.document]),
+        "POST /v1/uploads" => {
+            let base =
+                json!({"id": SHARED, "title": own_word, "content_type": "text/plain", "size_bytes": 9});
+            let mut all = in_field("/v1/uploads", base.clone(), "id", &victim.document);
+            for (field, value) in [
+                ("tenant_id", json!(victim.tenant.id)),
+                ("key", json!(format!("tenant={}/x", victim.tenant.id))),
+            ] {
+                let mut body = base.clone();
+                body[field] = value;
+                all.push(("/v1/uploads".to_owned(), body));
+            }
+            all
+        }
         "POST /v1/search" => {
             let base = json!({"query": victim.bait, "top_k": 50});
             let mut all = in_field("/v1/search", base.clone(), "query", &victim.bait);

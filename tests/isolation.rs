@@ -73,6 +73,7 @@ async fn everything_runs(stack: &Stack) {
     let acme = stack.tenant("acme");
     acme.store("handbook", "Handbook", "Every employee has 25 days of paid annual leave.").await;
     acme.ask("How many days of leave?").await;
+    acme.upload("notes", "text/plain", b"The notes say nothing.".to_vec()).await;
     acme.get("/v1/usage").await;
     acme.get("/v1/audit").await;
     acme.get("/v1/keys").await;
@@ -163,6 +164,17 @@ async fn a_functions_key_opens_what_its_role_allows_and_nothing_else() {
         ("ingestion", "GetSecretValue", secret("qdrant/root-key"), false),
         ("ingestion", "GetSecretValue", secret("model/api-key"), false),
         ("ingestion", "Query", query("conversations", "globex"), false),
+        ("upload-ingestion", "GetSecretValue", secret("embeddings/api-key"), true),
+        ("upload-ingestion", "GetSecretValue", secret("qdrant/root-key"), false),
+        ("upload-ingestion", "GetItem", get("documents", "globex"), false),
+        ("upload-ingestion", "GetItem", get("tenants", "globex"), false),
+        ("upload-ingestion", "UpdateItem", get("meters", "globex"), false),
+        ("upload-authorizer", "GetItem", get("documents", "globex"), true),
+        ("upload-authorizer", "GetItem", get("tenants", "globex"), true),
+        ("upload-authorizer", "GetSecretValue", secret("qdrant/root-key"), true),
+        ("upload-authorizer", "GetSecretValue", secret("embeddings/api-key"), false),
+        ("upload-authorizer", "PutItem", put("documents", "globex"), false),
+        ("upload-authorizer", "Query", query("documents", "globex"), false),
         ("audit-log", "GetItem", get("meters", "globex"), false),
         ("audit-log", "GetItem", get("usage", "globex"), false),
         ("authorizer", "GetItem", get("tenants", "globex"), true),
@@ -214,11 +226,16 @@ async fn a_session_opens_its_own_tenant_and_no_other() {
     let (usage, log) =
         (session("usage", "UsageTenantRole").await, session("audit-log", "AuditLogTenantRole").await);
     let keys = session("keys", "KeysTenantRole").await;
+    let upload = session("upload-ingestion", "UploadIngestionTenantRole").await;
     let deletion = |ids: &[&str]| {
         let deletes = ids.iter().map(|id| json!({"DeleteRequest": {"Key": key_of("conversations", id)}}));
         json!({"RequestItems": {Stack::table("conversations"): deletes.collect::<Vec<_>>()}})
     };
-    let cases: [(&Key, &str, Input<'_>); 18] = [
+    let cases: [(&Key, &str, Input<'_>); 22] = [
+        (&upload, "GetItem", &|id| get("documents", id)),
+        (&upload, "PutItem", &|id| put("documents", id)),
+        (&upload, "UpdateItem", &|id| get("meters", id)),
+        (&upload, "PutItem", &|id| put("audit", id)),
         (&keys, "GetItem", &|id| get("tenants", id)),
         (&keys, "PutItem", &|id| put_with("secret_hash", id)),
         (&keys, "UpdateItem", &|id| set("epoch", id)),
@@ -284,6 +301,9 @@ async fn a_session_opens_its_own_tenant_and_no_other() {
         (&keys, "Scan", table_of("tenants")),
         (&keys, "Query", query("conversations", "acme")),
         (&ingestion, "Query", query("conversations", "acme")),
+        (&upload, "Query", query("documents", "acme")),
+        (&upload, "GetItem", get("tenants", "acme")),
+        (&upload, "PutItem", put("conversations", "acme")),
         (&usage, "UpdateItem", get("usage", "acme")),
         (&log, "Query", query("audit", "acme")),
     ] {
@@ -299,6 +319,22 @@ async fn a_session_opens_its_own_tenant_and_no_other() {
     for other in ["model/tenants/globex", "model/tenants/acme1", "model/api-key", "qdrant/root-key"] {
         let refused = call(&stack, &chat, "GetSecretValue", &secret(other)).await;
         assert_eq!(refused.as_deref(), Some(DENIED), "{other}");
+    }
+    // Uploaded files, and links to put them, which can do no more than their signer.
+    let files = stack.documents_bucket();
+    for (key, reads) in [(&ingestion, false), (&upload, true)] {
+        let s3 = stack.s3_as(key);
+        for (prefix, own) in
+            [("tenant=acme/", true), ("tenant=acme1/", false), ("tenant=globex/", false), ("", false)]
+        {
+            let name = format!("{prefix}uploads/some");
+            let put = s3.put_object().bucket(&files).key(&name).body(b"x".to_vec().into()).send().await;
+            assert_eq!(put.is_ok(), own, "{name}");
+            let read = s3.get_object().bucket(&files).key(&name).send().await;
+            assert_eq!(read.is_ok(), own && reads, "{name}");
+            let listed = s3.list_object_versions().bucket(&files).prefix(prefix).send().await;
+            assert_eq!(listed.is_ok(), own, "{name}");
+        }
     }
     // The audit log's objects.
     let (s3, bucket) = (stack.s3_as(&log), stack.audit_bucket());

@@ -14,7 +14,7 @@ use aws_sdk_s3::primitives::ByteStream;
 use axum::Router;
 use axum::routing::any;
 use local::iam::{Deed, Grant, Intent, Policy, allow};
-use local::template::{Template, function_role_arn, secret_arn};
+use local::template::{Template, function_arn, function_role_arn, secret_arn};
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 use shared::api_key::ApiKey;
@@ -23,7 +23,7 @@ use shared::meter::Lease;
 use shared::random::entropy;
 use shared::tenant::Tier;
 use tests::tokens::Signer;
-use tests::{Answer, Options, Stack, Tenant, next_event};
+use tests::{Answer, Options, Stack, Tenant, next_event, put_file};
 use tokio::net::TcpListener;
 use tokio::time::{Instant, sleep};
 
@@ -226,7 +226,8 @@ fn what_no_role_allows() {
         for action in ["kms:Decrypt", "kms:GenerateDataKey", "kms:GenerateDataKeyWithoutPlaintext"] {
             assert!(!may(role, action, key, &[]), "{name}: {action} for nobody");
             let opens = |tenant| may(role, action, key, &[("kms:EncryptionContext:tenant_id", tenant)]);
-            let shown = ["ChatTenantRole", "IngestionTenantRole"].contains(&&**name)
+            let shown = ["ChatTenantRole", "IngestionTenantRole", "UploadIngestionTenantRole"]
+                .contains(&&**name)
                 && !action.ends_with("Plaintext");
             assert_eq!(
                 opens("acme"),
@@ -238,7 +239,11 @@ fn what_no_role_allows() {
 
         // The vector store's own key: those who make tokens and collections.
         let roots = may(role, "secretsmanager:GetSecretValue", &secret("qdrant/root-key"), &[]);
-        assert_eq!(roots, ["Authorizer", "Provisioning", "Eraser"].contains(&&**name), "{name}");
+        assert_eq!(
+            roots,
+            ["Authorizer", "UploadAuthorizer", "Provisioning", "Eraser"].contains(&&**name),
+            "{name}"
+        );
         // Passages and turns are read by those alone who answer from them; scans are nobody's who acts for tenants.
         for t in &tables {
             let scans = may(role, "dynamodb:Scan", &table(t), &[("dynamodb:LeadingKeys", "acme")]);
@@ -250,7 +255,14 @@ fn what_no_role_allows() {
                 .any(|action| may(role, action, &table(table_name), &[("dynamodb:LeadingKeys", "acme")]))
         };
         assert_eq!(reads("conversations"), ["ChatTenantRole", "Eraser"].contains(&&**name), "{name}");
-        assert_eq!(reads("documents"), ["IngestionTenantRole", "Eraser"].contains(&&**name), "{name}");
+        let readers = ["IngestionTenantRole", "UploadIngestionTenantRole", "UploadAuthorizer", "Eraser"];
+        assert_eq!(reads("documents"), readers.contains(&&**name), "{name}");
+        // Files are read by the one function that is made for it, and the authorizer of uploads is asked by it alone.
+        let file = bucket("documents", "/tenant=acme/uploads/upl_x");
+        let reads = may(role, "s3:GetObject", &file, &[]) || may(role, "s3:GetObjectVersion", &file, &[]);
+        assert_eq!(reads, name == "UploadIngestionTenantRole", "{name}");
+        let asks = may(role, "lambda:InvokeFunction", &function_arn("bulkhead-upload-authorizer"), &[]);
+        assert_eq!(asks, name == "UploadIngestion", "{name}");
         // A session is its tenant's.
         if name.ends_with("TenantRole") {
             for t in &tables {
@@ -313,6 +325,8 @@ async fn application(stack: &Stack, tenant: &Tenant) {
     tenant.get("/v1/documents").await.expect_status(StatusCode::OK);
     tenant.get("/v1/documents/handbook").await.expect_status(StatusCode::OK);
     tenant.delete("/v1/documents/lease").await.expect_status(StatusCode::NO_CONTENT);
+    tenant.upload("uploaded", "text/plain", b"The file says 27 days.".to_vec()).await;
+    tenant.delete("/v1/documents/uploaded").await.expect_status(StatusCode::NO_CONTENT);
     let (question, search) = (json!({"message": "How many days?"}), json!({"query": "days"}));
     with_key(tenant, "/v1/search", "search", search.clone()).await.expect_status(StatusCode::OK);
     let first =
@@ -428,6 +442,7 @@ async fn walked(template: &Template) -> Vec<Deed> {
     lose_a_ticket(&stack, &initech).await;
     stack.invoke("reconciler", json!({"job": "collect"})).await;
     stack.invoke("reconciler", json!({"job": "verify"})).await;
+    unread(&stack, &acme).await;
     stopped_exports(&stack, &acme).await;
     retention(&stack).await;
 
@@ -550,7 +565,12 @@ async fn operators(stack: &Stack, tenant: &Tenant) {
 
 /// A tenant with a KMS key of its own: what is written is sealed, and another process opens it.
 async fn sealed(stack: &Stack, tenant: &Tenant) {
+    let file = json!({"id": "late", "title": "late", "content_type": "text/plain", "size_bytes": 5});
+    let begun = tenant.begin_upload(&file).await;
     change(stack, &tenant.id, json!({"kms_key_arn": stack.create_kms_key().await})).await;
+    // Begun before there was a key, its file is stored with one.
+    assert_eq!(put_file(&begun, "Late.").await.0, StatusCode::OK);
+    tenant.read_upload("late").await;
     tenant.store("sealed", "sealed", "The sealed says 7 days.").await;
     let asked = tenant.ask("How many days?").await;
     for function in ["chat", "ingestion"] {
@@ -560,6 +580,20 @@ async fn sealed(stack: &Stack, tenant: &Tenant) {
     tenant.get(&conversation).await.expect_status(StatusCode::OK);
     tenant.get("/v1/documents/sealed").await.expect_status(StatusCode::OK);
     change(stack, &tenant.id, json!({"kms_key_arn": null})).await;
+    // What was sealed before is opened to be replaced.
+    tenant.upload("sealed", "text/plain", b"The sealed says 8 days.".to_vec()).await;
+}
+
+/// An upload that somebody has begun to read, so long ago that nobody awaits it any more.
+async fn unread(stack: &Stack, tenant: &Tenant) {
+    let file = json!({"id": "unread", "title": "unread", "content_type": "text/plain", "size_bytes": 5});
+    tenant.begin_upload(&file).await;
+    let uploads = stack.items("documents", &tenant.id, "UPLOAD#").await;
+    let key = json!({"tenant_id": {"S": tenant.id}, "sk": {"S": uploads[0]["sk"]}});
+    for (field, value) in [("attempts", "1"), ("expires_at", "1")] {
+        stack.edit("documents", key.clone(), &[field], json!({"N": value})).await;
+    }
+    assert_eq!(stack.invoke("eraser", json!({"job": "uploads"})).await["unread"], 1);
 }
 
 /// Keys that have expired give way to new ones, a tenant's and an operator's.

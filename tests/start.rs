@@ -58,6 +58,7 @@ fn surroundings(stack: &Stack, function: &Function) -> Environment {
         ("AWS_ENDPOINT_URL_S3", &ready["s3_url"]),
         ("AWS_ENDPOINT_URL_SECRETS_MANAGER", &ready["secrets_url"]),
         ("AWS_ENDPOINT_URL_STS", &ready["sts_url"]),
+        ("AWS_ENDPOINT_URL_LAMBDA", &ready["lambda_url"]),
         ("AWS_ACCESS_KEY_ID", &admin["access_key_id"]),
         ("AWS_SECRET_ACCESS_KEY", &admin["secret_access_key"]),
         ("AWS_REGION", &admin["region"]),
@@ -120,7 +121,8 @@ fn malformed(variable: &str) -> &'static str {
         "AUDIT_RETENTION_DAYS"
         | "AUTHORIZER_CACHE_SECONDS"
         | "EMBEDDINGS_DIMENSIONS"
-        | "MODEL_MAX_IN_FLIGHT" => "many",
+        | "MODEL_MAX_IN_FLIGHT"
+        | "UPLOAD_ATTEMPTS" => "many",
         "EMBEDDINGS_MODEL" | "RERANK_MODEL" => "two words",
         "EMBEDDINGS_URL" | "MODEL_URL" | "RERANK_URL" => "nowhere",
         "ISSUER_REACH" | "WEBHOOK_RECEIVERS" => "everywhere",
@@ -130,6 +132,7 @@ fn malformed(variable: &str) -> &'static str {
         "TENANT_ISOLATION" => "perhaps",
         "TENANT_MODEL_KEYS" | "TENANT_SECRETS" => "a secret?",
         "TENANT_ROLE_ARN" => "chat",
+        "UPLOAD_AUTHORIZER" => "a function",
         name if name.ends_with("_TABLE") => "a table",
         name if name.ends_with("_BUCKET") => "A_Bucket",
         name if name.ends_with("_SECRET") => "a secret?",

@@ -6,7 +6,7 @@ use sha2::{Digest, Sha256};
 
 use crate::clock::Timestamp;
 use crate::groups::Groups;
-use crate::ids::DocumentId;
+use crate::ids::{DocumentId, UploadId};
 use crate::limits::Limits;
 use crate::tenant::TenantId;
 
@@ -14,6 +14,8 @@ use crate::tenant::TenantId;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DocumentStatus {
+    /// Its file is awaited, or waits to be read.
+    Pending,
     /// Being indexed.
     Processing,
     /// Found by searches.
@@ -37,6 +39,15 @@ pub enum ContentType {
 }
 
 impl ContentType {
+    /// Its media type.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Plain => "text/plain",
+            Self::Markdown => "text/markdown",
+            Self::Html => "text/html",
+        }
+    }
+
     /// The kind that a media type names, its parameters and case aside.
     pub fn parse(media_type: &str) -> Option<Self> {
         let essence = media_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
@@ -81,13 +92,57 @@ pub struct Document {
     pub created_at: Timestamp,
     /// When its content last changed.
     pub updated_at: Timestamp,
+    /// The upload that its content comes by, or came by last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub upload: Option<Awaited>,
+    /// Why it has failed, in a sentence for its sender.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+}
+
+/// The upload that a document's content comes by.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Awaited {
+    /// The upload.
+    pub upload_id: UploadId,
+    /// From when on it is not awaited any more.
+    pub until: Timestamp,
+    /// Whether its content has been taken up: then the document's status is of that.
+    #[serde(default)]
+    pub taken: bool,
 }
 
 impl Document {
-    /// Whether it may still be shown.
+    /// Whether it may still be shown: it is not past its retention, and no file that never came.
     pub fn is_kept(&self, limits: &Limits, now: Timestamp) -> bool {
-        self.updated_at > limits.retained_since(now)
+        is_kept(self.status, self.updated_at, self.upload.as_ref(), limits, now)
     }
+
+    /// Where it stands: where a new version is awaited, with that.
+    pub fn standing(&self, now: Timestamp) -> DocumentStatus {
+        match &self.upload {
+            Some(awaited) if !awaited.taken && now < awaited.until => DocumentStatus::Pending,
+            _ => self.status,
+        }
+    }
+
+    /// Whether it waits for that upload, or for what came by it to be stored.
+    pub fn awaits(&self, id: &UploadId) -> bool {
+        let over = matches!(self.status, DocumentStatus::Ready | DocumentStatus::Failed);
+        self.upload.as_ref().is_some_and(|awaited| awaited.upload_id == *id && !(awaited.taken && over))
+    }
+}
+
+/// Whether a document of which that is known may still be shown.
+pub(crate) fn is_kept(
+    status: DocumentStatus,
+    updated_at: Timestamp,
+    upload: Option<&Awaited>,
+    limits: &Limits,
+    now: Timestamp,
+) -> bool {
+    let came = status != DocumentStatus::Pending || upload.is_some_and(|awaited| now < awaited.until);
+    came && updated_at > limits.retained_since(now)
 }
 
 /// The id of a document whose sender chose none: the same document sent again is the same document.
@@ -109,15 +164,15 @@ pub fn fingerprint(parts: &[&[u8]]) -> [u8; 32] {
 }
 
 /// JSON as a text: the table has fewer numbers than JSON, and fewer levels.
-mod as_text {
+pub(crate) mod as_text {
     use serde::{Deserialize, Deserializer, Serializer, de, ser};
     use serde_json::{Map, Value};
 
-    pub(super) fn serialize<S: Serializer>(map: &Map<String, Value>, to: S) -> Result<S::Ok, S::Error> {
+    pub(crate) fn serialize<S: Serializer>(map: &Map<String, Value>, to: S) -> Result<S::Ok, S::Error> {
         to.serialize_str(&serde_json::to_string(map).map_err(ser::Error::custom)?)
     }
 
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Map<String, Value>, D::Error> {
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Map<String, Value>, D::Error> {
         serde_json::from_str(&String::deserialize(from)?).map_err(de::Error::custom)
     }
 }
@@ -153,6 +208,52 @@ mod tests {
         }
         for bad in [json!("[]"), json!("{"), json!({})] {
             assert!(serde_json::from_value::<Held>(bad.clone()).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_document_stands_as_the_version_that_was_sent_last() {
+        let limits = Limits::of_tier(crate::tenant::Tier::Free);
+        let at = |ms: i64| Timestamp::from_millis(1_790_000_000_000 + ms);
+        let upload_id: UploadId = "upl_0123456789012345678901".parse().unwrap();
+        let awaited = |taken| Some(Awaited { upload_id: upload_id.clone(), until: at(10), taken });
+        let document = |status, upload| Document {
+            tenant_id: "acme".parse().unwrap(),
+            id: "x".parse().unwrap(),
+            version: 0,
+            status,
+            chunks: 0,
+            sha256: String::new(),
+            title: "X".into(),
+            source: String::new(),
+            content_type: ContentType::Plain,
+            metadata: Map::new(),
+            groups: Groups::default(),
+            created_at: at(0),
+            updated_at: at(0),
+            upload,
+            reason: None,
+        };
+        use DocumentStatus::{Failed, Pending, Processing, Ready};
+        for (status, upload, before, after, awaits) in [
+            (Ready, None, Some(Ready), Some(Ready), false),
+            // A new version is awaited, and does not come.
+            (Ready, awaited(false), Some(Pending), Some(Ready), true),
+            (Failed, awaited(false), Some(Pending), Some(Failed), true),
+            // It came.
+            (Processing, awaited(true), Some(Processing), Some(Processing), true),
+            (Pending, awaited(true), Some(Pending), None, true),
+            (Ready, awaited(true), Some(Ready), Some(Ready), false),
+            (Failed, awaited(true), Some(Failed), Some(Failed), false),
+            // There was none before.
+            (Pending, awaited(false), Some(Pending), None, true),
+            (Pending, None, None, None, false),
+        ] {
+            let document = document(status, upload);
+            let shown = |now| document.is_kept(&limits, now).then(|| document.standing(now));
+            assert_eq!((shown(at(9)), shown(at(10))), (before, after), "{document:?}");
+            assert_eq!(document.awaits(&upload_id), awaits, "{document:?}");
+            assert!(!document.awaits(&"upl_x123456789012345678901".parse().unwrap()));
         }
     }
 

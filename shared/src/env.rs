@@ -92,6 +92,17 @@ pub fn role_arn(name: &'static str) -> Result<String, EnvError> {
     })
 }
 
+/// The name of a function.
+///
+/// # Errors
+/// If the variable is unset, or no function can be called that.
+pub fn function(name: &'static str) -> Result<String, EnvError> {
+    let wanted = "wanted is a function's name, at most 64 letters, digits, `-` and `_`";
+    shaped(name, wanted, |text| {
+        text.len() <= 64 && only(text, |c| c.is_ascii_alphanumeric() || "-_".contains(c))
+    })
+}
+
 /// A namespace of metrics.
 ///
 /// # Errors

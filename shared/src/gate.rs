@@ -622,6 +622,9 @@ impl Gate {
     /// # Errors
     /// The refusal that the caller is to see.
     pub async fn renew(&self, scope: &mut TenantScope) -> Result<(), ApiError> {
+        if scope.is_of_upload() {
+            return Err(ApiError::unavailable("the tenant's present state"));
+        }
         let epoch = scope.epoch();
         let (evidence, tenant) = self.present(scope, scope.issuer_id(), scope.presented()).await?;
         scope.renew(&evidence, tenant, self.books.clock.now())?;

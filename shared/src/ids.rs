@@ -114,6 +114,27 @@ identifier!(
         && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
 );
 
+impl DocumentId {
+    /// The id of a document whose content is not known yet.
+    pub fn new(rng: &mut impl CryptoRng) -> Self {
+        Self(format!("doc_{}", random::base62(22, rng)))
+    }
+}
+
+identifier!(
+    /// An upload: `upl_` and 22 base-62 characters, 131 random bits, so that no object's key is guessed.
+    UploadId,
+    "an upload id is `upl_` and 22 characters of A-Z, a-z and 0-9",
+    |text| text.strip_prefix("upl_").is_some_and(|tail| random::is_base62(tail, 22))
+);
+
+impl UploadId {
+    /// A new upload's id.
+    pub fn new(rng: &mut impl CryptoRng) -> Self {
+        Self(format!("upl_{}", random::base62(22, rng)))
+    }
+}
+
 identifier!(
     /// A tenant's own user, as the tenant names it: any text of 1 to 256 bytes, kept exactly. It never
     /// holds U+FFFD, which is what something on the way puts for bytes that are no text: two users

@@ -9,7 +9,7 @@ use crate::clock::Timestamp;
 use crate::deprovisioning::DeprovisioningId;
 use sha2::{Digest, Sha256};
 
-use crate::ids::{ConversationId, DocumentId, IssuerId, MessageId, UserId};
+use crate::ids::{ConversationId, DocumentId, IssuerId, MessageId, UploadId, UserId};
 use crate::issuer::Provenance;
 use crate::meter::{BillingMonth, Ticket};
 #[cfg(feature = "webhooks")]
@@ -135,6 +135,14 @@ pub const DOCUMENTS: &str = "DOC#";
 /// Table `documents`: one document.
 pub fn document(id: &DocumentId) -> String {
     format!("{DOCUMENTS}{id}")
+}
+
+/// Table `documents`: what every upload that is under way starts with.
+pub const UPLOADS: &str = "UPLOAD#";
+
+/// Table `documents`: one upload.
+pub fn upload(id: &UploadId) -> String {
+    format!("{UPLOADS}{id}")
 }
 
 /// Table `audit`: the record of a ticket. Tickets sort by number.

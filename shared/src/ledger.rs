@@ -31,6 +31,8 @@ pub enum Action {
     DocumentAccess,
     /// Documents were stored.
     DocumentIngested,
+    /// A link was given by which a document's file can be put.
+    UploadBegun,
     /// Requests were refused by `requests_per_minute` or `max_concurrent`.
     RateLimited,
     /// Requests were refused by a token budget.

@@ -50,6 +50,7 @@ pub mod telemetry;
 pub mod tenant;
 pub mod trace;
 pub mod units;
+pub mod upload;
 pub mod usage;
 
 #[cfg(any(feature = "dynamodb", feature = "secrets"))]

@@ -50,6 +50,7 @@ use crate::metrics::{self, Arrived, Ending, Line, Measured};
 use crate::sealing::KmsKeyArn;
 use crate::tenant::{EmbeddingModel, InjectionPolicy, ModelAccount, Tenant, TenantId, TenantStatus, Tier};
 use crate::trace::Trace;
+use crate::upload::{Begun, UploadPlace};
 
 /// The header in which a tenant names its own user.
 pub const USER_HEADER: &str = "x-user-id";
@@ -57,6 +58,9 @@ pub const USER_HEADER: &str = "x-user-id";
 pub const GROUPS_HEADER: &str = "x-user-groups";
 /// The authorizer context's value that holds the decision.
 const DECISION: &str = "decision";
+/// Those that name the request and the user that began an upload.
+const REQUEST: &str = "requestId";
+const USER: &str = "userId";
 
 /// The id that API Gateway gave a request.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -162,6 +166,9 @@ pub struct Decision {
     kms_key_arn: Option<KmsKeyArn>,
     vector_read: VectorToken,
     vector_write: Option<VectorToken>,
+    /// Whether it is about an upload that has come, and not about a request. Whoever needs it anew asks again.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    of_upload: bool,
 }
 
 impl Decision {
@@ -215,6 +222,35 @@ impl Decision {
         Ok(Self::of(proof, tenant, vector_read, vector_write))
     }
 
+    /// The decision for an upload that was begun for `tenant`, with the vector tokens minted for it: to write that
+    /// tenant's documents, in the name of whoever began it. From where that was, was checked then.
+    ///
+    /// # Errors
+    /// [`ForeignRecord`] if the tenant's record is not that of the upload's tenant.
+    pub fn uploaded(
+        begun: &Begun,
+        tenant: Tenant,
+        vector_read: VectorToken,
+        vector_write: VectorToken,
+    ) -> Result<Self, ForeignRecord> {
+        let upload = begun.upload();
+        if upload.tenant_id != tenant.tenant_id {
+            return Err(ForeignRecord);
+        }
+        let proof = Proof {
+            presented: Presented::by(&upload.place().to_string()),
+            credential: upload.key_id.clone(),
+            user_id: None,
+            groups: Groups::default(),
+            grants: Grants {
+                permissions: [Permission::DocumentsWrite].into(),
+                expires_at: None,
+                allowed_cidrs: None,
+            },
+        };
+        Ok(Self { of_upload: true, ..Self::of(proof, tenant, vector_read, Some(vector_write)) })
+    }
+
     fn of(proof: Proof, tenant: Tenant, vector_read: VectorToken, vector_write: Option<VectorToken>) -> Self {
         Self {
             tenant_id: tenant.tenant_id,
@@ -239,6 +275,7 @@ impl Decision {
             kms_key_arn: tenant.kms_key_arn,
             vector_read,
             vector_write,
+            of_upload: false,
         }
     }
 
@@ -292,6 +329,19 @@ impl Decision {
             ("keyId".to_owned(), self.credential.to_string().into()),
             (DECISION.to_owned(), serde_json::to_string(self)?.into()),
         ]))
+    }
+
+    /// As [`Decision::to_context`], for an upload: with the request and the user that began it.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn to_upload_context(&self, begun: &Begun) -> Result<HashMap<String, Value>, serde_json::Error> {
+        let mut context = self.to_context()?;
+        context.insert(REQUEST.to_owned(), begun.upload().request_id.to_string().into());
+        if let Some(user) = &begun.upload().user_id {
+            context.insert(USER.to_owned(), user.to_string().into());
+        }
+        Ok(context)
     }
 
     fn from_context(context: &HashMap<String, Value>) -> Option<Self> {
@@ -407,7 +457,8 @@ impl Caller {
         let decision = Decision::from_context(&context.authorizer.fields).ok_or(ScopeError::Unauthorized)?;
         let presented = authorization.and_then(|value| ApiKey::from_authorization(value).ok());
         // One rule for keys and tokens, which needs to understand neither.
-        let other = authorization.map(Presented::by).as_ref() != Some(&decision.presented);
+        let other =
+            authorization.map(Presented::by).as_ref() != Some(&decision.presented) || decision.of_upload;
         if other {
             tracing::error!(
                 alert = "isolation_alert",
@@ -426,6 +477,45 @@ impl Caller {
             source: context.identity.source_ip.as_deref().and_then(|text| text.parse().ok()),
             process: process.map(str::to_owned),
             request_id: RequestId(context.request_id.clone().unwrap_or_default()),
+            note,
+        })
+    }
+
+    /// Who began an upload that has come, from what the authorizer of uploads answered about it; `place` is where
+    /// the file is.
+    ///
+    /// # Errors
+    /// [`ScopeError::Unauthorized`]; [`ScopeError::ForeignDecision`], with the alarm raised, if the decision is
+    /// about another upload, or another tenant.
+    pub fn of_upload(
+        context: &HashMap<String, Value>,
+        place: &UploadPlace,
+        note: RequestNote,
+    ) -> Result<Self, ScopeError> {
+        let mut decision = Decision::from_context(context).ok_or(ScopeError::Unauthorized)?;
+        let own = decision.of_upload
+            && decision.tenant_id == place.tenant_id
+            && decision.presented == Presented::by(&place.to_string());
+        if !own {
+            tracing::error!(
+                alert = "isolation_alert",
+                tenant.id = %place.tenant_id,
+                "an upload was answered with the decision about another; it is left alone"
+            );
+            note.measure(|measured| measured.isolation_alerts += 1);
+            return Err(ScopeError::ForeignDecision);
+        }
+        let text = |name: &str| context.get(name).and_then(Value::as_str);
+        decision.user_id =
+            text(USER).map(UserId::from_str).transpose().map_err(|_| ScopeError::InvalidUser)?;
+        Ok(Self {
+            decision,
+            user: None,
+            groups: Vec::new(),
+            presented: None,
+            source: None,
+            process: None,
+            request_id: RequestId(text(REQUEST).unwrap_or_default().to_owned()),
             note,
         })
     }
@@ -875,6 +965,11 @@ impl TenantScope {
         self.decision.issuer_id()
     }
 
+    /// Whether this is the work on an upload. There is nothing to make its decision anew from here.
+    pub fn is_of_upload(&self) -> bool {
+        self.decision.of_upload
+    }
+
     /// What the key or token may do: no more may be handed on in this request.
     pub fn grants(&self) -> &Grants {
         &self.decision.grants
@@ -1067,9 +1162,12 @@ pub(crate) mod tests {
 
     use super::*;
     use crate::api_key::{ApiKey, KeyRecord, verify};
+    use crate::document::ContentType;
+    use crate::ids::UploadId;
     use crate::issuer::KeySource;
     use crate::limits::LimitChanges;
     use crate::random::entropy;
+    use crate::upload::Upload;
 
     const NOW: Timestamp = Timestamp::from_millis(1_790_000_000_000);
     /// What the tests' decisions are about.
@@ -1120,6 +1218,81 @@ pub(crate) mod tests {
         context.request_id = Some("r-1".into());
         context.authorizer.fields = decision.to_context().unwrap();
         context
+    }
+
+    /// An upload that was begun with some key of the tenant's, by a user.
+    fn begun(tenant: &str) -> Begun {
+        let key = ApiKey::issue(Tier::Free, tenant.parse().unwrap(), &mut entropy());
+        Begun::of(Upload {
+            tenant_id: tenant.parse().unwrap(),
+            upload_id: UploadId::new(&mut entropy()),
+            document_id: "handbook".parse().unwrap(),
+            title: "Handbook".into(),
+            source: String::new(),
+            metadata: serde_json::Map::new(),
+            groups: Groups::default(),
+            content_type: ContentType::Plain,
+            size_bytes: 9,
+            key_id: key.key_id().clone().into(),
+            user_id: Some("ann\nof \u{fc}".parse().unwrap()),
+            request_id: "r-7".to_owned().into(),
+            created_at: NOW,
+            expires_at: NOW.plus_millis(900_000),
+            attempts: 0,
+            claimed_until: None,
+        })
+    }
+
+    fn ruled(begun: &Begun, status: TenantStatus) -> HashMap<String, Value> {
+        let token = || VectorToken::new("jwt-secret".into());
+        let tenant = tenant(begun.upload().tenant_id.as_str(), status);
+        let decision = Decision::uploaded(begun, tenant, token(), token()).unwrap();
+        decision.to_upload_context(begun).unwrap()
+    }
+
+    #[test]
+    fn an_upload_opens_its_own_tenants_scope_to_write_documents_and_nothing_else() {
+        let begun = begun("acme");
+        let (upload, place) = (begun.upload(), begun.upload().place());
+        let context = ruled(&begun, TenantStatus::Active);
+        let open = |permission| {
+            let caller = Caller::of_upload(&context, &place, RequestNote::default())?;
+            TenantScope::open(caller, permission, Isolation::Off, NOW)
+        };
+        let scope = open(Permission::DocumentsWrite).unwrap();
+        assert_eq!(scope.tenant_id().as_str(), "acme");
+        assert_eq!((scope.credential(), scope.user_id()), (&upload.key_id, upload.user_id.as_ref()));
+        assert_eq!(scope.request_id(), &upload.request_id);
+        assert!(scope.is_of_upload() && scope.vector_write().is_some());
+        for other in Permission::ALL.into_iter().filter(|p| *p != Permission::DocumentsWrite) {
+            assert_eq!(open(other).unwrap_err(), ScopeError::Lacks(other));
+        }
+        // Neither another upload's, nor another tenant's, nor a request's.
+        let other = self::begun("acme");
+        let foreign = UploadPlace { tenant_id: "globex".parse().unwrap(), ..place.clone() };
+        for place in [other.upload().place(), foreign] {
+            let note = RequestNote::default();
+            let refused = Caller::of_upload(&context, &place, note.clone()).unwrap_err();
+            assert_eq!(refused, ScopeError::ForeignDecision);
+            assert_eq!(note.noted().measured.isolation_alerts, 1);
+        }
+        let request = self::context(TenantStatus::Active, &[Permission::DocumentsWrite], None);
+        let as_upload = Caller::of_upload(&request.authorizer.fields, &place, RequestNote::default());
+        assert_eq!(as_upload.unwrap_err(), ScopeError::ForeignDecision);
+        let mut as_request = ApiGatewayProxyRequestContext::default();
+        as_request.authorizer.fields = context.clone();
+        let authorization = format!("Bearer {place}").parse().unwrap();
+        let headers = http::HeaderMap::from_iter([(http::header::AUTHORIZATION, authorization)]);
+        let as_request = Caller::of(&as_request, &headers, None, RequestNote::default());
+        assert_eq!(as_request.unwrap_err(), ScopeError::ForeignDecision);
+        // A tenant that is not at work, and a record that is another's.
+        let suspended = ruled(&begun, TenantStatus::Suspended);
+        let caller = Caller::of_upload(&suspended, &place, RequestNote::default()).unwrap();
+        let refused = TenantScope::open(caller, Permission::DocumentsWrite, Isolation::Off, NOW).unwrap_err();
+        assert_eq!(refused, ScopeError::Suspended);
+        let token = || VectorToken::new("jwt-secret".into());
+        let another = tenant("globex", TenantStatus::Active);
+        assert!(Decision::uploaded(&begun, another, token(), token()).is_err());
     }
 
     #[test]

@@ -707,6 +707,29 @@ impl Stack {
         text.lines().map(|line| serde_json::from_str(line).expect("a message is JSON")).collect()
     }
 
+    /// What waits in a queue that a function is invoked with, or is being worked on: each message with how often it
+    /// was received and whether it is hidden. `queue` is its name without the stack's prefix.
+    pub async fn queue(&self, queue: &str) -> Vec<Value> {
+        let path = format!("queues/bulkhead-{queue}");
+        let messages = self.control(Method::GET, &path, String::new()).await.json();
+        messages.as_array().expect("messages").clone()
+    }
+
+    /// Sends a message to a queue that a function is invoked with.
+    pub async fn send_message(&self, queue: &str, body: &str) {
+        self.control(Method::POST, &format!("queues/bulkhead-{queue}"), body.to_owned()).await;
+    }
+
+    /// Lets the hidden messages of a queue come again at once, as if their time were over.
+    pub async fn unhide_messages(&self, queue: &str) {
+        self.control(Method::POST, &format!("queues/bulkhead-{queue}/unhide"), String::new()).await;
+    }
+
+    /// The bucket that files are uploaded to.
+    pub fn documents_bucket(&self) -> String {
+        self.audit_bucket().replace("-audit-", "-documents-")
+    }
+
     /// The data directory.
     pub fn data(&self) -> PathBuf {
         Path::new(text(&self.ready, "log_directory")).parent().expect("the data directory").to_owned()
@@ -769,6 +792,15 @@ pub async fn run_local(arguments: &[&str]) -> String {
     let output = tokio::time::timeout(PATIENCE, output).await.expect("it ends").expect("it runs");
     assert!(!output.status.success());
     String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// Puts a file where a begun upload says, as it says: the status and what S3 answered.
+pub async fn put_file(begun: &Value, file: impl Into<reqwest::Body>) -> (StatusCode, String) {
+    let headers = begun["headers"].as_object().expect("headers").iter();
+    let put = client().put(text(begun, "url")).body(file);
+    let put = headers.fold(put, |put, (name, value)| put.header(name, value.as_str().expect("a header")));
+    let answer = put.send().await.expect("the bucket answers");
+    (answer.status(), answer.text().await.expect("a whole body"))
 }
 
 /// An item as plain JSON: `{"n": {"N": "1"}}` is `{"n": 1}`.
@@ -861,6 +893,36 @@ impl Tenant {
         let document = answer.json()["documents"][0].clone();
         assert_eq!(document["status"], "ready", "{document}");
         document
+    }
+
+    /// Begins the upload of a file, and expects where to put it.
+    pub async fn begin_upload(&self, body: &Value) -> Value {
+        self.post("/v1/uploads", body).await.expect_status(StatusCode::CREATED).json()
+    }
+
+    /// Uploads a file as the content of a document, and waits until it is read.
+    pub async fn upload(&self, id: &str, content_type: &str, file: Vec<u8>) -> Value {
+        let body = json!({"id": id, "title": id, "content_type": content_type, "size_bytes": file.len()});
+        let begun = self.begin_upload(&body).await;
+        let (status, answer) = put_file(&begun, file).await;
+        assert_eq!(status, StatusCode::OK, "{answer}");
+        self.read_upload(id).await
+    }
+
+    /// Waits until a document's upload is read, or has failed.
+    ///
+    /// # Panics
+    /// If that does not come about.
+    pub async fn read_upload(&self, id: &str) -> Value {
+        for _ in 0..1_200 {
+            let document =
+                self.get(&format!("/v1/documents/{id}")).await.expect_status(StatusCode::OK).json();
+            if document["status"] == "ready" || document["status"] == "failed" {
+                return document;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        panic!("the upload of {id} is not read");
     }
 
     /// Asks, and expects an answer.

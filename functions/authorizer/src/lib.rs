@@ -1,6 +1,8 @@
 //! Who is asking: turns the `Authorization` header into a decision that API Gateway caches and hands
 //! to every other function.
 
+pub mod uploads;
+
 use std::collections::BTreeSet;
 use std::time::Duration;
 

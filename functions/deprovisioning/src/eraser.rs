@@ -2,6 +2,7 @@
 
 mod retention;
 mod saga;
+mod unmade;
 
 use std::time::Duration;
 
@@ -14,6 +15,7 @@ use shared::aws::deprovisionings::Deprovisionings;
 use shared::aws::erasure::{Names, TenantItems};
 use shared::aws::secrets::TenantSecrets;
 use shared::aws::tenants::TenantStore;
+use shared::aws::upload_records::UploadRecords;
 use shared::aws::uploads::Uploads;
 use shared::aws::{self, secrets};
 use shared::clock::{Clock, Timestamp};
@@ -27,6 +29,7 @@ use tokio::time::Instant;
 
 use retention::Retained;
 use saga::Came;
+use unmade::Unmade;
 
 /// Tenants looked after at the same time.
 const AT_ONCE: usize = 8;
@@ -41,6 +44,7 @@ pub struct Context {
     books: Books,
     chains: Chains,
     uploads: Uploads,
+    upload_records: UploadRecords,
     secrets: TenantSecrets,
     cells: Cells,
     vector_root_key: Secret,
@@ -74,6 +78,7 @@ impl Context {
             deprovisionings: Deprovisionings::new(&access, names.tenants.clone()),
             tenants: TenantStore::new(&access, names.tenants.clone()),
             chains: Chains::new(&access, names.usage.clone(), books.ledger().clone()),
+            upload_records: UploadRecords::new(&access, names.documents.clone()),
             items: TenantItems::new(&access, names),
             books,
             uploads: Uploads::new(&access, env::bucket("DOCUMENTS_BUCKET")?),
@@ -113,6 +118,8 @@ pub enum Job {
     Deprovision,
     /// Delete what is past its retention.
     Retain,
+    /// Forget uploads that nobody awaits any more.
+    Uploads,
 }
 
 /// What came of it.
@@ -123,6 +130,8 @@ pub enum Report {
     Deprovisioned(Deprovisioned),
     /// Of retention.
     Retained(Retained),
+    /// Of uploads.
+    Unmade(Unmade),
 }
 
 /// How many deprovisionings came how far.
@@ -153,6 +162,7 @@ pub async fn handle(context: &Context, call: Call, deadline: Timestamp) -> Resul
     let until = Instant::now() + left;
     Ok(match call {
         Call::Job { job: Job::Retain } => Report::Retained(retention::run(context, until).await?),
+        Call::Job { job: Job::Uploads } => Report::Unmade(unmade::run(context, until).await?),
         Call::Job { job: Job::Deprovision } | Call::Stream { .. } => {
             Report::Deprovisioned(deprovision(context, until).await?)
         }

@@ -8,6 +8,8 @@ mod read;
 mod regroup;
 mod search;
 mod store;
+mod upload;
+pub mod worker;
 
 use http::{Method, Response};
 use lambda_http::{Body, Error, Request};
@@ -17,7 +19,9 @@ use shared::aws::data_keys::DataKeys;
 use shared::aws::documents::DocumentStore;
 use shared::aws::idempotency::IdempotencyStore;
 use shared::aws::ledger::Ledger;
-use shared::aws::{self, secrets};
+use shared::aws::upload_records::UploadRecords;
+use shared::aws::uploads::Uploads;
+use shared::aws::{self, SdkConfig, secrets};
 use shared::clock::Clock;
 use shared::embeddings::EmbeddingsClient;
 use shared::error::ApiError;
@@ -35,6 +39,8 @@ pub struct Context {
     ledger: Ledger,
     idempotency: IdempotencyStore,
     documents: DocumentStore,
+    upload_records: UploadRecords,
+    uploads: Uploads,
     data_keys: DataKeys,
     cells: Cells,
     embeddings: EmbeddingsClient,
@@ -49,8 +55,12 @@ impl Context {
     /// # Errors
     /// If a variable or secret is absent or malformed; the error names it.
     pub async fn from_env() -> Result<Self, Error> {
-        let config = aws::config().await?;
-        let access = aws::Access::per_tenant(&config)?;
+        Self::of(&aws::config().await?).await
+    }
+
+    /// As [`Context::from_env`], over connections that there are already.
+    async fn of(config: &SdkConfig) -> Result<Self, Error> {
+        let access = aws::Access::per_tenant(config)?;
         let embedding = EmbeddingModel {
             name: env::model("EMBEDDINGS_MODEL")?,
             dimensions: env::parsed("EMBEDDINGS_DIMENSIONS")?,
@@ -58,18 +68,20 @@ impl Context {
         let embedding_prices = pricing::embedding_model(&embedding.name)
             .ok_or_else(|| format!("EMBEDDINGS_MODEL names {}, which has no price", embedding.name))?;
         let url: Url = env::parsed("EMBEDDINGS_URL")?;
-        let key = secrets::read(&config, "EMBEDDINGS_KEY_SECRET").await?;
+        let key = secrets::read(config, "EMBEDDINGS_KEY_SECRET").await?;
         let (clock, http) = (Clock::system(), outbound::client()?);
         Ok(Self {
             gate: Gate::from_env(&access, clock.clone())?,
             ledger: Ledger::new(&access, env::table("AUDIT_TABLE")?),
             idempotency: IdempotencyStore::new(&access, env::table("CONVERSATIONS_TABLE")?),
             documents: DocumentStore::new(&access, env::table("DOCUMENTS_TABLE")?),
+            upload_records: UploadRecords::new(&access, env::table("DOCUMENTS_TABLE")?),
+            uploads: Uploads::new(&access, env::bucket("DOCUMENTS_BUCKET")?),
             data_keys: DataKeys::new(&access),
             cells: env::parsed("QDRANT_CELLS")?,
             embeddings: EmbeddingsClient::new(http.clone(), &url, key, embedding),
             embedding_prices,
-            retrieval: Retrieval::from_env(&config, http).await?,
+            retrieval: Retrieval::from_env(config, http).await?,
             clock,
         })
     }
@@ -89,6 +101,7 @@ pub async fn handle(context: &Context, request: Request) -> Response<Body> {
         (&Method::GET, "/v1/documents") => context.run(request, DocumentsRead, read::list).await,
         (&Method::GET, "/v1/documents/{id}") => context.run(request, DocumentsRead, read::one).await,
         (&Method::DELETE, "/v1/documents/{id}") => context.run(request, DocumentsWrite, delete::handle).await,
+        (&Method::POST, "/v1/uploads") => context.run(request, DocumentsWrite, upload::handle).await,
         (&Method::POST, "/v1/search") => context.run(request, Chat, search::handle).await,
         _ => Err(ApiError::not_found()),
     })

@@ -10,6 +10,7 @@ use http::{Response, StatusCode};
 use lambda_http::{Body, Request};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+use shared::aws::StoreError;
 use shared::document::{ContentType, Document, DocumentStatus, derived_id};
 use shared::error::{ApiError, Code};
 use shared::gate::Need;
@@ -167,6 +168,7 @@ async fn store_all(
             let stored = match valid {
                 Ok((valid, param)) => store(context, metered, valid).await.map_err(|error| match error {
                     NotStored::Unreadable(reason) => ApiError::from(reason).with_param(param),
+                    NotStored::NotAwaited => StoreError::Conflict.into(),
                     NotStored::Failed(error) => error,
                 }),
                 Err(error) => Err(error),
@@ -215,33 +217,9 @@ fn placed(mut error: ApiError, n: usize) -> ApiError {
 /// The document, and the field that its content came in.
 fn validate(value: Value) -> Result<(Valid, &'static str), ApiError> {
     let mut document: NewDocument = web::value(value)?;
-    let text = |name: &'static str, text: &str, least: usize| {
-        if text.trim().len() < least || text.len() > MOST_TITLE_BYTES {
-            return Err(ApiError::invalid(
-                name,
-                format!("{name} must have {least} to {MOST_TITLE_BYTES} bytes"),
-            ));
-        }
-        Ok(())
-    };
-    text("title", &document.title, 1)?;
-    text("source", &document.source, 0)?;
-    let metadata_bytes = serde_json::to_string(&document.metadata).map_or(usize::MAX, |json| json.len());
-    if metadata_bytes > MOST_METADATA_BYTES {
-        let message = format!("metadata is longer than {MOST_METADATA_BYTES} bytes");
-        return Err(ApiError::new(Code::TooLarge, message).with_param("metadata"));
-    }
-    let groups = Groups::of_document(document.groups).map_err(|error| match error {
-        InvalidGroups::Name(n) => ApiError::invalid(format!("groups[{n}]"), error.to_string()),
-        InvalidGroups::Empty | InvalidGroups::TooMany => ApiError::invalid("groups", error.to_string()),
-    })?;
-    let content_type = match &document.content_type {
-        None => ContentType::Plain,
-        Some(media_type) => ContentType::parse(media_type).ok_or_else(|| {
-            let message = "content_type must be text/plain, text/markdown or text/html";
-            ApiError::new(Code::UnsupportedContentType, message).with_param("content_type")
-        })?,
-    };
+    check_description(&document.title, &document.source, &document.metadata)?;
+    let groups = groups(document.groups.take())?;
+    let content_type = document.content_type.as_deref().map_or(Ok(ContentType::Plain), content_type)?;
     let (param, content) = match (document.content.take(), document.content_base64.take()) {
         (Some(content), None) => ("content", content.into_bytes()),
         (None, Some(encoded)) => {
@@ -264,5 +242,55 @@ fn validate(value: Value) -> Result<(Valid, &'static str), ApiError> {
         None => derived_id(&document.title, &document.source, &content),
     };
     let NewDocument { title, source, metadata, .. } = document;
-    Ok((Valid { id, title, source, content, content_type, metadata, groups }, param))
+    Ok((Valid { id, title, source, content, content_type, metadata, groups, upload: None }, param))
+}
+
+/// Whether a document may be described so.
+///
+/// # Errors
+/// The error that names the field.
+pub(crate) fn check_description(
+    title: &str,
+    source: &str,
+    metadata: &Map<String, Value>,
+) -> Result<(), ApiError> {
+    let text = |name: &'static str, text: &str, least: usize| {
+        if text.trim().len() < least || text.len() > MOST_TITLE_BYTES {
+            return Err(ApiError::invalid(
+                name,
+                format!("{name} must have {least} to {MOST_TITLE_BYTES} bytes"),
+            ));
+        }
+        Ok(())
+    };
+    text("title", title, 1)?;
+    text("source", source, 0)?;
+    let metadata_bytes = serde_json::to_string(metadata).map_or(usize::MAX, |json| json.len());
+    if metadata_bytes > MOST_METADATA_BYTES {
+        let message = format!("metadata is longer than {MOST_METADATA_BYTES} bytes");
+        return Err(ApiError::new(Code::TooLarge, message).with_param("metadata"));
+    }
+    Ok(())
+}
+
+/// The kind of content that a media type names.
+///
+/// # Errors
+/// 415 if it is none that is ingested.
+pub(crate) fn content_type(media_type: &str) -> Result<ContentType, ApiError> {
+    ContentType::parse(media_type).ok_or_else(|| {
+        let message = "content_type must be text/plain, text/markdown or text/html";
+        ApiError::new(Code::UnsupportedContentType, message).with_param("content_type")
+    })
+}
+
+/// Who of the tenant's users may find a document.
+///
+/// # Errors
+/// The error that names the field.
+pub(crate) fn groups(names: Option<Vec<String>>) -> Result<Groups, ApiError> {
+    Groups::of_document(names).map_err(|error| match error {
+        InvalidGroups::Name(n) => ApiError::invalid(format!("groups[{n}]"), error.to_string()),
+        InvalidGroups::Empty | InvalidGroups::TooMany => ApiError::invalid("groups", error.to_string()),
+    })
 }

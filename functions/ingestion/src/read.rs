@@ -4,6 +4,7 @@ use http::{Response, StatusCode};
 use lambda_http::{Body, Request};
 use serde::Serialize;
 use serde_json::{Map, Value};
+use shared::clock::Timestamp;
 use shared::document::{ContentType, Document, DocumentStatus};
 use shared::error::ApiError;
 use shared::groups::Groups;
@@ -29,16 +30,21 @@ pub(crate) struct View {
     metadata: Map<String, Value>,
     #[serde(skip_serializing_if = "Groups::is_empty")]
     groups: Groups,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reason: Option<String>,
     created_at: String,
     updated_at: String,
 }
 
-impl From<Document> for View {
-    fn from(document: Document) -> Self {
+impl View {
+    fn of(document: Document, now: Timestamp) -> Self {
+        let status = document.standing(now);
         Self {
             id: document.id,
             version: document.version,
-            status: document.status,
+            status,
+            // Why the version before failed is nothing that its successor is about.
+            reason: document.reason.filter(|_| status == DocumentStatus::Failed),
             chunks: document.chunks,
             sha256: document.sha256,
             title: document.title,
@@ -67,12 +73,12 @@ pub(crate) async fn list(
     let limit = web::page_size(&request)?;
     let after: Option<String> = web::query(&request, "cursor")?;
     context.gate.admit_read(scope).await?;
-    let (mut documents, cursor) =
-        context.documents.list(scope, limit, after.as_deref(), context.clock.now()).await?;
+    let now = context.clock.now();
+    let (mut documents, cursor) = context.documents.list(scope, limit, after.as_deref(), now).await?;
     documents.retain(|document| scope.may_read(&document.groups));
     let ids = documents.iter().map(|document| document.id.clone()).collect();
     context.gate.note(scope, Action::DocumentsListed, ids).await?;
-    let documents = documents.into_iter().map(View::from).collect();
+    let documents = documents.into_iter().map(|document| View::of(document, now)).collect();
     Ok(web::reply(StatusCode::OK, &List { documents, cursor }))
 }
 
@@ -83,9 +89,10 @@ pub(crate) async fn one(
 ) -> Result<Response<Body>, ApiError> {
     let id: DocumentId = web::path_id(&request, "id")?;
     context.gate.admit_read(scope).await?;
-    let document = context.documents.get(scope, &id, context.clock.now()).await?;
+    let now = context.clock.now();
+    let document = context.documents.get(scope, &id, now).await?;
     let document = document.filter(|document| scope.may_read(&document.groups));
     let document = document.ok_or_else(ApiError::not_found)?;
     context.gate.note(scope, Action::DocumentRead, vec![id]).await?;
-    Ok(web::reply(StatusCode::OK, &View::from(document)))
+    Ok(web::reply(StatusCode::OK, &View::of(document, now)))
 }

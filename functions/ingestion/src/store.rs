@@ -6,10 +6,10 @@ use std::collections::HashSet;
 use serde_json::{Map, Value};
 use shared::aws::StoreError;
 use shared::chunk::{Chunk, chunk};
-use shared::document::{ContentType, Document, DocumentStatus, fingerprint};
+use shared::document::{Awaited, ContentType, Document, DocumentStatus, fingerprint};
 use shared::error::ApiError;
 use shared::groups::Groups;
-use shared::ids::DocumentId;
+use shared::ids::{DocumentId, UploadId};
 use shared::scope::TenantScope;
 use shared::vectors::NewPoint;
 
@@ -30,6 +30,8 @@ pub(crate) struct Valid {
     pub(crate) content_type: ContentType,
     pub(crate) metadata: Map<String, Value>,
     pub(crate) groups: Groups,
+    /// The upload that it came by, if it was one: then it is stored only where the document still awaits that.
+    pub(crate) upload: Option<UploadId>,
 }
 
 /// Why a document was not stored.
@@ -38,6 +40,9 @@ pub(crate) enum NotStored {
     /// Its content cannot be read: to try again would change nothing.
     #[error(transparent)]
     Unreadable(#[from] Unreadable),
+    /// The document awaits its upload no more: it was deleted, or sent again.
+    #[error("the document does not await this upload any more")]
+    NotAwaited,
     /// Something around it refused or failed, as its sender is to see it. Some of it is worth another try.
     #[error(transparent)]
     Failed(#[from] ApiError),
@@ -62,15 +67,21 @@ pub(crate) async fn store(
     let scope = metered.scope();
     let sha256 = hex::encode(digest(&valid));
     let known = context.documents.stored(scope, &valid.id).await?;
+    let upload = taken(valid.upload.as_ref(), known.as_ref())?;
     if let Some(known) = &known
         && known.is_kept(scope.limits(), context.clock.now())
         && known.sha256 == sha256
         && known.status == DocumentStatus::Ready
     {
-        if known.groups == valid.groups {
-            return Ok(known.clone());
+        let mut document = known.clone();
+        if upload.is_some() {
+            document = Document { upload, ..document };
+            context.documents.put(scope, &document, Some(known), metered.seal()).await?;
         }
-        return Ok(regroup(context, metered, known, valid.groups).await?);
+        if document.groups == valid.groups {
+            return Ok(document);
+        }
+        return Ok(regroup(context, metered, &document, valid.groups).await?);
     }
     let chunks = chunk(&valid.id, &extract::blocks(&valid.content, valid.content_type)?);
     if chunks.is_empty() {
@@ -94,6 +105,8 @@ pub(crate) async fn store(
         groups: valid.groups,
         created_at: known.as_ref().map_or(now, |d| d.created_at),
         updated_at: now,
+        upload,
+        reason: None,
     };
     context.documents.put(scope, &document, known.as_ref(), metered.seal()).await?;
     match index(context, metered, &document, chunks).await {
@@ -111,7 +124,11 @@ pub(crate) async fn store(
         }
         Err(error) => {
             let processing = document.clone();
-            document.status = DocumentStatus::Failed;
+            // What was uploaded is tried again, or given up, by whoever reads it.
+            document.status = match document.upload {
+                Some(_) => DocumentStatus::Pending,
+                None => DocumentStatus::Failed,
+            };
             if let Err(second) =
                 context.documents.put(scope, &document, Some(&processing), metered.seal()).await
             {
@@ -120,6 +137,13 @@ pub(crate) async fn store(
             Err(error.into())
         }
     }
+}
+
+/// What the document says of its upload from here on, if it came by one.
+fn taken(upload: Option<&UploadId>, known: Option<&Document>) -> Result<Option<Awaited>, NotStored> {
+    let Some(id) = upload else { return Ok(None) };
+    let awaited = known.and_then(|known| known.upload.clone()).filter(|awaited| awaited.upload_id == *id);
+    awaited.map(|awaited| Some(Awaited { taken: true, ..awaited })).ok_or(NotStored::NotAwaited)
 }
 
 /// Somebody else changed the document while its passages were stored. If it was deleted, they must

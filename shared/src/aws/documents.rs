@@ -7,8 +7,8 @@ use super::ledger::Ledger;
 use super::session::Access;
 use super::table::{Cancelled, Page, StoreError, Table};
 use crate::clock::Timestamp;
-use crate::document::Document;
-use crate::ids::DocumentId;
+use crate::document::{self, Awaited, Document, DocumentStatus};
+use crate::ids::{DocumentId, UploadId};
 use crate::item_key;
 use crate::ledger::Record;
 use crate::scope::TenantScope;
@@ -21,6 +21,13 @@ const TEXT: [&str; 3] = ["title", "source", "metadata"];
 /// The table.
 #[derive(Clone, Debug)]
 pub struct DocumentStore(Table);
+
+/// A document that there is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct There {
+    /// The upload that its content comes by, or came by last.
+    pub upload: Option<UploadId>,
+}
 
 impl DocumentStore {
     /// The table of that name.
@@ -57,20 +64,25 @@ impl DocumentStore {
     ///
     /// # Errors
     /// If the table does not answer or the item does not parse.
-    pub async fn is_there(
+    pub async fn there(
         &self,
         scope: &TenantScope,
         id: &DocumentId,
         now: Timestamp,
-    ) -> Result<bool, StoreError> {
+    ) -> Result<Option<There>, StoreError> {
         #[derive(Deserialize)]
         struct Head {
             tenant_id: TenantId,
+            status: DocumentStatus,
             updated_at: Timestamp,
+            upload: Option<Awaited>,
         }
         let head: Option<Head> = self.0.get(scope.tenant_id(), &item_key::document(id)).await?;
         let own = head.filter(|head| scope.owns(head.tenant_id.as_str(), "documents").is_ok());
-        Ok(own.is_some_and(|head| head.updated_at > scope.limits().retained_since(now)))
+        let kept = own.filter(|head| {
+            document::is_kept(head.status, head.updated_at, head.upload.as_ref(), scope.limits(), now)
+        });
+        Ok(kept.map(|head| There { upload: head.upload.map(|awaited| awaited.upload_id) }))
     }
 
     /// Writes a document's record where it is still at `expected` (its version and whether it was

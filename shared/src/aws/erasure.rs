@@ -16,6 +16,7 @@ use crate::ledger::Record;
 use crate::meter::Ticket;
 use crate::scope::{Erasure, Expired, Operator, Subject};
 use crate::tenant::TenantId;
+use crate::upload::Upload;
 
 /// The tables that hold something of a tenant which ends with it.
 #[derive(Clone, Debug)]
@@ -267,6 +268,74 @@ impl TenantItems {
             Ok(()) => Ok(true),
             Err(Cancelled::Conditions(_)) => Ok(false),
             Err(Cancelled::Failed(error)) => Err(error),
+        }
+    }
+
+    /// Forgets a document that awaits an upload which was never made, if it has no other content, and enters the
+    /// record of that into the ledger: both or neither. Says whether it did.
+    ///
+    /// # Errors
+    /// If a table does not answer; then it may be done.
+    pub async fn delete_unmade(
+        &self,
+        expired: &Expired,
+        upload: &Upload,
+        (ledger, record): (&Ledger, &Record),
+    ) -> Result<bool, StoreError> {
+        let delete = Delete::builder()
+            .table_name(&self.documents.name)
+            .set_key(Some(Table::key(expired.tenant_id(), &item_key::document(&upload.document_id))))
+            .condition_expression("#s = :pending AND #u.#i = :id")
+            .expression_attribute_names("#s", "status")
+            .expression_attribute_names("#u", "upload")
+            .expression_attribute_names("#i", "upload_id")
+            .expression_attribute_values(":pending", AttributeValue::S("pending".to_owned()))
+            .expression_attribute_values(":id", AttributeValue::S(upload.upload_id.to_string()))
+            .build()
+            .map_err(|e| self.documents.corrupt(e))?;
+        let parts = vec![TransactWriteItem::builder().delete(delete).build(), ledger.event_part(record)?];
+        match self.documents.transact(expired.tenant_id(), parts).await {
+            Ok(()) => Ok(true),
+            Err(Cancelled::Conditions(_)) => Ok(false),
+            Err(Cancelled::Failed(error)) => Err(error),
+        }
+    }
+
+    /// Lets a document fail whose file came and was never read, if it still awaits that. Says whether it did.
+    ///
+    /// # Errors
+    /// If the table does not answer.
+    pub async fn fail_unread(
+        &self,
+        expired: &Expired,
+        upload: &Upload,
+        reason: &str,
+    ) -> Result<bool, StoreError> {
+        let text = |text: &str| AttributeValue::S(text.to_owned());
+        let update = self
+            .documents
+            .client(expired.tenant_id())
+            .update_item()
+            .table_name(&self.documents.name)
+            .set_key(Some(Table::key(expired.tenant_id(), &item_key::document(&upload.document_id))))
+            .update_expression("SET #s = :failed, #r = :reason, #u.#t = :true")
+            .condition_expression("#u.#i = :id AND (#u.#t = :false OR #s = :pending OR #s = :processing)")
+            .expression_attribute_names("#s", "status")
+            .expression_attribute_names("#r", "reason")
+            .expression_attribute_names("#u", "upload")
+            .expression_attribute_names("#i", "upload_id")
+            .expression_attribute_names("#t", "taken")
+            .expression_attribute_values(":failed", text("failed"))
+            .expression_attribute_values(":pending", text("pending"))
+            .expression_attribute_values(":processing", text("processing"))
+            .expression_attribute_values(":reason", text(reason))
+            .expression_attribute_values(":id", text(upload.upload_id.as_str()))
+            .expression_attribute_values(":true", AttributeValue::Bool(true))
+            .expression_attribute_values(":false", AttributeValue::Bool(false));
+        match update.send().await.map_err(|e| self.documents.failed(e)) {
+            Ok(_) => Ok(true),
+            Err(StoreError::Conflict) => Ok(false),
+            Err(error) => Err(error),
         }
     }
 

@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
+use aws_config::BehaviorVersion;
 use aws_config::environment::{EnvironmentVariableCredentialsProvider, EnvironmentVariableRegionProvider};
 use aws_config::retry::RetryConfig;
 use aws_config::timeout::TimeoutConfig;
-use aws_config::{BehaviorVersion, SdkConfig};
-#[cfg(any(feature = "dynamodb", feature = "objects"))]
+#[cfg(any(feature = "dynamodb", feature = "invoke", feature = "objects"))]
 use aws_sdk_sts::error::{ProvideErrorMetadata, SdkError};
 use connections::Connections;
 
@@ -44,6 +44,10 @@ mod session;
 mod table;
 #[cfg(feature = "dynamodb")]
 pub mod tenants;
+#[cfg(feature = "invoke")]
+pub mod upload_authorizer;
+#[cfg(feature = "dynamodb")]
+pub mod upload_records;
 
 #[cfg(feature = "objects")]
 pub mod uploads;
@@ -52,13 +56,14 @@ pub mod usage;
 #[cfg(all(feature = "dynamodb", feature = "webhooks"))]
 pub mod webhooks;
 
+pub use aws_config::SdkConfig;
 pub use connections::NoConnections;
 pub use session::{Access, LINKS_HOLD};
 #[cfg(feature = "dynamodb")]
 pub use table::StoreError;
 
 /// The name of what went wrong with a call: the service's own, or what kept it from answering.
-#[cfg(any(feature = "dynamodb", feature = "objects"))]
+#[cfg(any(feature = "dynamodb", feature = "invoke", feature = "objects"))]
 fn failure_code<E: ProvideErrorMetadata, R>(error: &SdkError<E, R>) -> String {
     match error {
         SdkError::TimeoutError(_) => "timeout",

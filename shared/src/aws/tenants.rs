@@ -11,8 +11,9 @@ use super::ledger::Ledger;
 use super::meters::MeterStore;
 use super::session::Access;
 use super::table::{Cancelled, Item, StoreError, Table};
-use crate::api_key::{ApiKey, KeyRecord};
+use crate::api_key::{ApiKey, Grants, KeyRecord};
 use crate::clock::Timestamp;
+use crate::credential::CredentialId;
 use crate::deprovisioning::Tombstone;
 use crate::ids::IssuerId;
 use crate::issuer::{Issuer, Provenance};
@@ -23,6 +24,7 @@ use crate::placement::Claim;
 use crate::random;
 use crate::scope::{Bookkeeper, Operator, Subject, Ward};
 use crate::tenant::{Tenant, TenantId, TenantStatus};
+use crate::upload::{Begun, Upload};
 
 /// The table. Tenants themselves have no access to it: only the authorizer, which looks up what a
 /// presented key names, and the control plane.
@@ -171,6 +173,26 @@ impl TenantStore {
         issuer_id: &IssuerId,
     ) -> Result<(Option<Tenant>, Option<Issuer>), StoreError> {
         self.trusted(subject.tenant_id(), issuer_id).await
+    }
+
+    /// Reads the tenant of an upload, and then what the key or issuer that began it may do now; nothing, if it is
+    /// not there any more.
+    ///
+    /// # Errors
+    /// If the table does not answer or an item does not parse.
+    pub async fn uploader(&self, begun: &Begun) -> Result<(Option<Tenant>, Option<Grants>), StoreError> {
+        let Upload { tenant_id, key_id, .. } = begun.upload();
+        match key_id {
+            CredentialId::Issuer(issuer_id) => {
+                let (tenant, issuer) = self.trusted(tenant_id, issuer_id).await?;
+                Ok((tenant, issuer.map(|issuer| issuer.grants)))
+            }
+            CredentialId::Key(key_id) => {
+                let tenant = present(&self.0, tenant_id).await?;
+                let key: Option<KeyRecord> = self.0.get(tenant_id, &item_key::api_key(key_id)).await?;
+                Ok((tenant, key.map(|key| key.grants())))
+            }
+        }
     }
 
     /// The tenant first: if the issuer is removed in between, it is not there, or what was read of the tenant

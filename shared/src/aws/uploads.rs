@@ -1,13 +1,21 @@
 //! The documents' bucket: what tenants have uploaded, each below a prefix of its own.
 
+use std::collections::BTreeMap;
+
+use aws_config::SdkConfig;
 use aws_sdk_s3::Client;
+use aws_sdk_s3::config::RequestChecksumCalculation;
 use aws_sdk_s3::error::SdkError;
 use aws_sdk_s3::operation::delete_object::{DeleteObjectError, DeleteObjectOutput};
+use aws_sdk_s3::presigning::PresigningConfig;
+use aws_sdk_s3::primitives::ByteStream;
 use tokio::task::{JoinError, JoinSet};
+use tokio::time::{Instant, timeout_at};
 
-use super::audit_objects::{ObjectError, failed, settings, unavailable};
-use super::session::Access;
-use crate::scope::{Erasure, Subject};
+use super::audit_objects::{ObjectError, failed, unavailable};
+use super::session::{Access, LINKS_HOLD};
+use crate::scope::{Erasure, Expired, Subject, TenantScope};
+use crate::upload::{Upload, UploadPlace};
 
 /// The bucket.
 #[derive(Clone, Debug)]
@@ -30,14 +38,145 @@ pub struct Onward {
     version: Option<String>,
 }
 
+/// What puts a file: the address, and the headers that have to be sent as they are. Whoever has it can put one file.
+#[derive(Clone)]
+pub struct Link {
+    /// The address.
+    pub url: String,
+    /// The headers.
+    pub headers: BTreeMap<String, String>,
+}
+
+/// Why a file was not read.
+#[derive(Debug, thiserror::Error)]
+pub enum Unread {
+    /// There is no such file, or it is not as long as was announced.
+    #[error("it is not the file that was announced")]
+    NotAnnounced,
+    /// The bucket did not answer, or not to the end.
+    #[error(transparent)]
+    Bucket(#[from] ObjectError),
+}
+
+/// A link is signed for what its user will send: there is no checksum to calculate before.
+fn settings(config: &SdkConfig) -> aws_sdk_s3::Config {
+    let settings = super::audit_objects::settings(config).to_builder();
+    settings.request_checksum_calculation(RequestChecksumCalculation::WhenRequired).build()
+}
+
 impl Uploads {
     /// The bucket of that name.
     pub fn new(access: &Access, bucket: String) -> Self {
         Self { access: access.clone(), bucket }
     }
 
-    fn client(&self, erasure: &Erasure) -> Client {
-        self.access.of(erasure.tenant_id()).s3(settings).clone()
+    fn client(&self, subject: &impl Subject) -> Client {
+        self.access.of(subject.tenant_id()).s3(settings).clone()
+    }
+
+    /// A link under which anybody can put the file for [`LINKS_HOLD`]: as long and of the kind that was announced,
+    /// and only where there is none yet. All that is in the signature, so that S3 refuses everything else.
+    ///
+    /// # Errors
+    /// [`ObjectError`].
+    pub async fn link(&self, scope: &TenantScope, upload: &Upload) -> Result<Link, ObjectError> {
+        let place = own(scope, upload)?;
+        let config = PresigningConfig::expires_in(LINKS_HOLD);
+        let config = config.map_err(|e| unavailable(&self.bucket, "no such period", e.into()))?;
+        let length = i64::try_from(upload.size_bytes)
+            .map_err(|e| unavailable(&self.bucket, "no such length", e.into()))?;
+        let put = self
+            .client(scope)
+            .put_object()
+            .bucket(&self.bucket)
+            .key(place.to_string())
+            .content_length(length)
+            .content_type(upload.content_type.as_str())
+            .if_none_match("*");
+        let signed = put.presigned(config).await.map_err(|e| failed(&self.bucket, e))?;
+        let headers = signed.headers().map(|(name, value)| (name.to_owned(), value.to_owned()));
+        Ok(Link { url: signed.uri().to_owned(), headers: headers.collect() })
+    }
+
+    /// The file, if it is as long as was announced. No more of it is held than that.
+    ///
+    /// # Errors
+    /// [`Unread`].
+    pub async fn read(
+        &self,
+        scope: &TenantScope,
+        upload: &Upload,
+        deadline: Instant,
+    ) -> Result<Vec<u8>, Unread> {
+        let key = own(scope, upload)?.to_string();
+        let answer = self.client(scope).get_object().bucket(&self.bucket).key(key).send().await;
+        let answer = match answer {
+            Err(error) if error.as_service_error().is_some_and(|error| error.is_no_such_key()) => {
+                return Err(Unread::NotAnnounced);
+            }
+            answer => answer.map_err(|e| failed(&self.bucket, e))?,
+        };
+        let announced = usize::try_from(upload.size_bytes).unwrap_or(usize::MAX);
+        if answer.content_length.and_then(|length| usize::try_from(length).ok()) != Some(announced) {
+            return Err(Unread::NotAnnounced);
+        }
+        let mut body = answer.body;
+        let mut file = Vec::with_capacity(announced);
+        loop {
+            let next = timeout_at(deadline, body.try_next()).await;
+            let next = next.map_err(|e| unavailable(&self.bucket, "timeout", e.into()))?;
+            match next.map_err(|e| unavailable(&self.bucket, "cut off", e.into()))? {
+                Some(bytes) if file.len() + bytes.len() <= announced => file.extend_from_slice(&bytes),
+                Some(_) => return Err(Unread::NotAnnounced),
+                None if file.len() == announced => return Ok(file),
+                None => return Err(Unread::NotAnnounced),
+            }
+        }
+    }
+
+    /// Takes a file away in all its versions, for good: in its place is an empty one, so that nobody can put a file
+    /// by the same link any more. The bucket forgets that by itself when the link has ended.
+    ///
+    /// # Errors
+    /// [`ObjectError`]; some of it may be done.
+    pub async fn close(&self, scope: &TenantScope, place: &UploadPlace) -> Result<(), ObjectError> {
+        let key = of(scope, place)?;
+        let empty = self.client(scope).put_object().bucket(&self.bucket).key(&key);
+        let kept =
+            empty.body(ByteStream::from_static(b"")).send().await.map_err(|e| failed(&self.bucket, e))?;
+        self.delete_versions(scope, &key, kept.version_id.as_deref()).await.map(drop)
+    }
+
+    /// Takes a file away whose upload nobody awaits any more, and says whether there was one.
+    ///
+    /// # Errors
+    /// [`ObjectError`]; some of it may be done.
+    pub async fn expire(&self, expired: &Expired, place: &UploadPlace) -> Result<bool, ObjectError> {
+        let key = of(expired, place)?;
+        Ok(self.delete_versions(expired, &key, None).await? > 0)
+    }
+
+    /// Deletes the versions of one object but for the one that is kept, and says how many.
+    async fn delete_versions(
+        &self,
+        subject: &impl Subject,
+        key: &str,
+        kept: Option<&str>,
+    ) -> Result<usize, ObjectError> {
+        let (mut count, mut from) = (0, Some(Onward::default()));
+        while let Some(place) = from {
+            let (versions, next) = self.page(subject, key, place).await?;
+            for (of, version) in versions {
+                if of != key || version.as_deref() == kept {
+                    continue;
+                }
+                let call = self.client(subject).delete_object().bucket(&self.bucket).key(key);
+                call.set_version_id(version).send().await.map_err(|e| failed(&self.bucket, e))?;
+                count += 1;
+            }
+            from = next;
+        }
+        Ok(count)
     }
 
     /// How many versions and delete markers a page of a tenant's has. Brings where to go on, if there may be
@@ -46,7 +185,7 @@ impl Uploads {
     /// # Errors
     /// [`ObjectError`].
     pub async fn count(&self, erasure: &Erasure, from: Onward) -> Result<(u64, Option<Onward>), ObjectError> {
-        let (versions, next) = self.page(erasure, from).await?;
+        let (versions, next) = self.page(erasure, &prefix(erasure), from).await?;
         Ok((versions.len() as u64, next))
     }
 
@@ -55,7 +194,7 @@ impl Uploads {
     /// # Errors
     /// [`ObjectError`]; what was deleted until then stays so.
     pub async fn delete(&self, erasure: &Erasure, from: Onward) -> Result<Option<Onward>, ObjectError> {
-        let (versions, next) = self.page(erasure, from).await?;
+        let (versions, next) = self.page(erasure, &prefix(erasure), from).await?;
         let client = self.client(erasure);
         let mut deletions = JoinSet::new();
         for (key, version) in versions {
@@ -73,14 +212,15 @@ impl Uploads {
 
     async fn page(
         &self,
-        erasure: &Erasure,
+        subject: &impl Subject,
+        prefix: &str,
         from: Onward,
     ) -> Result<(Vec<Version>, Option<Onward>), ObjectError> {
         let answer = self
-            .client(erasure)
+            .client(subject)
             .list_object_versions()
             .bucket(&self.bucket)
-            .prefix(format!("tenant={}/", erasure.tenant_id()))
+            .prefix(prefix)
             .set_key_marker(from.key)
             .set_version_id_marker(from.version)
             .send()
@@ -93,6 +233,22 @@ impl Uploads {
             .then_some(Onward { key: answer.next_key_marker, version: answer.next_version_id_marker });
         Ok((all.collect(), next))
     }
+}
+
+/// What all keys of a tenant's begin with.
+fn prefix(subject: &impl Subject) -> String {
+    format!("tenant={}/", subject.tenant_id())
+}
+
+/// Where an upload's file is, if the upload is the scope's tenant's: the second look.
+fn own(scope: &TenantScope, upload: &Upload) -> Result<UploadPlace, ObjectError> {
+    let place = upload.place();
+    of(scope, &place).map(|_| place)
+}
+
+/// The key of a file, if it is the subject's.
+fn of(subject: &impl Subject, place: &UploadPlace) -> Result<String, ObjectError> {
+    if place.tenant_id == *subject.tenant_id() { Ok(place.to_string()) } else { Err(ObjectError::Foreign) }
 }
 
 fn joined(bucket: &str, ended: Option<Result<Deleted, JoinError>>) -> Result<(), ObjectError> {

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use shared::aws::LINKS_HOLD;
 use shared::aws::StoreError;
 use shared::aws::audit_objects::ObjectError;
 use shared::aws::deprovisionings::Hold;
@@ -425,10 +426,12 @@ fn kept_until(saga: &Saga) -> Option<Timestamp> {
     kept.iter().find(|kept| kept.what == KeptWhat::BillLines)?.until
 }
 
-/// Until when API Gateway may let requests in by a decision that it remembers, and they be under way.
+/// Until when API Gateway may let requests in by a decision that it remembers, or a file be put by a link that was
+/// given before, and they be under way.
 fn watched_until(context: &Context, now: Timestamp) -> Timestamp {
-    let seconds = i64::from(context.authorizer_cache_s) + LONGEST_REQUEST_S;
-    now.plus_millis(seconds * 1_000)
+    let links_hold_s = i64::try_from(LINKS_HOLD.as_secs()).unwrap_or(i64::MAX);
+    let seconds = i64::from(context.authorizer_cache_s).max(links_hold_s).saturating_add(LONGEST_REQUEST_S);
+    now.plus_millis(seconds.saturating_mul(1_000))
 }
 
 /// Makes sure that nobody else is at it, and says so to others in time.

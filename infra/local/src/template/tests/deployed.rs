@@ -115,7 +115,19 @@ fn every_function_is_bounded_traced_and_logs_for_so_long() {
         }
     }
     // Of an account's usual 1,000, 100 have to stay unreserved.
-    assert_eq!(reserved, 700);
+    assert_eq!(reserved, 720);
+}
+
+/// Whoever reads a queue knows how often a message of it comes, and is not turned away for want of concurrency.
+#[test]
+fn a_queues_reader_knows_when_it_is_the_last_time() {
+    let resources = resources(&[]);
+    let reader = named(&resources, "UploadIngestion");
+    let attempts = reader.text("/Environment/Variables/UPLOAD_ATTEMPTS").unwrap();
+    assert_eq!(named(&resources, "Uploads").text("/RedrivePolicy/maxReceiveCount").unwrap(), attempts);
+    let mapping = named(&resources, "UploadIngestionMapping");
+    let at_once = mapping.text("/ScalingConfig/MaximumConcurrency").unwrap();
+    assert_eq!(reader.text("/ReservedConcurrentExecutions").unwrap(), at_once);
 }
 
 #[test]
