@@ -1,7 +1,7 @@
 //! The examples for client developers (`docs/examples`) do what they say: each against the stack, as somebody would run it,
 //! for a tenant that may do one thing at a time and is doing another.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 use std::path::{Path, PathBuf};
 

@@ -1,6 +1,6 @@
 //! Document groups: within a tenant, who of its users finds what.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};

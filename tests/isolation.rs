@@ -289,7 +289,7 @@ async fn a_session_opens_its_own_tenant_and_no_other() {
         (&chat, "BatchGetItem", batch("meters", &["acme"])),
         (&chat, "BatchWriteItem", deletion(&["acme", "globex"])),
         (&chat, "PutItem", put("tenants", "acme")),
-        (&chat, "GetItem", get("documents", "acme")),
+        (&chat, "Query", query("documents", "acme")),
         (&chat, "DeleteItem", get("audit", "acme")),
         // Of a tenant's record, the function of the keys may write the epoch, and nothing that allows more.
         (&keys, "PutItem", put_with("limits", "acme")),

@@ -548,6 +548,7 @@ fn tenant_routes() -> Vec<(Method, String, Value)> {
     let request = |method: String, path: String| {
         let body = match (method.as_str(), path.as_str()) {
             ("POST", "/v1/documents") => json!({"title": "t", "content": "c"}),
+            ("POST", "/v1/uploads") => json!({"title": "t", "content_type": "text/plain", "size_bytes": 1}),
             ("POST", "/v1/search") => json!({"query": "q"}),
             ("POST", "/v1/chat") => json!({"message": "m", "stream": true}),
             ("POST", "/v1/chat/completions") => json!({"model": "claude-haiku-4-5-20251001",

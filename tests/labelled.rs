@@ -259,7 +259,12 @@ async fn passages_are_found_by_each_method() {
             .map(|styles| score.of(styles))
             .map(|(recall, rank)| format!("{recall:.1}, {rank:.1}"))
             .collect();
-        println!("| {} | {} |", &method[2..], cells.join(" | "));
+        // Without the number that keeps them in order.
+        println!(
+            "| {} | {} |",
+            method.trim_start_matches(|c: char| c.is_ascii_digit() || c == ' '),
+            cells.join(" | ")
+        );
     }
     for (method, score) in &scores {
         for style in STYLES {

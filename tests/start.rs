@@ -8,13 +8,17 @@ use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
+use axum::Router;
+use axum::extract::Request;
+use axum::response::{IntoResponse, Response};
 use futures_util::StreamExt;
 use local::template::{Function, Template};
 use serde_json::{Value, json};
 use tests::{Options, Stack};
-use tokio::io::AsyncReadExt;
 use tokio::net::TcpListener;
 use tokio::process::Command;
+use tokio::sync::mpsc;
+use tokio::task::AbortHandle;
 
 /// How long a process may take to start or to end. Generous: this is no measurement.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -84,24 +88,39 @@ enum Start {
     Ended { well: bool, said: String },
 }
 
+/// As much of Lambda as a start sees: extensions are registered, and the first invocation never comes. Says where it
+/// is, and when it is asked for that.
+async fn lambda() -> (String, impl Future<Output = ()>, AbortHandle) {
+    let (polled, mut polls) = mpsc::unbounded_channel();
+    let answer = async move |request: Request| -> Response {
+        if request.uri().path().ends_with("/extension/register") {
+            let said = json!({"functionName": "f", "functionVersion": "$LATEST", "handler": "bootstrap"});
+            return ([("lambda-extension-identifier", "e")], axum::Json(said)).into_response();
+        }
+        if request.uri().path().ends_with("/invocation/next") {
+            polled.send(()).unwrap();
+        }
+        std::future::pending().await
+    };
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let server = tokio::spawn(async { axum::serve(listener, Router::new().fallback(answer)).await.unwrap() });
+    (address, async move { polls.recv().await.unwrap() }, server.abort_handle())
+}
+
 async fn start(function: &Function, environment: &Environment) -> Start {
-    let lambda = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (address, polled, server) = lambda().await;
     let program = std::env::current_exe().unwrap().ancestors().nth(2).unwrap().join(&function.binary);
     let child = Command::new(program)
         .env_clear()
         .envs(environment)
-        .env("AWS_LAMBDA_RUNTIME_API", lambda.local_addr().unwrap().to_string())
+        .env("AWS_LAMBDA_RUNTIME_API", address)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .kill_on_drop(true)
         .spawn()
         .unwrap();
-    let polled = async {
-        let (mut stream, _) = lambda.accept().await.unwrap();
-        let mut first = [0; 4];
-        stream.read_exact(&mut first).await.unwrap();
-    };
     let begun = async {
         tokio::select! {
             () = polled => Start::Polled,
@@ -112,7 +131,9 @@ async fn start(function: &Function, environment: &Environment) -> Start {
             }
         }
     };
-    tokio::time::timeout(PATIENCE, begun).await.unwrap()
+    let start = tokio::time::timeout(PATIENCE, begun).await.unwrap();
+    server.abort();
+    start
 }
 
 /// Something that a variable must not hold. One that is not here is not in the test, and fails it.

@@ -2,6 +2,8 @@
 
 #![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
+use std::collections::BTreeSet;
+use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use aws_sdk_s3::presigning::PresigningConfig;
@@ -305,11 +307,82 @@ async fn what_cannot_be_uploaded_is_refused_by_name_and_changes_nothing() {
     let reader = acme.with_key(reader["api_key"].as_str().unwrap());
     reader.post("/v1/uploads", &base).await.expect_error(403, "insufficient_scope");
     // A tenant with a key of its own: its file would lie unsealed.
-    change(&stack, &acme, json!({"kms_key_arn": stack.create_kms_key().await})).await;
-    let refused = acme.post("/v1/uploads", &base).await.expect_error(400, "invalid_request");
+    let globex = stack.tenant("globex");
+    change(&stack, &globex, json!({"kms_key_arn": stack.create_kms_key().await})).await;
+    let refused = globex.post("/v1/uploads", &base).await.expect_error(400, "invalid_request");
     assert!(refused["message"].as_str().unwrap().contains("KMS"), "{refused}");
     assert_eq!(acme.get("/v1/documents").await.json()["documents"], json!([]));
-    assert_eq!(stack.items("documents", "acme", "").await, Vec::<Value>::new());
+    let left = stack.items("documents", "acme", "").await;
+    assert!(left.iter().all(|item| item["sk"] == "COUNT" && item["documents"] == 0), "{left:?}");
+    stack.stop().await;
+}
+
+const PDF: &str = "application/pdf";
+const DOCX: &str = "application/vnd.openxmlformats-officedocument.wordprocessingml.document";
+
+fn sample(name: &str) -> Vec<u8> {
+    std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("samples").join(name)).unwrap()
+}
+
+#[tokio::test]
+async fn files_of_every_kind_are_read_or_say_why_not() {
+    let stack = Stack::start().await;
+    let acme = stack.tenant("acme");
+    for (id, kind, file) in [
+        ("pdf", PDF, sample("ghostscript.pdf")),
+        ("docx", DOCX, sample("handbook.docx")),
+        ("html", "text/html", sample("handbook.html")),
+        ("csv", "text/csv", sample("allowances.csv")),
+    ] {
+        let ready = acme.upload(id, kind, file).await;
+        assert_eq!((&ready["status"], &ready["content_type"]), (&json!("ready"), &json!(kind)), "{ready}");
+        let hits = acme.search("What is the hotel limit in Norway?", 100).await;
+        assert!(hits.iter().any(|hit| hit["document_id"] == id), "{id}");
+    }
+    // Said to be in a charset, it is read in that; the bucket is told the kind alone.
+    let said = json!({"id": "said", "title": "Said", "content_type": "text/plain; charset=iso-8859-5",
+        "size_bytes": 6});
+    let begun = acme.begin_upload(&said).await;
+    assert_eq!(put_file(&begun, b"\xbc\xde\xe1\xda\xd2\xd0".to_vec()).await.0, StatusCode::OK);
+    assert_eq!(acme.read_upload("said").await["status"], "ready");
+    let hits = acme.search("\u{41c}\u{43e}\u{441}\u{43a}\u{432}\u{430}", 100).await;
+    assert!(hits.iter().any(|hit| hit["text"] == "\u{41c}\u{43e}\u{441}\u{43a}\u{432}\u{430}"), "{hits:?}");
+    let (pdf, docx) = (sample("ghostscript.pdf"), sample("handbook.docx"));
+    for (id, kind, file, why) in [
+        ("encrypted", PDF, sample("encrypted.pdf"), "encrypted"),
+        ("cut", PDF, pdf[..pdf.len() / 2].to_vec(), "cut off"),
+        ("other", DOCX, pdf, "a PDF file"),
+        ("zip", "text/plain", docx, "a ZIP archive"),
+    ] {
+        let failed = acme.upload(id, kind, file).await;
+        assert_eq!(failed["status"], "failed", "{id}: {failed}");
+        assert!(failed["reason"].as_str().unwrap().contains(why), "{id}: {failed}");
+    }
+    over(&stack, &acme).await;
+    stack.stop().await;
+}
+
+#[tokio::test]
+async fn an_upload_counts_as_a_document_from_the_beginning_on() {
+    let stack = Stack::start().await;
+    let acme = stack.tenant("acme");
+    change(&stack, &acme, json!({"limits": {"max_documents": 2}})).await;
+    acme.store("first", "First", "The first.").await;
+    acme.begin_upload(&new("second", b"Second.")).await;
+    let third = acme.post("/v1/uploads", &new("third", b"Third.")).await.expect_error(409, "conflict");
+    assert_eq!(third["limit"], "max_documents");
+    // A new version is none more; what is deleted, or never came, is one less.
+    acme.begin_upload(&new("first", b"First.")).await;
+    acme.delete("/v1/documents/first").await.expect_status(StatusCode::NO_CONTENT);
+    acme.begin_upload(&new("third", b"Third.")).await;
+    acme.post("/v1/uploads", &new("fourth", b"Fourth")).await.expect_error(409, "conflict");
+    long_ago(&stack, &acme, "third").await;
+    assert_eq!(stack.invoke("eraser", json!({"job": "uploads"})).await["unmade"], 1);
+    acme.begin_upload(&new("fourth", b"Fourth")).await;
+    // Of those that were refused nothing is left.
+    let left: Vec<Value> = under_way(&stack, &acme).await;
+    let left: BTreeSet<&str> = left.iter().map(|upload| upload["document_id"].as_str().unwrap()).collect();
+    assert_eq!(left, BTreeSet::from(["fourth", "second"]));
     stack.stop().await;
 }
 
@@ -364,13 +437,15 @@ async fn whoever_dies_at_whatever_step_a_file_is_read_once() {
         rules
     };
     let steps = [
-        // Taking it up; the record as `processing`, and as `ready`; the ledger; its end.
+        // Taking it up; the record as `processing`, in its new edition, and as `ready`; the ledger; its end.
         rule("kill_before", "UpdateItem", documents, 0),
         rule("kill_after", "UpdateItem", documents, 0),
         rule("kill_before", "PutItem", documents, 0),
         rule("kill_after", "PutItem", documents, 0),
         rule("kill_before", "PutItem", documents, 1),
         rule("kill_after", "PutItem", documents, 1),
+        rule("kill_before", "PutItem", documents, 2),
+        rule("kill_after", "PutItem", documents, 2),
         settling("kill_before"),
         settling("kill_after"),
         rule("kill_before", "DeleteItem", documents, 0),
@@ -584,6 +659,14 @@ async fn a_document_that_is_deleted_leaves_nothing_of_its_file() {
     assert_eq!(put_file(&begun, "Early.").await.0, StatusCode::PRECONDITION_FAILED);
     acme.get("/v1/documents/early").await.expect_error(404, "not_found");
     over(&stack, &acme).await;
+    // Nor does one that is begun anew, or sent in the place of its file.
+    let first = acme.begin_upload(&new("anew", b"First.")).await;
+    let second = acme.begin_upload(&new("anew", b"Second")).await;
+    assert_eq!(put_file(&first, "First.").await.0, StatusCode::PRECONDITION_FAILED);
+    acme.store("anew", "anew", "Sent.").await;
+    assert_eq!(put_file(&second, "Second").await.0, StatusCode::PRECONDITION_FAILED);
+    over(&stack, &acme).await;
+    acme.delete("/v1/documents/anew").await.expect_status(StatusCode::NO_CONTENT);
     // While its file waits to be read.
     change(&stack, &acme, json!({"limits": {"tokens_per_day": 0}})).await;
     let begun = acme.begin_upload(&new("waiting", b"Waiting.")).await;
@@ -617,7 +700,9 @@ async fn a_document_that_is_deleted_leaves_nothing_of_its_file() {
     acme.upload("read", "text/plain", b"Read.".to_vec()).await;
     acme.delete("/v1/documents/read").await.expect_status(StatusCode::NO_CONTENT);
     assert!(objects(&stack, &acme).await.iter().all(|size| *size == 0));
-    assert_eq!(stack.items("documents", "acme", "").await, Vec::<Value>::new());
+    // The count of documents stays, and is of none.
+    let left = stack.items("documents", "acme", "").await;
+    assert!(left.iter().all(|item| item["sk"] == "COUNT" && item["documents"] == 0), "{left:?}");
     stack.stop().await;
 }
 

@@ -6,6 +6,7 @@
 
 use std::collections::HashMap;
 
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use unicode_segmentation::UnicodeSegmentation;
 
@@ -16,13 +17,15 @@ use crate::units::Tokens;
 const TARGET: Tokens = Tokens(350);
 /// No passage holds more than this, and a table up to this is kept whole.
 const MOST: Tokens = Tokens(500);
+/// The same in bytes: a token is estimated at three.
+const MOST_BYTES: usize = MOST.0 as usize * 3;
 /// A section that starts when the passage holds less than this continues it.
 const SHORT: Tokens = Tokens(80);
 /// How much of a passage's end is repeated at the start of the next one of the same section.
 const OVERLAP: Tokens = Tokens(50);
 
 /// A piece of a document's structure, in reading order.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Block {
     /// A heading; 1 is the highest level.
     Heading {
@@ -33,8 +36,15 @@ pub enum Block {
     },
     /// Running text.
     Paragraph(String),
-    /// A table or listing: kept whole where it fits, and cut between lines where it does not.
+    /// A listing: kept whole where it fits, and cut between lines where it does not.
     Whole(String),
+    /// A table: kept whole where it fits; where it does not, cut between rows, each part with the columns' names.
+    Table {
+        /// The row that names the columns.
+        header: String,
+        /// The rows under it, one line each.
+        rows: Vec<String>,
+    },
 }
 
 /// A passage of a document: what is searched, shown and cited.
@@ -58,7 +68,8 @@ pub fn chunk(document: &DocumentId, blocks: &[Block]) -> Vec<Chunk> {
         match block {
             Block::Heading { level, text } => cutter.heading(*level, text),
             Block::Paragraph(text) => cutter.add(text, "\n\n", sentences),
-            Block::Whole(text) => cutter.add(text, "\n\n", |text| text.split_inclusive('\n').collect()),
+            Block::Whole(text) => cutter.add(text, "\n\n", lines),
+            Block::Table { header, rows } => cutter.table(header, rows),
         }
     }
     cutter.close();
@@ -114,6 +125,35 @@ impl Cutter {
         }
     }
 
+    /// Adds a table.
+    fn table(&mut self, header: &str, rows: &[String]) {
+        let bytes = header.len() + rows.iter().map(|row| row.len() + 1).sum::<usize>();
+        if bytes <= MOST_BYTES {
+            let whole = std::iter::once(header).chain(rows.iter().map(String::as_str)).collect::<Vec<_>>();
+            return self.add(&whole.join("\n"), "\n\n", lines);
+        }
+        if self.has_own {
+            self.close();
+        }
+        // One that leaves no room for rows is a row itself.
+        let (header, first) =
+            if header.len() <= MOST_BYTES / 2 { (header, None) } else { ("", Some(header)) };
+        self.append(header, "\n\n");
+        for row in first.into_iter().chain(rows.iter().map(String::as_str)) {
+            let mut glue = "\n";
+            for piece in fitting(row) {
+                if self.has_own && Tokens::estimate(&self.open) + Tokens::estimate(piece) > MOST {
+                    self.close();
+                    self.append(header, "");
+                    glue = "\n";
+                }
+                self.append(piece, glue);
+                self.has_own = true;
+                glue = "";
+            }
+        }
+    }
+
     fn append(&mut self, text: &str, glue: &str) {
         if self.open.is_empty() {
             let path: Vec<&str> = self.headings.iter().map(|(_, text)| text.as_str()).collect();
@@ -145,6 +185,10 @@ impl Cutter {
     }
 }
 
+fn lines(text: &str) -> Vec<&str> {
+    text.split_inclusive('\n').collect()
+}
+
 /// The sentences of `text`, each with the white space after it (Unicode Standard Annex 29).
 fn sentences(text: &str) -> Vec<&str> {
     text.split_sentence_bounds().collect()
@@ -153,12 +197,12 @@ fn sentences(text: &str) -> Vec<&str> {
 /// `piece` itself, or, if no passage could hold it, its parts, cut between words or, where there are
 /// none, anywhere between characters.
 fn fitting(piece: &str) -> Vec<&str> {
-    // An estimate of one token a three bytes: half of `MOST` leaves room for an overlap.
-    const MOST_BYTES: usize = (MOST.0 as usize * 3) / 2;
+    // Half leaves room for an overlap, or a table's header.
+    const MOST_PIECE: usize = MOST_BYTES / 2;
     let mut parts = Vec::new();
     let mut rest = piece;
-    while rest.len() > MOST_BYTES {
-        let mut at = rest.floor_char_boundary(MOST_BYTES);
+    while rest.len() > MOST_PIECE {
+        let mut at = rest.floor_char_boundary(MOST_PIECE);
         if let Some((head, _)) = rest.split_at_checked(at)
             && let Some(space) = head.rfind(char::is_whitespace)
             && space > 0
@@ -258,6 +302,31 @@ mod tests {
     }
 
     #[test]
+    fn a_table_that_does_not_fit_names_its_columns_in_every_part() {
+        let rows: Vec<String> = (0..300).map(|n| format!("| tier {n} | {} |", n * 7)).collect();
+        let header = "| Tier | Days |".to_owned();
+        let chunks = chunk(
+            &document(),
+            &[heading(1, "Leave"), paragraph(5), Block::Table { header: header.clone(), rows: rows.clone() }],
+        );
+        let parts: Vec<&Chunk> = chunks.iter().filter(|c| c.text.contains("| tier")).collect();
+        assert!(parts.len() > 3);
+        for part in &parts {
+            assert!(part.text.starts_with(&header), "{}", part.text);
+            assert_eq!(part.heading, "Leave");
+        }
+        let all: Vec<&str> =
+            parts.iter().flat_map(|c| c.text.lines()).filter(|line| line.starts_with("| tier")).collect();
+        assert_eq!(all, rows);
+        // A row that changes changes its passage, and no other.
+        let mut changed = rows.clone();
+        changed[150] = "| tier 150 | 9999 |".to_owned();
+        let blocks = [heading(1, "Leave"), paragraph(5), Block::Table { header, rows: changed }];
+        let after = chunk(&document(), &blocks);
+        assert_eq!(after.iter().filter(|c| !chunks.iter().any(|d| d.id == c.id)).count(), 1);
+    }
+
+    #[test]
     fn ids_stay_while_the_text_does() {
         let before = chunk(&document(), &[heading(1, "A"), paragraph(30), heading(1, "B"), paragraph(40)]);
         let after = chunk(&document(), &[heading(1, "New"), paragraph(25), heading(1, "B"), paragraph(40)]);
@@ -276,17 +345,26 @@ mod tests {
     proptest! {
         #[test]
         fn every_word_is_in_a_passage_of_bounded_size(
-            blocks in prop::collection::vec((0u8..3, "\\PC{0,400}|[a-z .\n]{0,4000}"), 0..12)
+            blocks in prop::collection::vec((0u8..4, "\\PC{0,400}|[a-z .\n]{0,4000}"), 0..12)
         ) {
             let blocks: Vec<Block> = blocks.into_iter().map(|(kind, text)| match kind {
                 0 => Block::Heading { level: 1, text: text.chars().take(40).collect() },
                 1 => Block::Paragraph(text),
-                _ => Block::Whole(text),
+                2 => Block::Whole(text),
+                _ => {
+                    let mut rows: Vec<String> = text.lines().map(str::to_owned).collect();
+                    Block::Table { header: rows.pop().unwrap_or_default(), rows }
+                }
             }).collect();
             let chunks = chunk(&document(), &blocks);
             let all: String = chunks.iter().map(|c| c.text.as_str()).collect::<Vec<_>>().join("\n");
             for block in &blocks {
-                if let Block::Paragraph(text) | Block::Whole(text) = block {
+                let texts = match block {
+                    Block::Heading { .. } => Vec::new(),
+                    Block::Paragraph(text) | Block::Whole(text) => vec![text],
+                    Block::Table { header, rows } => std::iter::once(header).chain(rows).collect(),
+                };
+                for text in texts {
                     for word in text.split_whitespace().filter(|w| w.len() < 700) {
                         prop_assert!(all.contains(word), "{word:?} is missing");
                     }

@@ -1,5 +1,7 @@
 //! Documents, as the tenant's index knows them.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
@@ -24,7 +26,7 @@ pub enum DocumentStatus {
     Failed,
 }
 
-/// The kinds of text that can be ingested.
+/// The kinds of documents that can be ingested.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ContentType {
     /// Plain text.
@@ -36,29 +38,42 @@ pub enum ContentType {
     /// HTML.
     #[serde(rename = "text/html")]
     Html,
+    /// Comma-separated values.
+    #[serde(rename = "text/csv")]
+    Csv,
+    /// PDF.
+    #[serde(rename = "application/pdf")]
+    Pdf,
+    /// Word's format since 2007.
+    #[serde(rename = "application/vnd.openxmlformats-officedocument.wordprocessingml.document")]
+    Docx,
 }
 
 impl ContentType {
+    /// All of them.
+    pub const ALL: [Self; 6] = [Self::Plain, Self::Markdown, Self::Html, Self::Csv, Self::Pdf, Self::Docx];
+
     /// Its media type.
-    pub const fn as_str(self) -> &'static str {
+    pub const fn media_type(self) -> &'static str {
         match self {
             Self::Plain => "text/plain",
             Self::Markdown => "text/markdown",
             Self::Html => "text/html",
+            Self::Csv => "text/csv",
+            Self::Pdf => "application/pdf",
+            Self::Docx => "application/vnd.openxmlformats-officedocument.wordprocessingml.document",
         }
     }
 
     /// The kind that a media type names, its parameters and case aside.
     pub fn parse(media_type: &str) -> Option<Self> {
         let essence = media_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
-        match essence.as_str() {
-            "text/plain" => Some(Self::Plain),
-            "text/markdown" => Some(Self::Markdown),
-            "text/html" => Some(Self::Html),
-            _ => None,
-        }
+        Self::ALL.into_iter().find(|kind| kind.media_type() == essence)
     }
 }
+
+/// Of documents, the edition in which searches find each: none if in none, or if it is gone.
+pub type Editions = BTreeMap<DocumentId, Option<Timestamp>>;
 
 /// A document's record: an item of table `documents`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -90,8 +105,11 @@ pub struct Document {
     pub groups: Groups,
     /// When it was first sent.
     pub created_at: Timestamp,
-    /// When its content last changed.
+    /// When its content last changed: its edition, if it is found in that.
     pub updated_at: Timestamp,
+    /// The edition that searches find: the one before while this one is being indexed; none if none ever was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub current: Option<Timestamp>,
     /// The upload that its content comes by, or came by last.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub upload: Option<Awaited>,
@@ -231,6 +249,7 @@ mod tests {
             groups: Groups::default(),
             created_at: at(0),
             updated_at: at(0),
+            current: None,
             upload,
             reason: None,
         };
@@ -260,6 +279,10 @@ mod tests {
     #[test]
     fn media_types() {
         assert_eq!(ContentType::parse("Text/HTML; charset=utf-8"), Some(ContentType::Html));
-        assert_eq!(ContentType::parse("application/pdf"), None);
+        assert_eq!(ContentType::parse("application/zip"), None);
+        for kind in ContentType::ALL {
+            assert_eq!(ContentType::parse(kind.media_type()), Some(kind));
+            assert_eq!(serde_json::to_value(kind).unwrap(), kind.media_type());
+        }
     }
 }

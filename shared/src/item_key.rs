@@ -132,6 +132,9 @@ pub fn answer(id: &MessageId) -> String {
 /// Table `documents`: what every document starts with.
 pub const DOCUMENTS: &str = "DOC#";
 
+/// Table `documents`: how many documents the tenant has. Changes with them, in the same transactions.
+pub const DOCUMENT_COUNT: &str = "COUNT";
+
 /// Table `documents`: one document.
 pub fn document(id: &DocumentId) -> String {
     format!("{DOCUMENTS}{id}")

@@ -57,6 +57,8 @@ pub mod usage;
 pub mod aws;
 #[cfg(feature = "dynamodb")]
 pub mod denials;
+#[cfg(feature = "retrieval")]
+pub mod editions;
 #[cfg(feature = "embeddings")]
 pub mod embeddings;
 #[cfg(feature = "dynamodb")]

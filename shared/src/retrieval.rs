@@ -5,14 +5,16 @@ use aws_config::SdkConfig;
 use reqwest::Url;
 use tokio::time::Instant;
 
+use crate::aws::documents::DocumentStore;
 use crate::aws::secrets;
 use crate::clock::Timestamp;
+use crate::error::ApiError;
 use crate::ranking::{MOST_OF_ONE, diverse};
 use crate::rerank::Reranker;
 use crate::scope::TenantScope;
 use crate::units::NanoUsd;
-use crate::vectors::{CANDIDATES, Collection, Hit, VectorError};
-use crate::{env, pricing};
+use crate::vectors::{CANDIDATES, Collection, Hit};
+use crate::{editions, env, pricing};
 
 /// How many times as many passages are looked at as are wanted, so that there are some of other documents.
 const LOOKED_AT: u32 = 3;
@@ -89,20 +91,22 @@ impl Retrieval {
     /// The passages to show.
     ///
     /// # Errors
-    /// If the vector store fails. Without the reranker the order is that of the search, and the failure is
+    /// If a store fails. Without the reranker the order is that of the search, and the failure is
     /// counted.
     pub async fn find(
         &self,
         scope: &TenantScope,
         collection: &Collection<'_>,
+        documents: &DocumentStore,
         wanted: Wanted<'_>,
-    ) -> Result<Found, VectorError> {
+    ) -> Result<Found, ApiError> {
         let Wanted { text, vector, top_k, now, deadline } = wanted;
         let candidates = match &self.reranker {
             Some(_) => CANDIDATES,
             None => CANDIDATES.min(top_k.saturating_mul(LOOKED_AT)),
         };
-        let mut hits = collection.search(text, vector, candidates.max(top_k), now).await?;
+        let most = candidates.max(top_k);
+        let mut hits = editions::search(collection, documents, scope, (text, vector), most, now).await?;
         let mut reranked = None;
         if let Some(reranker) = self.reranker.as_ref().filter(|_| hits.len() > 1) {
             (hits, reranked) = reorder(scope, reranker, text, hits, deadline).await;

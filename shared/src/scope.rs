@@ -1232,6 +1232,7 @@ pub(crate) mod tests {
             metadata: serde_json::Map::new(),
             groups: Groups::default(),
             content_type: ContentType::Plain,
+            charset: None,
             size_bytes: 9,
             key_id: key.key_id().clone().into(),
             user_id: Some("ann\nof \u{fc}".parse().unwrap()),

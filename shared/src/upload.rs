@@ -47,6 +47,9 @@ pub struct Upload {
     pub groups: Groups,
     /// What kind of file was announced.
     pub content_type: ContentType,
+    /// What its text was announced to be in, if it was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub charset: Option<String>,
     /// How long it was announced to be, in bytes.
     pub size_bytes: u64,
     /// Who began it.

@@ -4,7 +4,7 @@
 //! itself refuses every other collection. Connections are shared by all tenants of a cell; the token
 //! goes with each call.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -13,12 +13,13 @@ use qdrant_client::qdrant::points_client::PointsClient;
 use qdrant_client::qdrant::{
     Condition, CountPointsBuilder, CreateCollectionBuilder, CreateFieldIndexCollectionBuilder,
     DeleteCollection, DeletePointsBuilder, Distance, Document as InferredText, FieldType, Filter,
-    ListCollectionsRequest, Modifier, NamedVectors, OptimizersConfigDiffBuilder, PointId, PointStruct,
-    PointsIdsList, PrefetchQueryBuilder, Query, QueryPointsBuilder, Range, RrfBuilder, ScoredPoint,
+    GetPointsBuilder, ListCollectionsRequest, Modifier, NamedVectors, OptimizersConfigDiffBuilder, PointId,
+    PointStruct, PrefetchQueryBuilder, Query, QueryPointsBuilder, Range, RrfBuilder, ScoredPoint,
     ScrollPointsBuilder, SetPayloadPointsBuilder, SparseVectorParamsBuilder, SparseVectorsConfigBuilder,
     UpsertPointsBuilder, Value, Vector, VectorInput, VectorParamsBuilder, VectorsConfigBuilder,
-    WalConfigDiffBuilder,
+    VectorsOutput, VectorsSelector, WalConfigDiffBuilder, vector_output, vectors_output,
 };
+use sha2::{Digest, Sha256};
 use tonic::metadata::AsciiMetadataValue;
 use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
@@ -26,6 +27,7 @@ use tonic::transport::{Channel, ClientTlsConfig, Endpoint};
 use tonic::{Code, Request, Status};
 
 use crate::clock::Timestamp;
+use crate::document::Editions;
 use crate::error::{ApiError, Code as ErrorCode};
 use crate::groups::Groups;
 use crate::ids::DocumentId;
@@ -47,10 +49,17 @@ const BM25: &str = "qdrant/bm25";
 const RRF_K: u32 = 60;
 /// Candidates of each method before fusion.
 pub(crate) const CANDIDATES: u32 = 40;
-/// When a passage's document was stored, in milliseconds: where its retention begins.
+/// When a passage's document was stored, in milliseconds: where its retention begins, and which edition of the
+/// document the passage is of.
 const STORED_AT: &str = "stored_at_ms";
 /// Whose users find a passage: its document's groups, or everyone ([`Groups::readers`]).
 const READERS: &str = "readers";
+/// Whether the passage's edition may still be incomplete.
+const PENDING: &str = "pending";
+/// Whether another edition is about to take the place of the passage's.
+const SUPERSEDED: &str = "superseded";
+/// The hash of what the passage's vector was made of.
+const EMBEDDED: &str = "embedded";
 /// Points in one write.
 const WRITE_BATCH: usize = 256;
 
@@ -205,7 +214,28 @@ pub struct Hit {
     pub text: String,
     /// How well it matches: comparable within one search alone.
     pub score: f32,
+    /// The edition of its document.
+    pub edition: Timestamp,
+    /// Whether that is, beyond doubt, the edition that the document has: nothing is about to take its place.
+    pub settled: bool,
 }
+
+/// The documents of which `hits` do not tell the edition: one is just taking another's place.
+pub fn doubtful(hits: &[Hit]) -> BTreeSet<DocumentId> {
+    let mut seen: BTreeMap<&DocumentId, Timestamp> = BTreeMap::new();
+    let mut doubtful = BTreeSet::new();
+    for hit in hits {
+        let first = *seen.entry(&hit.document_id).or_insert(hit.edition);
+        if !hit.settled || first != hit.edition {
+            doubtful.insert(hit.document_id.clone());
+        }
+    }
+    doubtful
+}
+
+/// The passages that are stored of one edition of a document, by what their vectors were made of.
+#[derive(Debug, Default)]
+pub struct Stored(HashMap<String, PointId>);
 
 /// Adds the bearer's token to each call, and its place in a trace.
 #[derive(Clone)]
@@ -593,7 +623,10 @@ fn already_exists(status: &Status) -> bool {
 
 impl Collection<'_> {
     /// The passages that match `text` and its vector best, at most `top_k`, best first; none that is past
-    /// the tenant's retention, as it is now, and none that is not for a group of the scope's user.
+    /// the tenant's retention, as it is now, and none that is not for a group of the scope's user. Of the documents in
+    /// `editions`, none of another edition.
+    ///
+    /// Documents change meanwhile: which edition is a document's, `crate::editions` finds out.
     ///
     /// # Errors
     /// If the store fails.
@@ -603,12 +636,20 @@ impl Collection<'_> {
         vector: Vec<f32>,
         top_k: u32,
         now: Timestamp,
+        editions: &Editions,
     ) -> Result<Vec<Hit>, VectorError> {
         let past = self.scope.limits().retained_since(now);
-        let kept = Filter::must([
+        let mut kept = Filter::must([
             stored(Range { gt: Some(millis(past)), ..Range::default() }),
             Condition::matches(READERS, self.scope.groups().reads_as()),
         ]);
+        kept.must_not.extend(editions.iter().map(|(document, edition)| {
+            let others = Filter {
+                must_not: edition.iter().map(|edition| of_edition(*edition)).collect(),
+                ..of_document(document)
+            };
+            Condition::from(others)
+        }));
         let words = InferredText { text: text.to_owned(), model: BM25.to_owned(), ..Default::default() };
         let candidates = u64::from(CANDIDATES.max(top_k));
         let request = qdrant_client::qdrant::QueryPoints::from(
@@ -654,13 +695,16 @@ impl Collection<'_> {
             return Ok(None);
         }
         let stored_at = point.payload.get(STORED_AT).and_then(Value::as_integer);
-        if stored_at.ok_or(VectorError::Malformed(STORED_AT))? <= past.as_millis() {
+        let edition = Timestamp::from_millis(stored_at.ok_or(VectorError::Malformed(STORED_AT))?);
+        if edition <= past {
             return Ok(None);
         }
         let readers = point.payload.get(READERS).and_then(Value::as_list).unwrap_or_default();
         if !self.scope.finds(readers.iter().filter_map(|reader| reader.as_str().map(String::as_str))) {
             return Ok(None);
         }
+        let says = |name: &str| point.payload.get(name).and_then(Value::as_bool).unwrap_or(false);
+        let settled = !says(PENDING) && !says(SUPERSEDED);
         Ok(Some(Hit {
             chunk_id: text("chunk_id")?,
             document_id: text("document_id")?.parse().map_err(|_| VectorError::Malformed("document_id"))?,
@@ -668,6 +712,8 @@ impl Collection<'_> {
             source: text("source")?,
             text: text("text")?,
             score: point.score,
+            edition,
+            settled,
         }))
     }
 
@@ -677,19 +723,19 @@ impl Collection<'_> {
         self.scope.owns(tenant.map_or("", String::as_str), "the vector store")
     }
 
-    /// The ids of the passages that are stored of a document, as far as they are the tenant's.
+    /// The passages that are stored of an edition of a document, as far as they are the tenant's.
     ///
     /// # Errors
     /// If the store fails.
-    pub async fn chunk_ids(&self, document: &DocumentId) -> Result<Vec<String>, VectorError> {
-        let mut ids = Vec::new();
+    pub async fn stored(&self, document: &DocumentId, edition: Timestamp) -> Result<Stored, VectorError> {
+        let mut stored = Stored::default();
         let mut offset: Option<PointId> = None;
         loop {
             let mut page = ScrollPointsBuilder::new(&self.name)
-                .filter(of_document(document))
+                .filter(in_edition(document, edition))
                 .limit(1_000)
                 .with_payload(qdrant_client::qdrant::with_payload_selector::SelectorOptions::Include(
-                    vec!["chunk_id".to_owned(), "tenant_id".to_owned()].into(),
+                    vec![EMBEDDED.to_owned(), "tenant_id".to_owned()].into(),
                 ))
                 .with_vectors(false);
             if let Some(from) = offset.take() {
@@ -703,21 +749,58 @@ impl Collection<'_> {
             .await?
             .into_inner();
             for point in answer.result {
-                if self.owns(&point.payload).is_err() {
-                    continue;
+                let embedded = point.payload.get(EMBEDDED).and_then(Value::as_str).cloned();
+                if let (Ok(()), Some(embedded), Some(id)) = (self.owns(&point.payload), embedded, point.id) {
+                    stored.0.insert(embedded, id);
                 }
-                let id = point.payload.get("chunk_id").and_then(Value::as_str).cloned();
-                ids.push(id.ok_or(VectorError::Malformed("chunk_id"))?);
             }
             match answer.next_page_offset {
                 Some(next) => offset = Some(next),
-                None => return Ok(ids),
+                None => return Ok(stored),
             }
         }
     }
 
-    /// Stores passages of a document of these groups; one whose id is there already is replaced. Their
-    /// retention begins `at`. Answered once they are found.
+    /// For each of `searchable`, its vector, where there is one among what is stored.
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub async fn vectors(
+        &self,
+        stored: &Stored,
+        searchable: &[String],
+    ) -> Result<Vec<Option<Vec<f32>>>, VectorError> {
+        let wanted: Vec<Option<&PointId>> =
+            searchable.iter().map(|text| stored.0.get(&embedded(text))).collect();
+        let ids: Vec<PointId> = wanted.iter().flatten().map(|id| (*id).clone()).collect();
+        if ids.is_empty() {
+            return Ok(vec![None; searchable.len()]);
+        }
+        let request = qdrant_client::qdrant::GetPoints::from(
+            GetPointsBuilder::new(&self.name, ids)
+                .with_payload(qdrant_client::qdrant::with_payload_selector::SelectorOptions::Include(
+                    vec!["tenant_id".to_owned()].into(),
+                ))
+                .with_vectors(VectorsSelector { names: vec![DENSE.to_owned()] }),
+        );
+        let answer = retried(|| {
+            let (mut points, request) = (self.points.clone(), request.clone());
+            async move { points.get(request).await }
+        })
+        .await?;
+        let mut vectors: HashMap<PointId, Vec<f32>> = HashMap::new();
+        for point in answer.into_inner().result {
+            if let (Ok(()), Some(id), Some(vector)) =
+                (self.owns(&point.payload), point.id, point.vectors.and_then(dense))
+            {
+                vectors.insert(id, vector);
+            }
+        }
+        Ok(wanted.into_iter().map(|id| vectors.get(id?).cloned()).collect())
+    }
+
+    /// Stores passages of an edition of a document of these groups, which may be incomplete as yet. Their retention begins with
+    /// it. Answered once they are found.
     ///
     /// # Errors
     /// If the store fails. Some may be stored then; storing them again mends it.
@@ -725,11 +808,11 @@ impl Collection<'_> {
         &self,
         document: &DocumentId,
         groups: &Groups,
-        at: Timestamp,
+        edition: Timestamp,
         passages: Vec<NewPoint>,
     ) -> Result<(), VectorError> {
         let mut points =
-            passages.into_iter().map(|passage| self.point(document, groups, at, passage)).peekable();
+            passages.into_iter().map(|passage| self.point(document, groups, edition, passage)).peekable();
         while points.peek().is_some() {
             let batch: Vec<PointStruct> = points.by_ref().take(WRITE_BATCH).collect();
             let request = qdrant_client::qdrant::UpsertPoints::from(
@@ -750,21 +833,17 @@ impl Collection<'_> {
     /// # Errors
     /// If the store fails.
     pub async fn set_groups(&self, document: &DocumentId, groups: &Groups) -> Result<(), VectorError> {
-        let payload = HashMap::from([(READERS.to_owned(), Value::from(groups.readers()))]);
-        let request = qdrant_client::qdrant::SetPayloadPoints::from(
-            SetPayloadPointsBuilder::new(&self.name, payload)
-                .points_selector(of_document(document))
-                .wait(true),
-        );
-        retried(|| {
-            let (mut points, request) = (self.points.clone(), request.clone());
-            async move { points.set_payload(request).await }
-        })
-        .await?;
-        Ok(())
+        self.say(READERS, groups.readers(), of_document(document)).await
     }
 
-    fn point(&self, document: &DocumentId, groups: &Groups, at: Timestamp, passage: NewPoint) -> PointStruct {
+    fn point(
+        &self,
+        document: &DocumentId,
+        groups: &Groups,
+        edition: Timestamp,
+        passage: NewPoint,
+    ) -> PointStruct {
+        let embedded = embedded(&passage.searchable);
         let words = InferredText { text: passage.searchable, model: BM25.to_owned(), ..Default::default() };
         let vectors =
             NamedVectors::default().add_vector(DENSE, passage.vector).add_vector(SPARSE, Vector::from(words));
@@ -776,24 +855,60 @@ impl Collection<'_> {
             ("source", Value::from(passage.source)),
             ("text", Value::from(passage.text)),
             ("chunk_id", Value::from(passage.chunk_id.as_str())),
-            (STORED_AT, Value::from(at.as_millis())),
+            (STORED_AT, Value::from(edition.as_millis())),
             (READERS, Value::from(groups.readers())),
+            (PENDING, Value::from(true)),
+            (EMBEDDED, Value::from(embedded)),
         ]
         .map(|(name, value)| (name.to_owned(), value))
         .into();
-        PointStruct { id: Some(point_id(&passage.chunk_id)), payload, vectors: Some(vectors.into()) }
+        PointStruct { id: Some(point_id(&passage.chunk_id, edition)), payload, vectors: Some(vectors.into()) }
     }
 
-    /// Deletes passages. Answered once they are found no more.
+    /// Says of all passages of earlier editions that they may be about to go.
+    ///
+    /// # Errors
+    /// If the store fails. It may be said of some then.
+    pub async fn supersede(&self, document: &DocumentId, edition: Timestamp) -> Result<(), VectorError> {
+        self.say(SUPERSEDED, true, before_edition(document, edition)).await
+    }
+
+    /// Says of an edition's passages that they are all of it.
+    ///
+    /// # Errors
+    /// If the store fails. It may be said of some then.
+    pub async fn settle(&self, document: &DocumentId, edition: Timestamp) -> Result<(), VectorError> {
+        self.say(PENDING, false, in_edition(document, edition)).await
+    }
+
+    async fn say(&self, name: &str, value: impl Into<Value>, of: Filter) -> Result<(), VectorError> {
+        let payload: HashMap<String, Value> = [(name.to_owned(), value.into())].into();
+        let request = qdrant_client::qdrant::SetPayloadPoints::from(
+            SetPayloadPointsBuilder::new(&self.name, payload).points_selector(of).wait(true),
+        );
+        retried(|| {
+            let (mut points, request) = (self.points.clone(), request.clone());
+            async move { points.set_payload(request).await }
+        })
+        .await?;
+        Ok(())
+    }
+
+    /// Deletes the passages of all earlier editions. Answered once they are found no more.
     ///
     /// # Errors
     /// If the store fails.
-    pub async fn delete_chunks(&self, chunk_ids: &[String]) -> Result<(), VectorError> {
-        for batch in chunk_ids.chunks(WRITE_BATCH) {
-            let ids = PointsIdsList { ids: batch.iter().map(|id| point_id(id)).collect() };
-            self.delete(DeletePointsBuilder::new(&self.name).points(ids)).await?;
-        }
-        Ok(())
+    pub async fn delete_before(&self, document: &DocumentId, edition: Timestamp) -> Result<(), VectorError> {
+        let earlier = before_edition(document, edition);
+        self.delete(DeletePointsBuilder::new(&self.name).points(earlier)).await
+    }
+
+    /// Deletes the passages of one edition. Answered once they are found no more.
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub async fn delete_edition(&self, document: &DocumentId, edition: Timestamp) -> Result<(), VectorError> {
+        self.delete(DeletePointsBuilder::new(&self.name).points(in_edition(document, edition))).await
     }
 
     /// Deletes all passages of a document. Answered once they are found no more.
@@ -829,10 +944,44 @@ fn of_document(document: &DocumentId) -> Filter {
     Filter::must([Condition::matches("document_id", document.to_string())])
 }
 
-/// A passage's point: a UUID made of the SHA-256 of its id, so that the same passage is the same point.
-fn point_id(chunk_id: &str) -> PointId {
-    use sha2::{Digest, Sha256};
-    let digest = hex::encode(Sha256::digest(chunk_id.as_bytes()));
+fn of_edition(edition: Timestamp) -> Condition {
+    stored(Range { gte: Some(millis(edition)), lte: Some(millis(edition)), ..Range::default() })
+}
+
+fn in_edition(document: &DocumentId, edition: Timestamp) -> Filter {
+    let mut filter = of_document(document);
+    filter.must.push(of_edition(edition));
+    filter
+}
+
+fn before_edition(document: &DocumentId, edition: Timestamp) -> Filter {
+    let mut filter = of_document(document);
+    filter.must.push(stored(Range { lt: Some(millis(edition)), ..Range::default() }));
+    filter
+}
+
+/// What tells whether a text has a vector already: a collection has one embedding model.
+fn embedded(searchable: &str) -> String {
+    hex::encode(Sha256::digest(searchable.as_bytes()))
+}
+
+/// The dense vector among those that were answered.
+fn dense(vectors: VectorsOutput) -> Option<Vec<f32>> {
+    let Some(vectors_output::VectorsOptions::Vectors(mut named)) = vectors.vectors_options else {
+        return None;
+    };
+    let vector = named.vectors.remove(DENSE)?;
+    match vector.vector {
+        Some(vector_output::Vector::Dense(dense)) => Some(dense.data),
+        #[expect(deprecated, reason = "older servers answer dense vectors this way")]
+        None => Some(vector.data).filter(|data| !data.is_empty()),
+        Some(_) => None,
+    }
+}
+
+/// A passage's point: a UUID made of the SHA-256 of its id and edition, so that the same passage is the same point.
+fn point_id(chunk_id: &str, edition: Timestamp) -> PointId {
+    let digest = hex::encode(Sha256::digest(format!("{chunk_id}@{}", edition.as_millis())));
     let part = |from: usize, to: usize| digest.get(from..to).unwrap_or_default();
     // Version 8: a UUID of the application's own making (RFC 9562).
     let uuid = format!("{}-{}-8{}-8{}-{}", part(0, 8), part(8, 12), part(13, 16), part(17, 20), part(20, 32));
@@ -920,7 +1069,28 @@ mod tests {
 
     #[test]
     fn a_passage_is_always_the_same_point_and_never_anothers() {
-        assert_eq!(point_id("d:00"), point_id("d:00"));
-        assert_ne!(point_id("d:00"), point_id("d:01"));
+        let at = Timestamp::from_millis;
+        assert_eq!(point_id("d:00", at(1)), point_id("d:00", at(1)));
+        assert_ne!(point_id("d:00", at(1)), point_id("d:01", at(1)));
+        assert_ne!(point_id("d:00", at(1)), point_id("d:00", at(2)));
+    }
+
+    #[test]
+    fn a_document_is_in_doubt_where_one_edition_is_taking_anothers_place() {
+        let hit = |document: &str, edition: i64, settled: bool| Hit {
+            chunk_id: String::new(),
+            document_id: document.parse().unwrap(),
+            title: String::new(),
+            source: String::new(),
+            text: String::new(),
+            score: 1.0,
+            edition: Timestamp::from_millis(edition),
+            settled,
+        };
+        let names = |hits: &[Hit]| doubtful(hits).iter().map(DocumentId::to_string).collect::<Vec<_>>();
+        assert!(names(&[hit("a", 1, true), hit("b", 2, true), hit("a", 1, true)]).is_empty());
+        // Both settled: one was seen before, the other after.
+        assert_eq!(names(&[hit("a", 1, true), hit("b", 2, true), hit("a", 2, true)]), ["a"]);
+        assert_eq!(names(&[hit("a", 1, true), hit("b", 2, false)]), ["b"]);
     }
 }

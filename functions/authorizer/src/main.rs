@@ -10,7 +10,7 @@ use shared::start;
 async fn main() -> Result<(), Error> {
     shared::telemetry::init()?;
     let close = |context: Arc<Context>| async move { context.close().await };
-    let context = start::closing_context(Context::from_env(), close).await?;
+    let context = Box::pin(start::closing_context(Context::from_env(), close)).await?;
     run(service_fn(|event: LambdaEvent<_>| {
         let context = Arc::clone(&context);
         async move { authorize(&context, event.payload).await }

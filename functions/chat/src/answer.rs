@@ -278,7 +278,7 @@ async fn prepare(
     };
     let (history, begun_at) = history?;
     let wanted = Wanted { text: &text, vector, top_k: question.top_k, now, deadline };
-    let found = context.retrieval.find(scope, &collection, wanted).await?;
+    let found = Box::pin(context.retrieval.find(scope, &collection, &context.documents, wanted)).await?;
     if let Some(reranked) = found.reranked {
         entry.rerank = Some(reranked.model);
         entry.estimated |= reranked.estimated;

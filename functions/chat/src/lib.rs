@@ -18,6 +18,7 @@ use reqwest::Url;
 use shared::api_key::Permission;
 use shared::aws::conversations::ConversationStore;
 use shared::aws::data_keys::DataKeys;
+use shared::aws::documents::DocumentStore;
 use shared::aws::idempotency::IdempotencyStore;
 use shared::aws::ledger::Ledger;
 use shared::aws::secrets::TenantKeys;
@@ -51,6 +52,8 @@ pub struct Context {
     ledger: Ledger,
     valve: Valve,
     conversations: ConversationStore,
+    /// In which edition a document is found that is just changing.
+    documents: DocumentStore,
     idempotency: IdempotencyStore,
     data_keys: DataKeys,
     cells: Cells,
@@ -93,6 +96,7 @@ impl Context {
             valve: Valve::from_env(&access, clock.clone())?,
             idempotency: IdempotencyStore::new(&access, conversations.clone()),
             conversations: ConversationStore::new(&access, conversations),
+            documents: DocumentStore::new(&access, env::table("DOCUMENTS_TABLE")?),
             data_keys: DataKeys::new(&access),
             cells: env::parsed("QDRANT_CELLS")?,
             embeddings: EmbeddingsClient::new(http.clone(), &embeddings_url, embeddings_key, embedding),

@@ -3,15 +3,18 @@
 
 use http::{Response, StatusCode};
 use lambda_http::{Body, Request};
+use shared::aws::StoreError;
 use shared::error::ApiError;
 use shared::ids::DocumentId;
 use shared::ledger::{Action, Record};
 use shared::scope::TenantScope;
-use shared::upload::UploadPlace;
 use shared::web;
 
 use crate::Context;
-use crate::upload::unavailable;
+use crate::upload::close;
+
+/// How often a deletion begins anew because the document was stored again meanwhile.
+const MOST_ATTEMPTS: u32 = 5;
 
 pub(crate) async fn handle(
     context: &Context,
@@ -20,19 +23,28 @@ pub(crate) async fn handle(
 ) -> Result<Response<Body>, ApiError> {
     let id: DocumentId = web::path_id(&request, "id")?;
     context.gate.admit_read(scope).await?;
-    let there = context.documents.there(scope, &id, context.clock.now()).await?;
-    let there = there.ok_or_else(ApiError::not_found)?;
-    // The passages first: a crash in between leaves a record whose deletion can be repeated, never
-    // passages that nothing names.
     let collection = context.cells.write(scope, context.embeddings.model())?;
-    collection.delete_document(&id).await?;
-    if let Some(upload_id) = there.upload {
-        let place = UploadPlace { tenant_id: scope.tenant_id().clone(), upload_id };
-        context.uploads.close(scope, &place).await.map_err(unavailable)?;
-        context.upload_records.end(scope, &place.upload_id).await?;
+    for attempt in 0..MOST_ATTEMPTS {
+        // Whoever is storing the document has lost it from here on, so nothing of it is found once its passages are
+        // gone. The record goes last: a crash in between leaves one whose deletion can be repeated, never passages that
+        // nothing names.
+        let Some(taken) = context.documents.take_down(scope, &id, context.clock.now()).await? else {
+            if attempt == 0 {
+                return Err(ApiError::not_found());
+            }
+            break;
+        };
+        collection.delete_document(&id).await?;
+        if let Some(upload_id) = taken.upload {
+            close(context, scope, &upload_id).await?;
+        }
+        let record = Record::event(scope, Action::DocumentDeleted, vec![id.clone()], context.clock.now());
+        match context.documents.delete(scope, &id, taken.at, &context.ledger, &record).await {
+            Ok(()) => break,
+            Err(StoreError::Conflict) if attempt + 1 < MOST_ATTEMPTS => {}
+            Err(error) => return Err(error.into()),
+        }
     }
-    let record = Record::event(scope, Action::DocumentDeleted, vec![id.clone()], context.clock.now());
-    context.documents.delete(scope, &id, &context.ledger, &record).await?;
     let mut response = Response::new(Body::Empty);
     *response.status_mut() = StatusCode::NO_CONTENT;
     Ok(response)

@@ -33,6 +33,10 @@ use shared::tenant::EmbeddingModel;
 use shared::vectors::Cells;
 use shared::{env, outbound, web};
 
+pub use extract::apart::asked;
+#[doc(hidden)]
+pub use extract::fuzz;
+
 /// What the function works with.
 pub struct Context {
     gate: Gate,

@@ -22,6 +22,7 @@ use shared::units::{NanoUsd, Tokens};
 use shared::web;
 
 use crate::Context;
+use crate::extract::Charset;
 use crate::metered::{Metered, Shown};
 use crate::store::{NotStored, Valid, store};
 
@@ -220,13 +221,15 @@ fn validate(value: Value) -> Result<(Valid, &'static str), ApiError> {
     check_description(&document.title, &document.source, &document.metadata)?;
     let groups = groups(document.groups.take())?;
     let content_type = document.content_type.as_deref().map_or(Ok(ContentType::Plain), content_type)?;
-    let (param, content) = match (document.content.take(), document.content_base64.take()) {
-        (Some(content), None) => ("content", content.into_bytes()),
+    let charset = document.content_type.as_deref().map_or(Ok(None), charset)?;
+    let (param, charset, content) = match (document.content.take(), document.content_base64.take()) {
+        // JSON has decoded it, whatever it was in before.
+        (Some(content), None) => ("content", Some(Charset::UTF_8), content.into_bytes()),
         (None, Some(encoded)) => {
             let bytes = STANDARD
                 .decode(encoded)
                 .map_err(|error| ApiError::invalid("content_base64", format!("not base64: {error}")))?;
-            ("content_base64", bytes)
+            ("content_base64", charset, bytes)
         }
         _ => return Err(ApiError::invalid("content", "give either content or content_base64")),
     };
@@ -242,7 +245,7 @@ fn validate(value: Value) -> Result<(Valid, &'static str), ApiError> {
         None => derived_id(&document.title, &document.source, &content),
     };
     let NewDocument { title, source, metadata, .. } = document;
-    Ok((Valid { id, title, source, content, content_type, metadata, groups, upload: None }, param))
+    Ok((Valid { id, title, source, content, content_type, charset, metadata, groups, upload: None }, param))
 }
 
 /// Whether a document may be described so.
@@ -279,8 +282,8 @@ pub(crate) fn check_description(
 /// 415 if it is none that is ingested.
 pub(crate) fn content_type(media_type: &str) -> Result<ContentType, ApiError> {
     ContentType::parse(media_type).ok_or_else(|| {
-        let message = "content_type must be text/plain, text/markdown or text/html";
-        ApiError::new(Code::UnsupportedContentType, message).with_param("content_type")
+        let known = ContentType::ALL.map(ContentType::media_type).join(", ");
+        unsupported(format!("content_type must be one of {known}"))
     })
 }
 
@@ -293,4 +296,22 @@ pub(crate) fn groups(names: Option<Vec<String>>) -> Result<Groups, ApiError> {
         InvalidGroups::Name(n) => ApiError::invalid(format!("groups[{n}]"), error.to_string()),
         InvalidGroups::Empty | InvalidGroups::TooMany => ApiError::invalid("groups", error.to_string()),
     })
+}
+
+/// The charset that a media type names, if it names one.
+pub(crate) fn charset(media_type: &str) -> Result<Option<Charset>, ApiError> {
+    let named = media_type.split(';').skip(1).find_map(|parameter| {
+        let (name, value) = parameter.split_once('=')?;
+        name.trim().eq_ignore_ascii_case("charset").then(|| value.trim().trim_matches('"'))
+    });
+    let Some(label) = named else { return Ok(None) };
+    let label: String = label.chars().take(40).collect();
+    let known = Charset::parse(&label);
+    known
+        .map(Some)
+        .ok_or_else(|| unsupported(format!("content_type names the charset `{label}`, which nobody knows")))
+}
+
+fn unsupported(message: String) -> ApiError {
+    ApiError::new(Code::UnsupportedContentType, message).with_param("content_type")
 }

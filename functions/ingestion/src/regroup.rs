@@ -13,22 +13,23 @@ use crate::metered::Metered;
 const ROUNDS: usize = 5;
 
 /// Gives a document that is `known` other groups, as a new version of it: its record as `processing`, its
-/// passages, its record as `ready`. Its retention goes on. A crash anywhere is mended by sending it again.
+/// passages, its record as `ready`, or as `failed`, what it is where that fails. Its retention goes on. A crash anywhere is mended by sending it again.
 pub(crate) async fn regroup(
     context: &Context,
     metered: &Metered<'_>,
     known: &Document,
     groups: Groups,
+    failed: DocumentStatus,
 ) -> Result<Document, ApiError> {
     let (scope, seal) = (metered.scope(), metered.seal());
     let mut document =
         Document { version: known.version + 1, status: DocumentStatus::Processing, groups, ..known.clone() };
-    context.documents.put(scope, &document, Some(known), seal).await?;
+    context.documents.put(scope, &document, known, seal).await?;
     let processing = document.clone();
     let collection = context.cells.write(scope, context.embeddings.model())?;
     let done = collection.set_groups(&document.id, &document.groups).await;
-    document.status = if done.is_ok() { DocumentStatus::Ready } else { DocumentStatus::Failed };
-    match (done, context.documents.put(scope, &document, Some(&processing), seal).await) {
+    document.status = if done.is_ok() { DocumentStatus::Ready } else { failed };
+    match (done, context.documents.put(scope, &document, &processing, seal).await) {
         (Ok(()), Ok(())) => {
             tracing::info!(
                 document.id = %document.id,

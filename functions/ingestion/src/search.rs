@@ -102,7 +102,8 @@ async fn find(
     let [query] = texts;
     let (now, deadline) = (context.clock.now(), metered.deadline());
     let wanted = Wanted { text: &query, vector, top_k, now, deadline };
-    let found = context.retrieval.find(metered.scope(), &collection, wanted).await?;
+    let found =
+        Box::pin(context.retrieval.find(metered.scope(), &collection, &context.documents, wanted)).await?;
     let hits = found.hits;
     if let Some(reranked) = found.reranked {
         metered.note_reranked(reranked);

@@ -1,22 +1,25 @@
 //! Storing one document under an admission: its record as `processing`, its passages, its record as `ready`.
 //! For whoever has the bytes: the request that carries them, or the file that was uploaded.
 
-use std::collections::HashSet;
-
 use serde_json::{Map, Value};
 use shared::aws::StoreError;
+use shared::aws::documents::NotCreated;
 use shared::chunk::{Chunk, chunk};
 use shared::document::{Awaited, ContentType, Document, DocumentStatus, fingerprint};
 use shared::error::ApiError;
 use shared::groups::Groups;
 use shared::ids::{DocumentId, UploadId};
-use shared::scope::TenantScope;
-use shared::vectors::NewPoint;
+use shared::vectors::{Collection, NewPoint, Stored, VectorError};
 
 use crate::Context;
-use crate::extract::{self, Unreadable};
+use crate::extract::apart::{self, Failed};
+use crate::extract::{Charset, Unreadable};
 use crate::metered::Metered;
 use crate::regroup::regroup;
+use crate::upload::supersede;
+
+/// How many passages are embedded and stored at once: their vectors are all that is held of them.
+const AT_ONCE: usize = 256;
 
 /// A document that may be stored, as far as can be told without reading its content.
 pub(crate) struct Valid {
@@ -28,6 +31,8 @@ pub(crate) struct Valid {
     /// The file, as it is.
     pub(crate) content: Vec<u8>,
     pub(crate) content_type: ContentType,
+    /// What its text is said to be in, if that is said.
+    pub(crate) charset: Option<Charset>,
     pub(crate) metadata: Map<String, Value>,
     pub(crate) groups: Groups,
     /// The upload that it came by, if it was one: then it is stored only where the document still awaits that.
@@ -48,14 +53,29 @@ pub(crate) enum NotStored {
     Failed(#[from] ApiError),
 }
 
+impl From<Failed> for NotStored {
+    fn from(failed: Failed) -> Self {
+        match failed {
+            Failed::Unreadable(reason) => Self::Unreadable(reason),
+            Failed::Elsewhere(error) => Self::Failed(error),
+        }
+    }
+}
+
+impl From<NotCreated> for NotStored {
+    fn from(error: NotCreated) -> Self {
+        Self::Failed(error.into())
+    }
+}
+
 impl From<StoreError> for NotStored {
     fn from(error: StoreError) -> Self {
         Self::Failed(error.into())
     }
 }
 
-/// Stores one document: its record as `processing`, its passages, its record as `ready`. The same
-/// content again changes nothing; a crash anywhere is mended by sending it again.
+/// Stores one document: its record as `processing`, its passages, its record as `ready`. The same content again changes
+/// nothing; a crash anywhere is mended by sending it again, and until then the earlier content is found.
 ///
 /// # Errors
 /// [`NotStored::Unreadable`] if nothing can be made of the content; otherwise what refused or failed.
@@ -68,6 +88,8 @@ pub(crate) async fn store(
     let sha256 = hex::encode(digest(&valid));
     let known = context.documents.stored(scope, &valid.id).await?;
     let upload = taken(valid.upload.as_ref(), known.as_ref())?;
+    // What was uploaded is tried again, or given up, by whoever reads it.
+    let failed = if upload.is_some() { DocumentStatus::Pending } else { DocumentStatus::Failed };
     if let Some(known) = &known
         && known.is_kept(scope.limits(), context.clock.now())
         && known.sha256 == sha256
@@ -76,18 +98,22 @@ pub(crate) async fn store(
         let mut document = known.clone();
         if upload.is_some() {
             document = Document { upload, ..document };
-            context.documents.put(scope, &document, Some(known), metered.seal()).await?;
+            context.documents.put(scope, &document, known, metered.seal()).await?;
         }
         if document.groups == valid.groups {
             return Ok(document);
         }
-        return Ok(regroup(context, metered, &document, valid.groups).await?);
+        return Ok(regroup(context, metered, &document, valid.groups, failed).await?);
     }
-    let chunks = chunk(&valid.id, &extract::blocks(&valid.content, valid.content_type)?);
+    let blocks = apart::blocks(valid.content, valid.content_type, valid.charset).await?;
+    let chunks = chunk(&valid.id, &blocks);
+    drop(blocks);
     if chunks.is_empty() {
         return Err(Unreadable::Empty.into());
     }
     let now = context.clock.now();
+    // Later than every edition before, whatever the clocks say.
+    let now = known.as_ref().map_or(now, |d| now.max(d.updated_at.plus_millis(1)));
     // The same again is the same version, even where an earlier attempt did not end.
     let same = |d: &Document| d.sha256 == sha256 && d.groups == valid.groups;
     let version = known.as_ref().map_or(1, |d| if same(d) { d.version } else { d.version + 1 });
@@ -105,33 +131,24 @@ pub(crate) async fn store(
         groups: valid.groups,
         created_at: known.as_ref().map_or(now, |d| d.created_at),
         updated_at: now,
+        current: known.as_ref().and_then(|d| d.current),
         upload,
         reason: None,
     };
-    context.documents.put(scope, &document, known.as_ref(), metered.seal()).await?;
-    match index(context, metered, &document, chunks).await {
-        Ok(()) => {
+    match &known {
+        Some(known) => context.documents.put(scope, &document, known, metered.seal()).await?,
+        None => context.documents.create(scope, &document, metered.seal()).await?,
+    }
+    if document.upload.is_none() {
+        supersede(context, scope, known.as_ref()).await;
+    }
+    match index(context, metered, &mut document, chunks).await {
+        Ok(()) => Ok(document),
+        Err(Lost::Overtaken) => Err(StoreError::Conflict.into()),
+        Err(Lost::Failed(error)) => {
             let processing = document.clone();
-            document.status = DocumentStatus::Ready;
-            match context.documents.put(scope, &document, Some(&processing), metered.seal()).await {
-                Ok(()) => Ok(document),
-                Err(StoreError::Conflict) => {
-                    overtaken(context, scope, &document.id).await?;
-                    Err(StoreError::Conflict.into())
-                }
-                Err(error) => Err(error.into()),
-            }
-        }
-        Err(error) => {
-            let processing = document.clone();
-            // What was uploaded is tried again, or given up, by whoever reads it.
-            document.status = match document.upload {
-                Some(_) => DocumentStatus::Pending,
-                None => DocumentStatus::Failed,
-            };
-            if let Err(second) =
-                context.documents.put(scope, &document, Some(&processing), metered.seal()).await
-            {
+            document.status = failed;
+            if let Err(second) = context.documents.put(scope, &document, &processing, metered.seal()).await {
                 tracing::warn!(document.id = %document.id, "Document stays marked as processing: {second}");
             }
             Err(error.into())
@@ -146,61 +163,129 @@ fn taken(upload: Option<&UploadId>, known: Option<&Document>) -> Result<Option<A
     awaited.map(|awaited| Some(Awaited { taken: true, ..awaited })).ok_or(NotStored::NotAwaited)
 }
 
-/// Somebody else changed the document while its passages were stored. If it was deleted, they must
-/// not stay behind: what has been deleted is found by nobody.
-async fn overtaken(context: &Context, scope: &TenantScope, id: &DocumentId) -> Result<(), ApiError> {
-    if context.documents.stored(scope, id).await?.is_none() {
-        context.cells.write(scope, context.embeddings.model())?.delete_document(id).await?;
-    }
-    Ok(())
-}
-
 /// Everything that makes a document what it is, but for whom it is.
 fn digest(valid: &Valid) -> [u8; 32] {
-    let content_type = serde_json::to_string(&valid.content_type).unwrap_or_default();
+    let mut content_type = serde_json::to_string(&valid.content_type).unwrap_or_default();
+    if let Some(charset) = valid.charset.filter(|charset| *charset != Charset::UTF_8) {
+        content_type.push_str(charset.name());
+    }
     let metadata = serde_json::to_string(&valid.metadata).unwrap_or_default();
     let (title, source) = (valid.title.as_bytes(), valid.source.as_bytes());
     fingerprint(&[title, source, &valid.content, content_type.as_bytes(), metadata.as_bytes()])
 }
 
-/// Embeds and stores a document's passages, then takes away those of its earlier version that are
-/// passages no more.
+/// Why a document was taken up and its new edition is not found.
+enum Lost {
+    /// Somebody else has replaced or deleted it meanwhile.
+    Overtaken,
+    /// Something failed.
+    Failed(ApiError),
+}
+
+impl From<ApiError> for Lost {
+    fn from(error: ApiError) -> Self {
+        Self::Failed(error)
+    }
+}
+
+impl From<StoreError> for Lost {
+    fn from(error: StoreError) -> Self {
+        match error {
+            StoreError::Conflict => Self::Overtaken,
+            error => Self::Failed(error.into()),
+        }
+    }
+}
+
+impl From<VectorError> for Lost {
+    fn from(error: VectorError) -> Self {
+        Self::Failed(error.into())
+    }
+}
+
+/// Stores a document's passages as an edition of their own, makes it the current one, and takes the earlier ones away:
+/// `shared::retrieval` says what that is to searches. Vectors of what the earlier edition has too are taken from there.
 async fn index(
     context: &Context,
     metered: &Metered<'_>,
-    document: &Document,
+    document: &mut Document,
     chunks: Vec<Chunk>,
-) -> Result<(), ApiError> {
-    let collection = context.cells.write(metered.scope(), context.embeddings.model())?;
-    let stale: Vec<String> = {
-        let now: HashSet<&str> = chunks.iter().map(|c| c.id.as_str()).collect();
-        let stored = collection.chunk_ids(&document.id).await?;
-        stored.into_iter().filter(|id| !now.contains(id.as_str())).collect()
-    };
-    let searchable: Vec<String> = chunks.iter().map(|c| searchable(document, c)).collect();
-    let vectors = metered.embed(&searchable).await?;
-    let points = chunks
-        .into_iter()
-        .zip(searchable)
-        .zip(vectors)
-        .map(|((chunk, searchable), vector)| NewPoint {
-            chunk_id: chunk.id,
-            index: chunk.index,
-            title: document.title.clone(),
-            source: document.source.clone(),
-            text: chunk.text,
-            searchable,
-            vector,
-        })
-        .collect();
-    collection.upsert(&document.id, &document.groups, document.updated_at, points).await?;
-    collection.delete_chunks(&stale).await?;
+) -> Result<(), Lost> {
+    let (scope, edition) = (metered.scope(), document.updated_at);
+    let collection = context.cells.write(scope, context.embeddings.model())?;
+    if let Err(error) = upsert(metered, &collection, document, chunks).await {
+        // Nobody would find them; nobody needs them either.
+        if let Err(second) = collection.delete_edition(&document.id, edition).await {
+            tracing::warn!(document.id = %document.id, "Passages stay behind unseen: {second}");
+        }
+        return Err(error.into());
+    }
+    collection.supersede(&document.id, edition).await?;
+    let processing = document.clone();
+    document.current = Some(edition);
+    match context.documents.put(scope, document, &processing, metered.seal()).await {
+        Ok(()) => {}
+        Err(StoreError::Conflict) => {
+            collection.delete_edition(&document.id, edition).await?;
+            return Err(Lost::Overtaken);
+        }
+        Err(error) => {
+            document.current = processing.current;
+            return Err(error.into());
+        }
+    }
+    collection.delete_before(&document.id, edition).await?;
+    collection.settle(&document.id, edition).await?;
+    document.status = DocumentStatus::Ready;
+    match context.documents.put(scope, document, &processing, metered.seal()).await {
+        // In the second case somebody has taken it up since: it was this edition that they replace.
+        Ok(()) | Err(StoreError::Conflict) => {}
+        Err(error) => return Err(error.into()),
+    }
     tracing::info!(
         document.id = %document.id,
         document.version = document.version,
         document.chunks = document.chunks,
         "Document indexed"
     );
+    Ok(())
+}
+
+/// Stores the passages, embedding those whose vectors are not there already.
+async fn upsert(
+    metered: &Metered<'_>,
+    collection: &Collection<'_>,
+    document: &Document,
+    chunks: Vec<Chunk>,
+) -> Result<(), ApiError> {
+    let stored = match document.current {
+        Some(edition) => collection.stored(&document.id, edition).await?,
+        None => Stored::default(),
+    };
+    let mut chunks = chunks.into_iter().peekable();
+    while chunks.peek().is_some() {
+        let batch: Vec<Chunk> = chunks.by_ref().take(AT_ONCE).collect();
+        let searchable: Vec<String> = batch.iter().map(|chunk| searchable(document, chunk)).collect();
+        let known = collection.vectors(&stored, &searchable).await?;
+        let new: Vec<String> = searchable
+            .iter()
+            .zip(&known)
+            .filter(|(_, known)| known.is_none())
+            .map(|(text, _)| text.clone())
+            .collect();
+        let mut new = metered.embed(&new).await?.into_iter();
+        let points =
+            batch.into_iter().zip(searchable).zip(known).map(|((chunk, searchable), known)| NewPoint {
+                chunk_id: chunk.id,
+                index: chunk.index,
+                title: document.title.clone(),
+                source: document.source.clone(),
+                text: chunk.text,
+                searchable,
+                vector: known.or_else(|| new.next()).unwrap_or_default(),
+            });
+        collection.upsert(&document.id, &document.groups, document.updated_at, points.collect()).await?;
+    }
     Ok(())
 }
 

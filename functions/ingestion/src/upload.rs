@@ -16,11 +16,11 @@ use shared::ids::{DocumentId, UploadId};
 use shared::ledger::Action;
 use shared::random::entropy;
 use shared::scope::TenantScope;
-use shared::upload::{MOST_BYTES, Upload};
+use shared::upload::{MOST_BYTES, Upload, UploadPlace};
 use shared::web;
 
 use crate::Context;
-use crate::put::{check_description, content_type, groups};
+use crate::put::{charset, check_description, content_type, groups};
 
 /// How long a document that is being stored is left alone, in milliseconds: longer than a request takes.
 const AT_WORK_MS: i64 = 180_000;
@@ -55,6 +55,7 @@ pub(crate) async fn handle(
     let asked: NewUpload = web::json(&request)?;
     check_description(&asked.title, &asked.source, &asked.metadata)?;
     let groups = groups(asked.groups)?;
+    let charset = charset(&asked.content_type)?;
     let content_type = content_type(&asked.content_type)?;
     match asked.size_bytes {
         1..=MOST_BYTES => {}
@@ -86,6 +87,7 @@ pub(crate) async fn handle(
         metadata: asked.metadata,
         groups,
         content_type,
+        charset: charset.map(|charset| charset.name().to_owned()),
         size_bytes: asked.size_bytes,
         key_id: scope.credential().clone(),
         user_id: who.user_id,
@@ -100,12 +102,22 @@ pub(crate) async fn handle(
         let message = format!("`{}` is being stored right now; try again", upload.document_id);
         return Err(ApiError::new(Code::Conflict, message).with_param("id"));
     }
-    // What fails until the document awaits the file leaves a record that is forgotten by itself.
+    // A crash until the document awaits the file leaves a record that is forgotten by itself.
     let link = context.uploads.link(scope, &upload).await.map_err(unavailable)?;
     context.upload_records.begin(scope, &upload).await?;
     let document = awaiting(known.as_ref().filter(|d| d.is_kept(scope.limits(), now)), &upload, now);
     let document = Document { version: known.as_ref().map_or(0, |known| known.version), ..document };
-    context.documents.put(scope, &document, known.as_ref(), None).await?;
+    let awaited = match &known {
+        Some(known) => context.documents.put(scope, &document, known, None).await.map_err(ApiError::from),
+        None => context.documents.create(scope, &document, None).await.map_err(ApiError::from),
+    };
+    if let Err(error) = awaited {
+        if let Err(second) = context.upload_records.end(scope, &upload.upload_id).await {
+            tracing::warn!(upload.id = %upload.upload_id, "An upload that was not begun is left for later: {second}");
+        }
+        return Err(error);
+    }
+    supersede(context, scope, known.as_ref()).await;
     context.gate.note(scope, Action::UploadBegun, vec![upload.document_id.clone()]).await?;
     let begun = Begun {
         document_id: upload.document_id,
@@ -114,6 +126,32 @@ pub(crate) async fn handle(
         expires_at: upload.expires_at.to_string(),
     };
     Ok(web::reply(StatusCode::CREATED, &begun))
+}
+
+/// Takes away what is left of an upload: its file for good, and then its record, so that a crash between leaves what is
+/// found again.
+///
+/// # Errors
+/// What the caller is to see; some of it may be done.
+pub(crate) async fn close(
+    context: &Context,
+    scope: &TenantScope,
+    upload_id: &UploadId,
+) -> Result<(), ApiError> {
+    let place = UploadPlace { tenant_id: scope.tenant_id().clone(), upload_id: upload_id.clone() };
+    context.uploads.close(scope, &place).await.map_err(unavailable)?;
+    Ok(context.upload_records.end(scope, upload_id).await?)
+}
+
+/// Takes away the file that the document awaited before it was sent again. What cannot be taken away now is when it
+/// is to be read, or in a while.
+pub(crate) async fn supersede(context: &Context, scope: &TenantScope, known: Option<&Document>) {
+    let awaited = known.and_then(|known| known.upload.as_ref()).filter(|awaited| !awaited.taken);
+    if let Some(awaited) = awaited
+        && let Err(error) = close(context, scope, &awaited.upload_id).await
+    {
+        tracing::warn!(upload.id = %awaited.upload_id, "A file that nobody awaits is left for later: {error}");
+    }
 }
 
 /// Whether somebody stores the document now, who would not see that it awaits a file.
@@ -140,6 +178,7 @@ fn awaiting(known: Option<&Document>, upload: &Upload, now: Timestamp) -> Docume
             groups: upload.groups.clone(),
             created_at: known.map_or(now, |known| known.created_at),
             updated_at: now,
+            current: None,
             upload: upload_ref,
             reason: None,
         },

@@ -35,9 +35,10 @@ use shared::upload::{Ruling, Upload, UploadPlace};
 use shared::web;
 use tokio::time::Instant;
 
+use crate::extract::Charset;
 use crate::metered::{Metered, Shown};
 use crate::store::{NotStored, Valid, store};
-use crate::upload::unavailable;
+use crate::upload::{close, unavailable};
 
 /// What is kept of an invocation's time, to settle and to give back what could not be done.
 const MARGIN: Duration = Duration::from_secs(10);
@@ -335,7 +336,7 @@ impl Reading<'_> {
             ..document.clone()
         };
         let seal = Box::pin(ingestion.data_keys.of(&self.scope)).await?;
-        match ingestion.documents.put(&self.scope, &failed, Some(&document), seal.as_deref()).await {
+        match ingestion.documents.put(&self.scope, &failed, &document, seal.as_deref()).await {
             // It was deleted or sent again meanwhile.
             Ok(()) | Err(aws::StoreError::Conflict) => {}
             Err(error) => return Err(error.into()),
@@ -343,11 +344,9 @@ impl Reading<'_> {
         self.end(upload).await
     }
 
-    /// The upload is over: the file goes first, so that what a crash leaves is taken up again.
+    /// The upload is over.
     async fn end(&self, upload: &Upload) -> Result<Came, ApiError> {
-        let ingestion = &self.context.ingestion;
-        ingestion.uploads.close(&self.scope, &upload.place()).await.map_err(unavailable)?;
-        ingestion.upload_records.end(&self.scope, &upload.upload_id).await?;
+        close(&self.context.ingestion, &self.scope, &upload.upload_id).await?;
         Ok(Came::Over)
     }
 }
@@ -360,6 +359,7 @@ fn valid(upload: &Upload, file: Vec<u8>) -> Valid {
         source: upload.source.clone(),
         content: file,
         content_type: upload.content_type,
+        charset: upload.charset.as_deref().and_then(Charset::parse),
         metadata: upload.metadata.clone(),
         groups: upload.groups.clone(),
         upload: Some(upload.upload_id.clone()),

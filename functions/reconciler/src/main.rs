@@ -10,7 +10,7 @@ use shared::start;
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), Error> {
     shared::telemetry::init()?;
-    let context = start::context(Context::from_env()).await?;
+    let context = Box::pin(start::context(Context::from_env())).await?;
     run(service_fn(|event: LambdaEvent<Job>| {
         let context = Arc::clone(&context);
         let deadline = Timestamp::from_millis(i64::try_from(event.context.deadline).unwrap_or(i64::MAX));

@@ -1,16 +1,22 @@
 //! Table `documents`: what a tenant has handed in, and where it stands.
 
-use aws_sdk_dynamodb::types::{AttributeValue, Delete, TransactWriteItem};
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use aws_sdk_dynamodb::types::{AttributeValue, Delete, ReturnValue, TransactWriteItem, Update};
 use serde::Deserialize;
 
 use super::ledger::Ledger;
 use super::session::Access;
 use super::table::{Cancelled, Page, StoreError, Table};
 use crate::clock::Timestamp;
-use crate::document::{self, Awaited, Document, DocumentStatus};
+use crate::document::{Awaited, Document, Editions};
+use crate::error::{ApiError, Code};
 use crate::ids::{DocumentId, UploadId};
 use crate::item_key;
 use crate::ledger::Record;
+use crate::random::entropy;
+use crate::retry::Backoff;
 use crate::scope::TenantScope;
 use crate::sealing::DataKey;
 use crate::tenant::TenantId;
@@ -18,15 +24,68 @@ use crate::tenant::TenantId;
 /// What of a document's record its tenant's key seals. The passages, which are searched, lie in the tenant's cell.
 const TEXT: [&str; 3] = ["title", "source", "metadata"];
 
+/// The attribute of how many documents there are.
+const COUNT: &str = "documents";
+
+/// How often a document is counted anew because another was counted at the same moment.
+const BACKOFF: Backoff =
+    Backoff { attempts: 12, base: Duration::from_millis(20), cap: Duration::from_millis(500) };
+
 /// The table.
 #[derive(Clone, Debug)]
 pub struct DocumentStore(Table);
 
-/// A document that there is.
+/// A document that was taken down, to be deleted.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct There {
+pub struct Taken {
+    /// What [`DocumentStore::delete`] expects.
+    pub at: Timestamp,
     /// The upload that its content comes by, or came by last.
     pub upload: Option<UploadId>,
+}
+
+/// Why a document's first record was not written.
+#[derive(Debug, thiserror::Error)]
+pub enum NotCreated {
+    /// The tenant has as many documents as it may have.
+    #[error("the tenant has as many documents as it may have")]
+    Full,
+    /// Anything else.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl From<NotCreated> for ApiError {
+    fn from(error: NotCreated) -> Self {
+        match error {
+            NotCreated::Full => {
+                let message = "the tenant has as many documents as max_documents allows; delete some first";
+                Self { limit: Some("max_documents"), ..Self::new(Code::Conflict, message) }
+            }
+            NotCreated::Store(error) => error.into(),
+        }
+    }
+}
+
+/// A part of a transaction that counts `documents` more, or fewer, of a tenant's; and not more than `most`.
+pub(super) fn counted(
+    table: &Table,
+    tenant: &TenantId,
+    documents: i64,
+    most: Option<u64>,
+) -> Result<TransactWriteItem, StoreError> {
+    let mut update = Update::builder()
+        .table_name(&table.name)
+        .set_key(Some(Table::key(tenant, item_key::DOCUMENT_COUNT)))
+        .update_expression("ADD #n :documents")
+        .expression_attribute_names("#n", COUNT)
+        .expression_attribute_values(":documents", AttributeValue::N(documents.to_string()));
+    if let Some(most) = most {
+        update = update
+            .condition_expression("attribute_not_exists(#n) OR #n < :most")
+            .expression_attribute_values(":most", AttributeValue::N(most.to_string()));
+    }
+    Ok(TransactWriteItem::builder().update(update.build().map_err(|e| table.corrupt(e))?).build())
 }
 
 impl DocumentStore {
@@ -59,34 +118,132 @@ impl DocumentStore {
         Ok(document.filter(|document| scope.owns(document.tenant_id.as_str(), "documents").is_ok()))
     }
 
-    /// Whether there is such a document of the scope's tenant, and not past its retention. It is not opened: one
-    /// whose key is gone can be deleted.
+    /// The editions in which searches find these documents: one attribute of each record, and of no other moment.
+    ///
+    /// # Errors
+    /// If the table does not answer or an item does not parse.
+    pub async fn editions(
+        &self,
+        scope: &TenantScope,
+        ids: BTreeSet<DocumentId>,
+    ) -> Result<Editions, StoreError> {
+        #[derive(Deserialize)]
+        struct Head {
+            tenant_id: TenantId,
+            current: Option<Timestamp>,
+        }
+        let mut editions = Editions::new();
+        for id in ids {
+            let head: Option<Head> = self.0.get(scope.tenant_id(), &item_key::document(&id)).await?;
+            let own = head.filter(|head| scope.owns(head.tenant_id.as_str(), "documents").is_ok());
+            editions.insert(id, own.and_then(|head| head.current));
+        }
+        Ok(editions)
+    }
+
+    /// Takes a document up for its deletion: it is found in no edition from then on, and whoever is replacing it has
+    /// lost. Brings what [`DocumentStore::delete`] expects; none if there is no such document, or it is past its
+    /// retention.
     ///
     /// # Errors
     /// If the table does not answer or the item does not parse.
-    pub async fn there(
+    pub async fn take_down(
         &self,
         scope: &TenantScope,
         id: &DocumentId,
         now: Timestamp,
-    ) -> Result<Option<There>, StoreError> {
+    ) -> Result<Option<Taken>, StoreError> {
         #[derive(Deserialize)]
         struct Head {
             tenant_id: TenantId,
-            status: DocumentStatus,
             updated_at: Timestamp,
             upload: Option<Awaited>,
         }
-        let head: Option<Head> = self.0.get(scope.tenant_id(), &item_key::document(id)).await?;
-        let own = head.filter(|head| scope.owns(head.tenant_id.as_str(), "documents").is_ok());
-        let kept = own.filter(|head| {
-            document::is_kept(head.status, head.updated_at, head.upload.as_ref(), scope.limits(), now)
-        });
-        Ok(kept.map(|head| There { upload: head.upload.map(|awaited| awaited.upload_id) }))
+        let past = scope.limits().retained_since(now);
+        let taken = self
+            .0
+            .client(scope.tenant_id())
+            .update_item()
+            .table_name(&self.0.name)
+            .set_key(Some(Table::key(scope.tenant_id(), &item_key::document(id))))
+            // As `Document::is_kept`: neither past its retention, nor a file that never came.
+            .condition_expression("updated_at > :past AND (#s <> :pending OR #w.#e > :now)")
+            // Another edition than any that is being written.
+            .update_expression("SET updated_at = updated_at + :one, #s = :s REMOVE #c")
+            .expression_attribute_names("#s", "status")
+            .expression_attribute_names("#c", "current")
+            .expression_attribute_names("#w", "upload")
+            .expression_attribute_names("#e", "until")
+            .expression_attribute_values(":s", AttributeValue::S("processing".to_owned()))
+            .expression_attribute_values(":pending", AttributeValue::S("pending".to_owned()))
+            .expression_attribute_values(":one", AttributeValue::N("1".to_owned()))
+            .expression_attribute_values(":now", AttributeValue::N(now.as_millis().to_string()))
+            .expression_attribute_values(":past", AttributeValue::N(past.as_millis().to_string()))
+            .return_values(ReturnValue::AllNew)
+            .send()
+            .await;
+        let item = match taken.map_err(|e| self.0.failed(e)) {
+            Ok(taken) => taken.attributes.unwrap_or_default(),
+            Err(StoreError::Conflict) => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let Head { tenant_id, updated_at, upload } = self.0.record(item)?;
+        if scope.owns(tenant_id.as_str(), "documents").is_err() {
+            return Ok(None);
+        }
+        Ok(Some(Taken { at: updated_at, upload: upload.map(|awaited| awaited.upload_id) }))
     }
 
-    /// Writes a document's record where it is still at `expected` (its version and whether it was
-    /// there at all), so that of two writers one learns that it lost; sealed where the tenant has a key of its own.
+    /// Writes a document's first record, and counts it: the tenant has no more documents than `max_documents` then,
+    /// however many are stored at once. One that is past its retention counts until it is deleted.
+    ///
+    /// # Errors
+    /// [`NotCreated::Full`] if the tenant has so many; [`StoreError::Conflict`] if the document is there; otherwise as
+    /// [`DocumentStore::put`].
+    pub async fn create(
+        &self,
+        scope: &TenantScope,
+        document: &Document,
+        seal: Option<&DataKey>,
+    ) -> Result<(), NotCreated> {
+        scope.owns(document.tenant_id.as_str(), "documents").map_err(|_| StoreError::Conflict)?;
+        let most = scope.limits().max_documents;
+        if most == 0 {
+            return Err(NotCreated::Full);
+        }
+        let sort = item_key::document(&document.id);
+        let item = self.0.sealed_item(scope, document, &sort, &TEXT, seal)?;
+        let parts = vec![self.0.put_new(item)?, counted(&self.0, scope.tenant_id(), 1, Some(most))?];
+        match self.transact(scope, parts).await {
+            Ok(()) => Ok(()),
+            Err(Cancelled::Conditions(failed)) if matches!(failed.first(), Some(Some(_))) => {
+                Err(StoreError::Conflict.into())
+            }
+            Err(Cancelled::Conditions(_)) => Err(NotCreated::Full),
+            Err(Cancelled::Failed(error)) => Err(error.into()),
+        }
+    }
+
+    /// All of `parts` or none. Where another transaction is at the tenant's count, so that nothing has happened, it is
+    /// tried again.
+    async fn transact(&self, scope: &TenantScope, parts: Vec<TransactWriteItem>) -> Result<(), Cancelled> {
+        let mut failed = 0;
+        loop {
+            let error = match self.0.transact(scope.tenant_id(), parts.clone()).await {
+                Err(Cancelled::Failed(error)) => error,
+                done => return done,
+            };
+            failed += 1;
+            let collided = matches!(&error, StoreError::Unavailable { code, .. } if code == "TransactionCanceledException");
+            match BACKOFF.wait(failed, None, &mut entropy()) {
+                Some(wait) if collided => tokio::time::sleep(wait).await,
+                _ => return Err(Cancelled::Failed(error)),
+            }
+        }
+    }
+
+    /// Writes a document's record where it is still at `expected` (its version and edition), so that of two writers one
+    /// learns that it lost; sealed where the tenant has a key of its own.
     ///
     /// # Errors
     /// [`StoreError::Conflict`] if it is not, or if the record is another tenant's; otherwise if the
@@ -95,7 +252,7 @@ impl DocumentStore {
         &self,
         scope: &TenantScope,
         document: &Document,
-        expected: Option<&Document>,
+        expected: &Document,
         seal: Option<&DataKey>,
     ) -> Result<(), StoreError> {
         scope.owns(document.tenant_id.as_str(), "documents").map_err(|_| StoreError::Conflict)?;
@@ -105,45 +262,46 @@ impl DocumentStore {
             .client(scope.tenant_id())
             .put_item()
             .table_name(&self.0.name)
-            .set_item(Some(self.0.sealed_item(scope, document, &sort, &TEXT, seal)?));
-        let put = match expected {
-            None => put
-                .condition_expression("attribute_not_exists(#p)")
-                .expression_attribute_names("#p", item_key::PARTITION),
-            Some(was) => put
-                .condition_expression("version = :version AND updated_at = :updated")
-                .expression_attribute_values(":version", AttributeValue::N(was.version.to_string()))
-                .expression_attribute_values(
-                    ":updated",
-                    AttributeValue::N(was.updated_at.as_millis().to_string()),
-                ),
-        };
+            .set_item(Some(self.0.sealed_item(scope, document, &sort, &TEXT, seal)?))
+            .condition_expression("version = :version AND updated_at = :updated")
+            .expression_attribute_values(":version", AttributeValue::N(expected.version.to_string()))
+            .expression_attribute_values(
+                ":updated",
+                AttributeValue::N(expected.updated_at.as_millis().to_string()),
+            );
         put.send().await.map_err(|e| self.0.failed(e))?;
         Ok(())
     }
 
-    /// Forgets a document, with the record that says so. One that is not there any more is none's to
-    /// forget, and nothing is recorded.
+    /// Forgets a document that was `taken` down, with the record that says so. One that is not there any more is
+    /// none's to forget, and nothing is recorded.
     ///
     /// # Errors
-    /// If the table does not answer.
+    /// [`StoreError::Conflict`] if somebody stored it anew meanwhile, or it is gone; otherwise if the table does not
+    /// answer.
     pub async fn delete(
         &self,
         scope: &TenantScope,
         id: &DocumentId,
+        taken: Timestamp,
         ledger: &Ledger,
         record: &Record,
     ) -> Result<(), StoreError> {
         let delete = Delete::builder()
             .table_name(&self.0.name)
             .set_key(Some(Table::key(scope.tenant_id(), &item_key::document(id))))
-            .condition_expression("attribute_exists(#p)")
-            .expression_attribute_names("#p", item_key::PARTITION)
+            .condition_expression("updated_at = :taken")
+            .expression_attribute_values(":taken", AttributeValue::N(taken.as_millis().to_string()))
             .build()
             .map_err(|e| self.0.corrupt(e))?;
-        let parts = vec![TransactWriteItem::builder().delete(delete).build(), ledger.event_part(record)?];
-        match self.0.transact(scope.tenant_id(), parts).await {
-            Ok(()) | Err(Cancelled::Conditions(_)) => Ok(()),
+        let parts = vec![
+            TransactWriteItem::builder().delete(delete).build(),
+            ledger.event_part(record)?,
+            counted(&self.0, scope.tenant_id(), -1, None)?,
+        ];
+        match self.transact(scope, parts).await {
+            Ok(()) => Ok(()),
+            Err(Cancelled::Conditions(_)) => Err(StoreError::Conflict),
             Err(Cancelled::Failed(error)) => Err(error),
         }
     }

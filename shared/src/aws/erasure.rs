@@ -5,6 +5,7 @@ use std::collections::HashMap;
 
 use aws_sdk_dynamodb::types::{AttributeValue, Delete, TransactWriteItem};
 
+use super::documents::counted;
 use super::ledger::Ledger;
 use super::session::Access;
 use super::table::{Cancelled, Item, Page, StoreError, Table};
@@ -100,7 +101,9 @@ impl TenantItems {
         let Some((table, kinds)) = self.partition(store) else { return Ok((Counts::new(), None)) };
         let mut counts: Counts = kinds.iter().map(|kind| (*kind, 0)).collect();
         let (sorts, next) = table.keys(tenant, "", from.0).await?;
-        for sort in sorts.iter().filter(|sort| ends_with_the_tenant(sort)) {
+        // How many documents there are is none itself; it is written with one alone, and deleted with them.
+        let counted = |sort: &&String| ends_with_the_tenant(sort) && *sort != item_key::DOCUMENT_COUNT;
+        for sort in sorts.iter().filter(counted) {
             *counts.entry(kind(kinds, sort)).or_default() += 1;
         }
         Ok((counts, next.map(|sort| Onward(Some(sort)))))
@@ -251,7 +254,9 @@ impl TenantItems {
         documents: &[DocumentId],
         (ledger, record): (&Ledger, &Record),
     ) -> Result<bool, StoreError> {
-        let mut parts = vec![ledger.event_part(record)?];
+        let fewer = i64::try_from(documents.len()).map_or(0, |n| -n);
+        let mut parts =
+            vec![ledger.event_part(record)?, counted(&self.documents, expired.tenant_id(), fewer, None)?];
         for id in documents {
             let until = AttributeValue::N(expired.until().as_millis().to_string());
             let delete = Delete::builder()
@@ -285,7 +290,9 @@ impl TenantItems {
         let delete = Delete::builder()
             .table_name(&self.documents.name)
             .set_key(Some(Table::key(expired.tenant_id(), &item_key::document(&upload.document_id))))
-            .condition_expression("#s = :pending AND #u.#i = :id")
+            // What is found in an earlier edition is not forgotten with a file that never came.
+            .condition_expression("#s = :pending AND #u.#i = :id AND attribute_not_exists(#c)")
+            .expression_attribute_names("#c", "current")
             .expression_attribute_names("#s", "status")
             .expression_attribute_names("#u", "upload")
             .expression_attribute_names("#i", "upload_id")
@@ -293,7 +300,11 @@ impl TenantItems {
             .expression_attribute_values(":id", AttributeValue::S(upload.upload_id.to_string()))
             .build()
             .map_err(|e| self.documents.corrupt(e))?;
-        let parts = vec![TransactWriteItem::builder().delete(delete).build(), ledger.event_part(record)?];
+        let parts = vec![
+            TransactWriteItem::builder().delete(delete).build(),
+            ledger.event_part(record)?,
+            counted(&self.documents, expired.tenant_id(), -1, None)?,
+        ];
         match self.documents.transact(expired.tenant_id(), parts).await {
             Ok(()) => Ok(true),
             Err(Cancelled::Conditions(_)) => Ok(false),

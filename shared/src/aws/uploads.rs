@@ -91,7 +91,7 @@ impl Uploads {
             .bucket(&self.bucket)
             .key(place.to_string())
             .content_length(length)
-            .content_type(upload.content_type.as_str())
+            .content_type(upload.content_type.media_type())
             .if_none_match("*");
         let signed = put.presigned(config).await.map_err(|e| failed(&self.bucket, e))?;
         let headers = signed.headers().map(|(name, value)| (name.to_owned(), value.to_owned()));

@@ -5,6 +5,7 @@
 //! ```
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a program that speaks to whoever started it")]
+#![expect(clippy::indexing_slicing, reason = "of JSON, what is not there is null")]
 #![expect(
     clippy::disallowed_methods,
     reason = "an example stands by itself: it reads its environment and draws its keys"

@@ -9,7 +9,7 @@ use shared::start;
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), Error> {
     shared::telemetry::init()?;
-    let context = start::context(Context::from_env()).await?;
+    let context = Box::pin(start::context(Context::from_env())).await?;
     run(service_fn(|event: LambdaEvent<_>| {
         let context = Arc::clone(&context);
         async move { rule(&context, event.payload).await }

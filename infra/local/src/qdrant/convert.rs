@@ -14,7 +14,7 @@ use qdrant_edge::{
     Distance, EdgeConfig, EdgeConfigBuilder, EdgeSparseVectorParamsBuilder, EdgeVectorParamsBuilder, Filter,
     Fusion, Modifier, NamedQuery, OperationError, Payload, PointId, PointStructPersisted, Prefetch,
     QueryEnum, QueryRequest, ScoringQuery, SearchParams, SparseVector, VectorInternal, VectorPersisted,
-    VectorStructPersisted, WalOptions, WithPayloadInterface,
+    VectorStructInternal, VectorStructPersisted, WalOptions, WithPayloadInterface, WithVector,
 };
 use serde_json::{Map, Value, json};
 use tonic::Status;
@@ -347,6 +347,39 @@ pub(super) fn wants_vectors(selector: Option<wire::WithVectorsSelector>) -> bool
         None | Some(SelectorOptions::Enable(false)) => false,
         Some(SelectorOptions::Enable(true) | SelectorOptions::Include(_)) => true,
     }
+}
+
+/// Which of the vectors are answered.
+pub(super) fn with_vectors(selector: Option<wire::WithVectorsSelector>) -> WithVector {
+    use wire::with_vectors_selector::SelectorOptions;
+    match selector.and_then(|s| s.selector_options) {
+        None => WithVector::Bool(false),
+        Some(SelectorOptions::Enable(enable)) => WithVector::Bool(enable),
+        Some(SelectorOptions::Include(include)) => WithVector::Selector(include.names),
+    }
+}
+
+/// Vectors on the wire. All have names here.
+pub(super) fn wire_vectors(vectors: VectorStructInternal) -> wire::VectorsOutput {
+    use wire::vector_output::Vector;
+    use wire::vectors_output::VectorsOptions;
+
+    let named = match vectors {
+        VectorStructInternal::Named(named) => named,
+        VectorStructInternal::Single(_) | VectorStructInternal::MultiDense(_) => HashMap::new(),
+    };
+    let vectors = named.into_iter().filter_map(|(name, vector)| {
+        let vector = match vector {
+            VectorInternal::Dense(data) => Vector::Dense(wire::DenseVector { data }),
+            VectorInternal::Sparse(SparseVector { indices, values }) => {
+                Vector::Sparse(wire::SparseVector { indices, values })
+            }
+            VectorInternal::MultiDense(_) => return None,
+        };
+        Some((name, wire::VectorOutput { vector: Some(vector), ..Default::default() }))
+    });
+    let named = wire::NamedVectorsOutput { vectors: vectors.collect() };
+    wire::VectorsOutput { vectors_options: Some(VectorsOptions::Vectors(named)) }
 }
 
 /// Which of the payload is answered.

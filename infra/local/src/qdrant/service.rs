@@ -262,12 +262,12 @@ impl Points for Service {
         let started = Instant::now();
         let request = self.admit(request, |r| Needs::Read(&r.collection_name))?;
         convert::one_shard(request.shard_key_selector.as_ref())?;
-        no_vectors(request.with_vectors)?;
+        let vectors = convert::with_vectors(request.with_vectors);
         let ids: Result<Vec<_>, _> = request.ids.into_iter().map(|id| convert::point_id(Some(id))).collect();
         let (ids, payload) = (ids?, convert::with_payload(request.with_payload, true)?);
         let records = self
             .read(request.collection_name, move |shard| {
-                shard.retrieve(&ids, Some(payload), None).map_err(convert::status)
+                shard.retrieve(&ids, Some(payload), Some(vectors)).map_err(convert::status)
             })
             .await?;
         Ok(Response::new(GetResponse {
@@ -408,6 +408,7 @@ fn retrieved(record: Record) -> RetrievedPoint {
     RetrievedPoint {
         id: Some(convert::wire_id(record.id)),
         payload: convert::wire_payload(record.payload),
+        vectors: record.vector.map(convert::wire_vectors),
         ..Default::default()
     }
 }

@@ -89,6 +89,7 @@ fn every_route_leads_to_a_function_with_a_binary() {
             "POST /v1/keys keys tenant buffered",
             "POST /v1/keys/{id}/rotate keys tenant buffered",
             "POST /v1/search ingestion tenant buffered",
+            "POST /v1/uploads ingestion tenant buffered",
         ]
     );
     let authorizer = &template.api.authorizers["tenant"];

@@ -1,0 +1,96 @@
+//! CSV (RFC 4180) and what is like it: one table, whose first row names its columns.
+
+use shared::chunk::Block;
+
+use super::Unreadable;
+
+/// What may separate values, the most usual first.
+const SEPARATORS: [u8; 4] = [b',', b';', b'\t', b'|'];
+
+pub(super) fn blocks(text: &str) -> Result<Vec<Block>, Unreadable> {
+    let mut reader = csv::ReaderBuilder::new()
+        .has_headers(false)
+        .flexible(true)
+        .delimiter(separator(text))
+        .from_reader(text.as_bytes());
+    let mut rows = Vec::new();
+    for record in reader.records() {
+        let record = record.map_err(|error| Unreadable::Damaged(error.to_string()))?;
+        if record.iter().any(|value| !value.trim().is_empty()) {
+            rows.push(row(record.iter()));
+        }
+    }
+    if rows.is_empty() {
+        return Ok(Vec::new());
+    }
+    let header = rows.remove(0);
+    Ok(vec![Block::Table { header, rows }])
+}
+
+/// A table's row, as Markdown writes it.
+pub(super) fn row<'a>(values: impl Iterator<Item = &'a str>) -> String {
+    let mut row = String::from("|");
+    for value in values {
+        row.push(' ');
+        for (n, word) in value.split_whitespace().enumerate() {
+            if n > 0 {
+                row.push(' ');
+            }
+            row.push_str(word);
+        }
+        row.push_str(" |");
+    }
+    row
+}
+
+/// What occurs most often in the first line, quoted values aside.
+fn separator(text: &str) -> u8 {
+    let mut counts = [0u32; SEPARATORS.len()];
+    let mut quoted = false;
+    for byte in text.bytes() {
+        match byte {
+            b'"' => quoted = !quoted,
+            b'\n' if !quoted => break,
+            _ if quoted => {}
+            byte => {
+                for (separator, count) in SEPARATORS.iter().zip(&mut counts) {
+                    *count += u32::from(*separator == byte);
+                }
+            }
+        }
+    }
+    let mut best = (b',', 0);
+    for (separator, count) in SEPARATORS.into_iter().zip(counts) {
+        if count > best.1 {
+            best = (separator, count);
+        }
+    }
+    best.0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_table_is_its_columns_and_its_rows_whatever_separates_them() {
+        for text in [
+            "tier,days\r\n\"A, B\",25\r\n\r\nC,\"30\n31\"\r\n",
+            "tier;days\n\"A, B\";25\nC;30 31",
+            "tier\tdays\n\"A, B\"\t25\nC\t30  31\n",
+        ] {
+            let table = Block::Table {
+                header: "| tier | days |".into(),
+                rows: vec!["| A, B | 25 |".into(), "| C | 30 31 |".into()],
+            };
+            assert_eq!(blocks(text).unwrap(), [table], "{text:?}");
+        }
+    }
+
+    #[test]
+    fn whatever_is_sent_is_read() {
+        for text in ["", "\n\n", "\"open", "a,b\n1\n1,2,3", "\"a\"b,\"c\n", ",,,\n,,,"] {
+            assert!(blocks(text).is_ok(), "{text:?}");
+        }
+    }
+}

@@ -1,0 +1,277 @@
+//! Documents of every format and in every charset: what is in them is found; what cannot be read says why, and neither
+//! harms the others of its request nor the function.
+
+#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
+
+use std::fmt::Write as _;
+use std::io::Write as _;
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use reqwest::StatusCode;
+use serde_json::{Value, json};
+use tests::{Stack, Tenant};
+
+const PDF: &str = "application/pdf";
+const DOCX: &str = "application/vnd.openxmlformats-officedocument.wordprocessingml.document";
+
+fn sample(name: &str) -> Vec<u8> {
+    std::fs::read(format!("{}/samples/{name}", env!("CARGO_MANIFEST_DIR"))).unwrap()
+}
+
+fn file(id: &str, content_type: &str, content: &[u8]) -> Value {
+    json!({"id": id, "title": format!("File {id}"), "content_type": content_type,
+        "content_base64": STANDARD.encode(content)})
+}
+
+async fn store(tenant: &Tenant, documents: &[Value]) -> Vec<Value> {
+    let answer = tenant.post("/v1/documents", &json!({"documents": documents})).await;
+    answer.expect_status(StatusCode::CREATED).json()["documents"].as_array().unwrap().clone()
+}
+
+/// The passages of one document that a search finds.
+async fn found(tenant: &Tenant, id: &str, query: &str) -> String {
+    let hits = tenant.search(query, 100).await;
+    let texts = hits.iter().filter(|hit| hit["document_id"] == id).map(|hit| hit["text"].as_str().unwrap());
+    texts.collect::<Vec<_>>().join("\n").split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+#[tokio::test]
+async fn files_of_every_format_are_found_by_what_is_in_them() {
+    let stack = Stack::start().await;
+    let acme = stack.tenant("acme");
+    let files = [
+        ("pdf", PDF, "ghostscript.pdf"),
+        ("pdf-1.5", PDF, "object-streams.pdf"),
+        ("pdf-owner", PDF, "owner-locked.pdf"),
+        ("docx", DOCX, "handbook.docx"),
+        ("html", "text/html; charset=utf-8", "handbook.html"),
+        ("markdown", "text/markdown", "handbook.md"),
+        ("plain", "text/plain", "handbook.md"),
+        ("csv", "text/csv", "allowances.csv"),
+    ];
+    let documents: Vec<Value> =
+        files.iter().map(|(id, content_type, name)| file(id, content_type, &sample(name))).collect();
+    let stored = store(&acme, &documents).await;
+    for ((id, content_type, _), stored) in files.iter().zip(&stored) {
+        assert_eq!(stored["status"], "ready", "{id}: {stored}");
+        let shown = acme.get(&format!("/v1/documents/{id}")).await.expect_status(StatusCode::OK).json();
+        assert_eq!(shown["content_type"], content_type.split(';').next().unwrap());
+        let text = found(&acme, id, "What is the hotel limit in Norway?").await;
+        for word in ["Norway", "64 euros", "180 euros", "Poland"] {
+            assert!(text.contains(word), "{id}: {word:?} is not in {text:?}");
+        }
+    }
+    // The same files again are the same versions.
+    assert_eq!(store(&acme, &documents).await, stored);
+    // The title is a document's; what is in it, its passages'.
+    let answer = acme.ask("How many days of annual leave has every employee?").await;
+    assert!(answer["response"].as_str().unwrap().contains("25 days"), "{answer}");
+}
+
+#[tokio::test]
+async fn text_in_every_charset_is_found() {
+    let stack = Stack::start().await;
+    let acme = stack.tenant("acme");
+    let utf_16 = |text: &str| text.encode_utf16().flat_map(u16::to_le_bytes).collect::<Vec<u8>>();
+    let files = [
+        ("utf-8", "text/plain", "Übergabe der Schlüssel".as_bytes().to_vec(), "Übergabe der Schlüssel"),
+        ("mark", "text/plain", b"\xef\xbb\xbfSchl\xc3\xbcssel".to_vec(), "Schlüssel"),
+        ("latin", "text/plain; charset=ISO-8859-1", b"Schl\xfcssel".to_vec(), "Schlüssel"),
+        (
+            "unsaid",
+            "text/plain",
+            b"Die \xdcbergabe der Schl\xfcssel erfolgt am Montag.".to_vec(),
+            "Übergabe der Schlüssel",
+        ),
+        ("koi8", "text/markdown; charset=koi8-r", b"\xeb\xcc\xc0\xde\xc9".to_vec(), "Ключи"),
+        ("sjis", "text/csv; charset=\"Shift_JIS\"", b"\x8c\xae,1\n".to_vec(), "鍵"),
+        ("utf-16", "text/plain", [b"\xff\xfe".to_vec(), utf_16("Schlüssel 🔑")].concat(), "Schlüssel 🔑"),
+        ("utf-16le", "text/plain; charset=utf-16le", utf_16("Ключи"), "Ключи"),
+        ("meta", "text/html", b"<meta charset=windows-1251><p>\xca\xeb\xfe\xf7\xe8".to_vec(), "Ключи"),
+    ];
+    let documents: Vec<Value> =
+        files.iter().map(|(id, content_type, content, _)| file(id, content_type, content)).collect();
+    for stored in store(&acme, &documents).await {
+        assert_eq!(stored["status"], "ready", "{stored}");
+    }
+    for (id, _, _, text) in files {
+        assert!(found(&acme, id, text).await.contains(text), "{id}");
+    }
+    // What JSON has decoded is text, whatever it says it was.
+    let decoded = json!({"id": "json", "title": "t", "content": "Schlüssel", "content_type": "text/plain; charset=latin1"});
+    assert_eq!(store(&acme, &[decoded]).await[0]["status"], "ready");
+    assert!(found(&acme, "json", "Schlüssel").await.contains("Schlüssel"));
+}
+
+#[tokio::test]
+async fn what_cannot_be_read_says_why_and_harms_nothing_else() {
+    let stack = Stack::start().await;
+    let acme = stack.tenant("acme");
+    acme.store("first", "First", "The first document.").await;
+    let before = stack.processes("ingestion");
+    let (pdf, docx) = (sample("ghostscript.pdf"), sample("handbook.docx"));
+    let bomb = zip("word/document.xml", &vec![b' '; 300 << 20]);
+    assert!(bomb.len() < 1 << 20);
+    // code, a word of the message, and the file
+    let cases = [
+        ("invalid_request", "encrypted", PDF, sample("encrypted.pdf")),
+        ("invalid_request", "cut off", PDF, pdf[..pdf.len() / 2].to_vec()),
+        ("invalid_request", "cut off", DOCX, docx[..docx.len() / 2].to_vec()),
+        ("unsupported_content_type", "a PDF file", DOCX, pdf.clone()),
+        ("unsupported_content_type", "a ZIP archive", "text/plain", docx.clone()),
+        ("unsupported_content_type", "something else", PDF, b"Just text.".to_vec()),
+        ("unsupported_content_type", "binary data", "text/plain", vec![0; 1_000]),
+        ("unsupported_content_type", "an Excel workbook", DOCX, zip("xl/workbook.xml", b"<x/>")),
+        ("unsupported_content_type", "`klingon`", "text/plain; charset=klingon", b"nuqneH".to_vec()),
+        ("too_large", "unpacks to more", DOCX, bomb),
+        ("too_large", "10000 pages", PDF, pages(10_000)),
+        ("invalid_request", "is empty", PDF, Vec::new()),
+        ("invalid_request", "is empty", "text/csv", b" \r\n ".to_vec()),
+        ("invalid_request", "no text", PDF, pages(0)),
+        ("invalid_request", "is said to be in UTF-8", "text/plain; charset=utf-8", b"Schl\xfcssel".to_vec()),
+    ];
+    let mut documents: Vec<Value> = cases
+        .iter()
+        .enumerate()
+        .map(|(n, (.., kind, content))| file(&format!("bad-{n}"), kind, content))
+        .collect();
+    documents.push(json!({"id": "last", "title": "Last", "content": "The last document."}));
+    let outcomes = store(&acme, &documents).await;
+    for (n, ((code, word, kind, _), outcome)) in cases.iter().zip(&outcomes).enumerate() {
+        let error = &outcome["error"];
+        assert_eq!(
+            (&outcome["status"], &error["code"]),
+            (&json!("failed"), &json!(code)),
+            "{n}, {kind}: {outcome}"
+        );
+        assert!(error["message"].as_str().unwrap().contains(word), "{n}, {kind}: {error} lacks {word:?}");
+        let param = error["param"].as_str().unwrap();
+        assert!(param.starts_with(&format!("documents[{n}].content")), "{n}, {kind}: {param}");
+    }
+    assert_eq!(outcomes.last().unwrap()["status"], "ready");
+    assert!(!found(&acme, "last", "last document").await.is_empty());
+    // Nothing of the others is there, and the function is the same as before.
+    let listed = acme.get("/v1/documents").await.json();
+    let ids: Vec<&Value> = listed["documents"].as_array().unwrap().iter().map(|d| &d["id"]).collect();
+    assert_eq!(ids, ["first", "last"]);
+    let after = stack.processes("ingestion");
+    assert!(before.keys().all(|pid| after.contains_key(pid)), "a function has died: {before:?} {after:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_tenant_has_no_more_documents_than_its_limit_however_many_clients_store() {
+    let stack = Stack::start().await;
+    let limits = json!({"max_documents": 25, "requests_per_minute": 10_000, "max_concurrent": 100});
+    let body = json!({"tenant_id": "small", "tier": "enterprise", "company_name": "Small", "limits": limits});
+    let small = stack.provision(body).await;
+    let store_new = async || {
+        let mut clients = tokio::task::JoinSet::new();
+        for client in 0..20 {
+            let small = small.clone();
+            clients.spawn(async move {
+                let documents: Vec<Value> = (0..3)
+                    .map(|n| json!({"id": format!("{client}-{n}"), "title": "T", "content": format!("Text {client} {n}")}))
+                    .collect();
+                small.post("/v1/documents", &json!({"documents": documents})).await
+            });
+        }
+        let (mut stored, mut refused) = (0, 0);
+        for answer in clients.join_all().await {
+            let errors: Vec<Value> = match answer.status {
+                StatusCode::CREATED => {
+                    let outcomes = answer.json()["documents"].as_array().unwrap().clone();
+                    stored += outcomes.iter().filter(|outcome| outcome["status"] == "ready").count();
+                    outcomes.into_iter().filter_map(|outcome| outcome.get("error").cloned()).collect()
+                }
+                _ => vec![answer.expect_error(409, "conflict"); 3],
+            };
+            for error in errors {
+                assert_eq!(
+                    (&error["code"], &error["limit"]),
+                    (&json!("conflict"), &json!("max_documents")),
+                    "{error}"
+                );
+                refused += 1;
+            }
+        }
+        (stored, refused)
+    };
+    assert_eq!(store_new().await, (25, 35));
+    let count = async || {
+        let mut ids = Vec::new();
+        let mut path = "/v1/documents?limit=10".to_owned();
+        loop {
+            let page = small.get(&path).await.expect_status(StatusCode::OK).json();
+            ids.extend(
+                page["documents"].as_array().unwrap().iter().map(|d| d["id"].as_str().unwrap().to_owned()),
+            );
+            match page["cursor"].as_str() {
+                Some(cursor) => path = format!("/v1/documents?limit=10&cursor={cursor}"),
+                None => return ids,
+            }
+        }
+    };
+    let ids = count().await;
+    assert_eq!(ids.len(), 25);
+    // What is there can be replaced; what is deleted makes room, once.
+    small.store(&ids[0], "T", "Another text").await;
+    for id in &ids[..4] {
+        small.delete(&format!("/v1/documents/{id}")).await.expect_status(StatusCode::NO_CONTENT);
+        small.delete(&format!("/v1/documents/{id}")).await.expect_error(404, "not_found");
+    }
+    let (stored, refused) = store_new().await;
+    // Those that were there are the same as before.
+    assert_eq!((stored - 21, refused), (4, 60 - 25));
+    assert_eq!(count().await.len(), 25);
+}
+
+/// A ZIP archive of one file.
+fn zip(name: &str, content: &[u8]) -> Vec<u8> {
+    let mut deflated = flate2::write::DeflateEncoder::new(Vec::new(), flate2::Compression::default());
+    deflated.write_all(content).unwrap();
+    let deflated = deflated.finish().unwrap();
+    let u32_of = |n: usize| u32::try_from(n).unwrap().to_le_bytes();
+    let mut header = vec![20, 0, 0, 0, 8, 0, 0, 0, 0, 0];
+    header.extend(crc32fast::hash(content).to_le_bytes());
+    header.extend(u32_of(deflated.len()));
+    header.extend(u32_of(content.len()));
+    header.extend(u16::try_from(name.len()).unwrap().to_le_bytes());
+    header.extend([0, 0]);
+    let mut archive = [b"PK\x03\x04", &header[..], name.as_bytes(), &deflated].concat();
+    let directory = archive.len();
+    archive.extend([b"PK\x01\x02\x14\0", &header[..], &[0; 14], name.as_bytes()].concat());
+    let size = archive.len() - directory;
+    archive
+        .extend([b"PK\x05\x06\0\0\0\0\x01\0\x01\0", &u32_of(size)[..], &u32_of(directory), &[0, 0]].concat());
+    archive
+}
+
+/// A PDF file of that many pages, each with a line; with none, of one page without any.
+fn pages(count: usize) -> Vec<u8> {
+    let line = if count == 0 { "" } else { "BT /F1 12 Tf 72 700 Td (A page of a long document.) Tj ET" };
+    let count = count.max(1);
+    let mut file = String::from("%PDF-1.4\n");
+    let mut places = Vec::new();
+    let mut object = |file: &mut String, text: String| {
+        places.push(file.len());
+        write!(file, "{} 0 obj\n{text}\nendobj\n", places.len()).unwrap();
+    };
+    object(&mut file, "<< /Type /Catalog /Pages 2 0 R >>".to_owned());
+    let kids: String = (0..count).map(|n| format!("{} 0 R ", n + 5)).collect();
+    object(&mut file, format!("<< /Type /Pages /Kids [{kids}] /Count {count} >>"));
+    object(&mut file, "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>".to_owned());
+    object(&mut file, format!("<< /Length {} >>\nstream\n{line}\nendstream", line.len()));
+    for _ in 0..count {
+        let resources = "/Resources << /Font << /F1 3 0 R >> >>";
+        object(&mut file, format!("<< /Type /Page /Parent 2 0 R {resources} /Contents 4 0 R >>"));
+    }
+    let table = file.len();
+    write!(file, "xref\n0 {}\n0000000000 65535 f \n", places.len() + 1).unwrap();
+    for place in &places {
+        writeln!(file, "{place:010} 00000 n ").unwrap();
+    }
+    let size = places.len() + 1;
+    write!(file, "trailer\n<< /Size {size} /Root 1 0 R >>\nstartxref\n{table}\n%%EOF\n").unwrap();
+    file.into_bytes()
+}
