@@ -4,7 +4,7 @@
 
 use reqwest::Url;
 use serde::{Deserialize, Serialize};
-use tokio::time::{Instant, timeout_at};
+use tokio::time::Instant;
 
 use crate::outbound::{self, OutboundError};
 use crate::secret::Secret;
@@ -74,17 +74,8 @@ impl EmbeddingsClient {
             dimensions: self.model.dimensions,
             encoding_format: "float",
         };
-        let response = outbound::send(
-            || self.http.post(self.url.clone()).bearer_auth(self.key.expose()).json(&request),
-            trace,
-            deadline,
-        )
-        .await?;
-        let answer: WireAnswer = match timeout_at(deadline, response.json()).await {
-            Err(_) => return Err(OutboundError::Deadline),
-            Ok(answer) => answer.map_err(OutboundError::Connection)?,
-        };
-        self.check(input.len(), answer)
+        let call = || self.http.post(self.url.clone()).bearer_auth(self.key.expose()).json(&request);
+        self.check(input.len(), outbound::json(call, trace, deadline).await?)
     }
 
     /// Puts the vectors in the order of their texts, and refuses an answer that lacks one or has one

@@ -91,11 +91,8 @@ impl ModelClient {
     ) -> Result<Tokens, OutboundError> {
         let body =
             WireCountRequest { model: &request.model, system: &request.system, messages: &request.messages };
-        let response = outbound::send(|| self.post(&self.count_url).json(&body), trace, deadline).await?;
-        let counted: WireCount = match timeout_at(deadline, response.json()).await {
-            Err(_) => return Err(OutboundError::Deadline),
-            Ok(counted) => counted.map_err(OutboundError::Connection)?,
-        };
+        let call = || self.post(&self.count_url).json(&body);
+        let counted: WireCount = outbound::json(call, trace, deadline).await?;
         Ok(Tokens(counted.input_tokens))
     }
 

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use http::StatusCode;
 use reqwest::{RequestBuilder, Url};
+use serde::de::DeserializeOwned;
 use tokio::time::{Instant, timeout_at};
 
 use crate::error::{ApiError, Code};
@@ -95,7 +96,7 @@ impl OutboundError {
 /// If the roots cannot be had, or the TLS library does not start.
 pub fn client() -> Result<reqwest::Client, RootsError> {
     let client = reqwest::Client::builder()
-        .tls_certs_only(roots::certificates()?)
+        .tls_backend_preconfigured(roots::tls()?)
         .connect_timeout(Duration::from_secs(3))
         // Below the idle time of the services' load balancers, so that a thawed function does not
         // write into a connection that is gone.
@@ -153,6 +154,20 @@ pub async fn send(
         );
         tokio::time::sleep(wait).await;
     }
+}
+
+/// The JSON that is answered to what `request` builds, as by [`send`], read by `deadline` too.
+///
+/// # Errors
+/// [`OutboundError`]; [`OutboundError::Connection`] too if it is no such JSON.
+pub(crate) async fn json<T: DeserializeOwned>(
+    request: impl Fn() -> RequestBuilder,
+    trace: Option<&Trace>,
+    deadline: Instant,
+) -> Result<T, OutboundError> {
+    let response = send(request, trace, deadline).await?;
+    let read = timeout_at(deadline, response.json()).await.map_err(|_| OutboundError::Deadline)?;
+    read.map_err(OutboundError::Connection)
 }
 
 /// `path` below `base`, whether or not `base` ends with a slash.

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use reqwest::Url;
 use serde::{Deserialize, Serialize};
-use tokio::time::{Instant, timeout_at};
+use tokio::time::Instant;
 
 use crate::outbound::{self, OutboundError};
 use crate::pricing::RerankPrices;
@@ -65,17 +65,8 @@ impl Reranker {
     ) -> Result<Vec<(usize, f32)>, OutboundError> {
         let deadline = deadline.min(Instant::now() + WITHIN);
         let request = WireRequest { model: &self.model, query, documents, top_n: documents.len() };
-        let response = outbound::send(
-            || self.http.post(self.url.clone()).bearer_auth(self.key.expose()).json(&request),
-            trace,
-            deadline,
-        )
-        .await?;
-        let answer: WireAnswer = match timeout_at(deadline, response.json()).await {
-            Err(_) => return Err(OutboundError::Deadline),
-            Ok(answer) => answer.map_err(OutboundError::Connection)?,
-        };
-        ranked(documents.len(), answer)
+        let call = || self.http.post(self.url.clone()).bearer_auth(self.key.expose()).json(&request);
+        ranked(documents.len(), outbound::json(call, trace, deadline).await?)
     }
 }
 

@@ -2,48 +2,51 @@
 //! program was built, Amazon's own for AWS and all for others.
 //!
 //! To read the machine's own roots takes longer than all else that a function does before its first
-//! event, and what they are is nobody's decision. These cost no file. What a company's own authority has
-//! signed is trusted by outbound calls where `SSL_CERT_FILE` names a file with its certificate.
+//! event, and what they are is nobody's decision. These cost no file, and are not parsed. What a company's own
+//! authority has signed is trusted by outbound calls where `SSL_CERT_FILE` names a file with its certificate.
 
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD;
-use memchr::memmem::Finder;
-use webpki_root_certs::TLS_SERVER_ROOT_CERTS;
+#[cfg(feature = "outbound")]
+use std::sync::Arc;
 
-/// What the authorities are called that sign for AWS's services.
+#[cfg(feature = "outbound")]
+use rustls::pki_types::CertificateDer;
+#[cfg(feature = "outbound")]
+use rustls::pki_types::pem::PemObject;
+#[cfg(feature = "outbound")]
+use rustls::{ClientConfig, RootCertStore};
+#[cfg(feature = "outbound")]
+use webpki_roots::TLS_SERVER_ROOTS;
+
+/// The roots of the authorities that sign for AWS's services, as PEM, the one form that the AWS clients take.
 /// <https://www.amazontrust.com/repository/>
-const AMAZONS: [&[u8]; 2] = [b"Amazon Root CA ", b"Starfield Services Root Certificate Authority - G2"];
-/// A root's issuer, which is itself, stands within its first bytes.
-const NAMED_WITHIN: usize = 300;
+pub(crate) const AMAZON: &str = include_str!("amazon_roots.pem");
 
-/// Amazon's roots as PEM, which is read before a function's first call: a hundred roots took most of a start.
-pub(crate) fn amazon() -> Vec<u8> {
-    let (names, mut pem) = (AMAZONS.map(Finder::new), String::new());
-    for root in TLS_SERVER_ROOT_CERTS {
-        let head = root.get(..NAMED_WITHIN).unwrap_or(root);
-        if !names.iter().any(|name| name.find(head).is_some()) {
-            continue;
-        }
-        pem.push_str("-----BEGIN CERTIFICATE-----\n");
-        STANDARD.encode_string(root, &mut pem);
-        pem.push_str("\n-----END CERTIFICATE-----\n");
-    }
-    pem.into_bytes()
-}
+/// The protocols that a server may choose from.
+#[cfg(feature = "outbound")]
+const PROTOCOLS: [&[u8]; 2] = [b"h2", b"http/1.1"];
 
-/// All roots, and those of `SSL_CERT_FILE`, for outbound calls.
+/// What outbound calls ask of a server: all roots, and those of `SSL_CERT_FILE`.
 ///
 /// # Errors
 /// If the file cannot be read, or holds something else.
 #[cfg(feature = "outbound")]
-pub fn certificates() -> Result<Vec<reqwest::Certificate>, RootsError> {
-    let known = TLS_SERVER_ROOT_CERTS.iter().map(|root| reqwest::Certificate::from_der(root));
-    let mut all = known.collect::<Result<Vec<_>, _>>()?;
+pub fn tls() -> Result<ClientConfig, RootsError> {
+    let mut roots = RootCertStore { roots: TLS_SERVER_ROOTS.to_vec() };
     if let Ok(path) = crate::env::text("SSL_CERT_FILE") {
         let own = std::fs::read(path).map_err(RootsError::Unreadable)?;
-        all.extend(reqwest::Certificate::from_pem_bundle(&own)?);
+        for certificate in CertificateDer::pem_slice_iter(&own) {
+            roots.add(certificate.map_err(|_| RootsError::Malformed)?).map_err(RootsError::Unusable)?;
+        }
+        if roots.len() == TLS_SERVER_ROOTS.len() {
+            return Err(RootsError::Malformed);
+        }
     }
-    Ok(all)
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let builder = ClientConfig::builder_with_provider(provider);
+    let builder = builder.with_safe_default_protocol_versions().map_err(RootsError::Unusable)?;
+    let mut tls = builder.with_root_certificates(roots).with_no_client_auth();
+    tls.alpn_protocols = PROTOCOLS.map(<[u8]>::to_vec).into();
+    Ok(tls)
 }
 
 /// Why calls cannot be made.
@@ -53,30 +56,51 @@ pub enum RootsError {
     /// The file cannot be read.
     #[error("the file that SSL_CERT_FILE names cannot be read")]
     Unreadable(#[source] std::io::Error),
-    /// It holds no certificates, or the TLS library does not start.
+    /// It holds no certificates.
+    #[error("the file that SSL_CERT_FILE names holds no certificates in PEM")]
+    Malformed,
+    /// The TLS library refuses what it holds, or does not start.
     #[error("the certificates, those of SSL_CERT_FILE among them, cannot be used")]
-    Unusable(#[from] reqwest::Error),
+    Unusable(#[source] rustls::Error),
+    /// The HTTP client does not start.
+    #[error("outbound calls cannot be made")]
+    Client(#[from] reqwest::Error),
 }
 
 #[cfg(test)]
 mod tests {
+    use base64::Engine;
+    use base64::engine::general_purpose::STANDARD;
+    use webpki_root_certs::TLS_SERVER_ROOT_CERTS;
+
     use super::*;
 
+    /// What Amazon's roots are called in their first bytes, where a root's issuer, which is itself, stands.
+    const AMAZONS: [&[u8]; 2] = [b"Amazon Root CA ", b"Starfield Services Root Certificate Authority - G2"];
+
     #[test]
-    fn amazon_has_five_roots() {
-        let pem = String::from_utf8(amazon()).unwrap();
+    fn amazons_roots_are_those_that_mozilla_trusts() {
+        let mut pem = String::new();
+        for root in TLS_SERVER_ROOT_CERTS {
+            if !AMAZONS.iter().any(|name| root[..300].windows(name.len()).any(|part| part == *name)) {
+                continue;
+            }
+            pem.push_str("-----BEGIN CERTIFICATE-----\n");
+            for line in STANDARD.encode(root).as_bytes().chunks(64) {
+                pem.push_str(std::str::from_utf8(line).unwrap());
+                pem.push('\n');
+            }
+            pem.push_str("-----END CERTIFICATE-----\n");
+        }
         assert_eq!(pem.matches("BEGIN CERTIFICATE").count(), 5);
+        assert_eq!(AMAZON, pem, "amazon_roots.pem must be:\n{pem}");
     }
 
-    /// A root that the library does not read would end a function at its start.
+    /// The HTTP client takes the library's types as they are; were they another version's, it would not start.
     #[cfg(feature = "outbound")]
     #[test]
-    fn all_roots_are_read() {
-        let (all, amazons) =
-            (certificates().unwrap(), reqwest::Certificate::from_pem_bundle(&amazon()).unwrap());
-        // Those of `SSL_CERT_FILE` come on top, where the machine that tests names some.
-        assert!(all.len() >= TLS_SERVER_ROOT_CERTS.len() && amazons.len() == 5);
-        reqwest::Client::builder().tls_certs_only(all).build().unwrap();
-        reqwest::Client::builder().tls_certs_only(amazons).build().unwrap();
+    fn the_http_client_takes_the_roots() {
+        assert!(TLS_SERVER_ROOTS.len() > 100);
+        reqwest::Client::builder().tls_backend_preconfigured(tls().unwrap()).build().unwrap();
     }
 }

@@ -28,7 +28,7 @@ impl Connections {
     /// # Errors
     /// [`NoConnections`].
     pub(super) fn new() -> Result<Self, NoConnections> {
-        let roots = TrustStore::empty().with_pem_certificate(roots::amazon());
+        let roots = TrustStore::empty().with_pem_certificate(roots::AMAZON);
         let tls = TlsContext::builder().with_trust_store(roots).build();
         let tls = tls.map_err(|error| NoConnections(Box::new(error)))?;
         let client = Builder::new().tls_provider(Provider::Rustls(CryptoMode::AwsLc)).tls_context(tls);

@@ -9,9 +9,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
-#[cfg(any(feature = "data-keys", feature = "dynamodb", feature = "objects", feature = "secrets"))]
-use std::sync::OnceLock;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use aws_config::SdkConfig;
@@ -56,7 +54,8 @@ struct Inner {
 }
 
 struct TenantRole {
-    sts: aws_sdk_sts::Client,
+    /// Made with the first session: no function waits for it at its start.
+    sts: OnceLock<aws_sdk_sts::Client>,
     arn: String,
 }
 
@@ -77,8 +76,7 @@ impl Access {
     /// # Errors
     /// If the variable is absent; the error names it.
     pub fn per_tenant(config: &SdkConfig) -> Result<Self, EnvError> {
-        let role =
-            TenantRole { sts: aws_sdk_sts::Client::new(config), arn: env::role_arn("TENANT_ROLE_ARN")? };
+        let role = TenantRole { sts: OnceLock::new(), arn: env::role_arn("TENANT_ROLE_ARN")? };
         Ok(Self::new(config, Some(role)))
     }
 
@@ -124,7 +122,7 @@ impl TenantRole {
     /// The function's configuration with the tenant's credentials, and a cache of its own for them.
     fn config(&self, own: &SdkConfig, tenant: &TenantId) -> SdkConfig {
         let credentials = TenantCredentials {
-            sts: self.sts.clone(),
+            sts: self.sts.get_or_init(|| aws_sdk_sts::Client::new(own)).clone(),
             role: self.arn.clone(),
             tenant: tenant.clone(),
             own: own.clone(),

@@ -27,8 +27,19 @@ pub(super) fn blocks(text: &str) -> Result<Vec<Block>, Unreadable> {
     Ok(vec![Block::Table { header, rows }])
 }
 
+/// The table that rows of cells make, the first of which names its columns. One of a single column is a frame around
+/// text.
+pub(super) fn table(mut rows: Vec<Vec<String>>) -> Vec<Block> {
+    rows.retain(|row| row.iter().any(|cell| !cell.trim().is_empty()));
+    if rows.iter().all(|row| row.len() < 2) {
+        return rows.into_iter().flatten().map(|text| Block::Paragraph(text.trim().to_owned())).collect();
+    }
+    let mut rows = rows.iter().map(|cells| row(cells.iter().map(String::as_str)));
+    rows.next().map(|header| Block::Table { header, rows: rows.collect() }).into_iter().collect()
+}
+
 /// A table's row, as Markdown writes it.
-pub(super) fn row<'a>(values: impl Iterator<Item = &'a str>) -> String {
+fn row<'a>(values: impl Iterator<Item = &'a str>) -> String {
     let mut row = String::from("|");
     for value in values {
         row.push(' ');

@@ -10,7 +10,7 @@ use rawzip::{CompressionMethod, ZipArchive, ZipSliceArchive};
 use shared::chunk::Block;
 use shared::document::ContentType;
 
-use super::csv::row;
+use super::csv::table;
 use super::{MOST_TEXT_BYTES, MOST_UNPACKED_BYTES, Unreadable, magic};
 
 /// The parts that are read, in this order.
@@ -285,17 +285,6 @@ impl Text {
     }
 
     fn end_table(&mut self) {
-        let mut rows = std::mem::take(&mut self.table);
-        rows.retain(|row| row.iter().any(|cell| !cell.trim().is_empty()));
-        // A table of one column is a frame around text.
-        if rows.iter().all(|row| row.len() < 2) {
-            self.blocks
-                .extend(rows.into_iter().flatten().map(|text| Block::Paragraph(text.trim().to_owned())));
-            return;
-        }
-        let mut rows = rows.iter().map(|cells| row(cells.iter().map(String::as_str)));
-        if let Some(header) = rows.next() {
-            self.blocks.push(Block::Table { header, rows: rows.collect() });
-        }
+        self.blocks.extend(table(std::mem::take(&mut self.table)));
     }
 }

@@ -4,7 +4,7 @@ use html5gum::{DefaultEmitter, StartTag, Token, Tokenizer};
 use shared::chunk::Block;
 
 use super::Charset;
-use super::csv::row;
+use super::csv::table;
 
 /// The blocks of a page.
 pub(super) fn blocks(text: &str) -> Vec<Block> {
@@ -237,18 +237,9 @@ impl Reader {
 
     fn end_table(&mut self) {
         self.end_cell();
-        let Some(Table { mut rows, .. }) = self.table.take() else { return self.block() };
+        let Some(Table { rows, .. }) = self.table.take() else { return self.block() };
         self.lists.clear();
-        rows.retain(|row| row.iter().any(|cell| !cell.trim().is_empty()));
-        if rows.iter().all(|row| row.len() < 2) {
-            self.blocks
-                .extend(rows.into_iter().flatten().map(|text| Block::Paragraph(text.trim().to_owned())));
-            return;
-        }
-        let mut rows = rows.iter().map(|cells| row(cells.iter().map(String::as_str)));
-        if let Some(header) = rows.next() {
-            self.blocks.push(Block::Table { header, rows: rows.collect() });
-        }
+        self.blocks.extend(table(rows));
     }
 
     /// There is no table after all: what was taken for one lays a page out.
