@@ -4,7 +4,7 @@
 
 use reqwest::StatusCode;
 use serde_json::{Value, json};
-use tests::{Options, Stack, all_events, next_event};
+use tests::{Embeddings, Options, Stack, all_events, next_event};
 
 const LEAVE: &str =
     "Every employee has 25 days of paid annual leave. Up to 5 days may be carried over to March.";
@@ -336,8 +336,14 @@ async fn operators_provision_and_read_tenants() {
 async fn services_elsewhere_are_called_where_they_are_given() {
     let elsewhere = Stack::start().await;
     let url = |name: &str| elsewhere.ready()[name].as_str().unwrap().to_owned();
-    let services = Some((url("model_url"), url("embeddings_url")));
-    let stack = Stack::start_with(Options { services, ..Default::default() }).await;
+    let embeddings = Embeddings {
+        url: url("embeddings_url"),
+        key: "some-key".to_owned(),
+        model: "text-embedding-3-small".to_owned(),
+        dimensions: 1_536,
+    };
+    let (model_url, embeddings) = (Some(url("model_url")), Some(embeddings));
+    let stack = Stack::start_with(Options { model_url, embeddings, ..Default::default() }).await;
     let acme = stack.tenant("acme");
     acme.store("handbook", "Staff handbook", LEAVE).await;
     acme.ask("How many days of annual leave, asked through a service elsewhere?").await;

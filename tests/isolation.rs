@@ -2,20 +2,13 @@
 
 #![expect(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
-use local::sigv4::Credentials;
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 use tests::{Answer, Key, Options, Stack, Tenant};
 
 const DENIED: &str = "AccessDeniedException";
-
-/// The environment of a function's process: what code that runs in it can get hold of.
-fn environment(stack: &Stack, function: &str) -> BTreeMap<String, String> {
-    let found = stack.processes(function).into_values().next();
-    found.unwrap_or_else(|| panic!("no process of {function}"))
-}
 
 fn pids(stack: &Stack, function: &str) -> BTreeSet<u32> {
     stack.processes(function).into_keys().collect()
@@ -40,18 +33,6 @@ async fn new_process(stack: &Stack, tenant: &Tenant) -> u32 {
     let new: Vec<u32> = after.difference(&before).copied().collect();
     assert_eq!(new.len(), 1, "{before:?} {after:?}");
     new[0]
-}
-
-/// A function's own key, as whoever broke into it would use it.
-fn own_key(stack: &Stack, function: &str) -> Key {
-    let environment = environment(stack, function);
-    let credentials = Credentials {
-        access_key_id: environment["AWS_ACCESS_KEY_ID"].clone(),
-        secret_access_key: environment["AWS_SECRET_ACCESS_KEY"].clone(),
-        region: environment["AWS_REGION"].clone(),
-        user_arn: String::new(),
-    };
-    Key { credentials, token: None }
 }
 
 /// What a call is about, by the tenant that it names.
@@ -198,13 +179,12 @@ async fn a_functions_key_opens_what_its_role_allows_and_nothing_else() {
         ("reconciler", "DeleteItem", get("audit", "globex"), false),
     ];
     for (function, operation, input, may) in cases {
-        let refused = call(&stack, &own_key(&stack, function), operation, &input).await;
+        let refused = call(&stack, &stack.own_key(function), operation, &input).await;
         let expected = (!may).then(|| DENIED.to_owned());
         assert_eq!(refused, expected, "{function}: {operation} {input}");
     }
     let bucket = stack.audit_bucket();
-    let listed =
-        stack.s3_as(&own_key(&stack, "audit-log")).list_object_versions().bucket(bucket).send().await;
+    let listed = stack.s3_as(&stack.own_key("audit-log")).list_object_versions().bucket(bucket).send().await;
     assert!(format!("{:?}", listed.unwrap_err()).contains("AccessDenied"));
 }
 
@@ -215,7 +195,7 @@ async fn a_session_opens_its_own_tenant_and_no_other() {
     let others =
         ["globex", "acme1", "acm", "ACME", "acme#", "*", "a?me", "${aws:PrincipalTag/tenant_id}", ""];
     let session = async |function: &str, role: &str| {
-        stack.assume(&own_key(&stack, function), role, &[("tenant_id", "acme")]).await.unwrap()
+        stack.assume(&stack.own_key(function), role, &[("tenant_id", "acme")]).await.unwrap()
     };
     let transaction = |parts: &[(&str, Value)]| {
         let parts: Vec<Value> = parts.iter().map(|(part, fields)| json!({*part: fields})).collect();
@@ -360,7 +340,7 @@ async fn a_session_opens_its_own_tenant_and_no_other() {
 async fn a_session_is_given_to_the_right_function_for_one_tenant_and_ends() {
     let stack = Stack::start().await;
     everything_runs(&stack).await;
-    let chat = own_key(&stack, "chat");
+    let chat = stack.own_key("chat");
     let acme = ("tenant_id", "acme");
     assert!(stack.assume(&chat, "ChatTenantRole", &[acme]).await.is_ok());
     for (function, role, tags) in [
@@ -373,7 +353,7 @@ async fn a_session_is_given_to_the_right_function_for_one_tenant_and_ends() {
         ("authorizer", "ChatTenantRole", &[acme]),
         ("reconciler", "AuditLogTenantRole", &[acme]),
     ] {
-        let refused = stack.assume(&own_key(&stack, function), role, tags).await.unwrap_err();
+        let refused = stack.assume(&stack.own_key(function), role, tags).await.unwrap_err();
         assert_eq!(refused, "AccessDenied", "{function} {role} {tags:?}");
     }
     // A session does not open another one.
