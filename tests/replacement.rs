@@ -13,7 +13,7 @@ use rand::RngExt;
 use reqwest::StatusCode;
 use serde_json::{Value, json};
 use shared::random::entropy;
-use tests::{Answer, Stack, Tenant};
+use tests::{Answer, Stack, Tenant, put_file, until};
 use tokio::task::JoinSet;
 
 /// The passages of each version, one of which changes with none of the others.
@@ -199,9 +199,15 @@ async fn whoever_stores_and_deletes_at_once_leaves_what_the_last_one_was_told() 
         }
         // What is found is what the record says: one version, whole, or nothing.
         let (seen, passages) = versions(&busy.search("harbour rules", 50).await);
-        match busy.get("/v1/documents/rules").await.status {
-            StatusCode::NOT_FOUND => assert_eq!((seen.len(), passages), (0, 0), "{seen:?}"),
-            _ => assert!((seen.len(), passages) == (1, PASSAGES) || passages == 0, "{seen:?}, {passages}"),
+        let record = busy.get("/v1/documents/rules").await;
+        let status =
+            if record.status == StatusCode::OK { record.json()["status"].clone() } else { Value::Null };
+        match status.as_str() {
+            None => assert_eq!((seen.len(), passages), (0, 0), "{seen:?}"),
+            Some("ready") => assert_eq!((seen.len(), passages), (1, PASSAGES), "{seen:?}"),
+            Some(_) => {
+                assert!((seen.len(), passages) == (1, PASSAGES) || passages == 0, "{seen:?}, {passages}")
+            }
         }
         put(&busy, "Rules", &handbook(1_000 + round)).await.expect_status(StatusCode::CREATED);
         assert_eq!(versions(&busy.search("harbour rules", 50).await), ([1_000 + round].into(), PASSAGES));
@@ -240,4 +246,157 @@ async fn only_what_changed_is_embedded_again() {
     put(&busy, "Harbour rules", &one).await.expect_status(StatusCode::CREATED);
     assert!(tokens().await - all - more >= all);
     assert_eq!(versions(&busy.search("harbour rules", 50).await).1, PASSAGES);
+}
+
+/// Delays writes of the document's record.
+fn delayed(contains: &str, skip: u32, delay_ms: u32) -> Value {
+    json!({"mode": "delay", "operation": "PutItem", "table": "documents", "contains": contains, "skip": skip,
+        "times": 1, "delay_ms": delay_ms})
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_writer_that_comes_late_puts_nothing_back() {
+    let stack = Stack::start().await;
+    let busy = provision(&stack).await;
+    // The second is about to write what it knows of the first, which has ended meanwhile.
+    stack.dynamodb_faults(json!({"rules": [delayed("First", 1, 1_500), delayed("Second", 0, 4_000)]})).await;
+    let writer = |title: &'static str, version, after| {
+        let busy = busy.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(Duration::from_millis(after)).await;
+            put(&busy, title, &handbook(version)).await.status
+        })
+    };
+    let (first, second) = (writer("First", 1, 0), writer("Second", 2, 600));
+    assert_eq!(first.await.unwrap(), StatusCode::CREATED);
+    let searchers = Searchers::start(&busy, 2, 1);
+    assert_eq!(second.await.unwrap(), StatusCode::CONFLICT);
+    assert!(searchers.stop().await > 0);
+    stack.clear_dynamodb_faults().await;
+    assert_eq!(busy.get("/v1/documents/rules").await.json()["status"], "ready");
+    assert_eq!(points(&stack).await, PASSAGES as u64);
+
+    // A write that was done and not answered is done.
+    stack
+        .dynamodb_faults(json!({"rules": [{"mode": "lost_answer", "operation": "PutItem", "table": "documents", "times": 2}]}))
+        .await;
+    put(&busy, "Third", &handbook(3)).await.expect_status(StatusCode::CREATED);
+    assert_eq!(versions(&busy.search("harbour rules", 50).await), ([3].into(), PASSAGES));
+    stack.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_two_uploads_the_later_one_wins_and_what_is_sent_since_ends_both() {
+    let stack = Stack::start().await;
+    let busy = provision(&stack).await;
+    put(&busy, "Rules", &handbook(0)).await.expect_status(StatusCode::CREATED);
+    let upload = |content: &str| json!({"id": "rules", "title": "Rules", "content_type": "text/markdown", "size_bytes": content.len()});
+    // The first one's reader is about to take the document up when the second begins.
+    let (one, two) = (handbook(1), handbook(2));
+    stack.dynamodb_faults(json!({"rules": [delayed("upload_id", 1, 3_000)]})).await;
+    let first = busy.begin_upload(&upload(&one)).await;
+    assert_eq!(put_file(&first, one).await.0, StatusCode::OK);
+    tokio::time::sleep(Duration::from_millis(1_500)).await;
+    let second = busy.begin_upload(&upload(&two)).await;
+    tokio::time::sleep(Duration::from_millis(2_500)).await;
+    stack.clear_dynamodb_faults().await;
+    assert_eq!(put_file(&second, two).await.0, StatusCode::OK);
+    until("the second upload's end", async || {
+        let (seen, passages) = versions(&busy.search("harbour rules", 50).await);
+        assert_eq!((seen.len(), passages), (1, PASSAGES), "{seen:?}");
+        seen.contains(&2).then_some(())
+    })
+    .await;
+
+    // What is sent for readers of one group is not everybody's again by a file that was announced before.
+    let three = handbook(3);
+    let third = busy.begin_upload(&upload(&three)).await;
+    let mut narrow =
+        json!({"id": "rules", "title": "Rules", "content": handbook(2), "content_type": "text/markdown"});
+    narrow["groups"] = json!(["pilots"]);
+    busy.post("/v1/documents", &narrow).await.expect_status(StatusCode::CREATED);
+    assert_eq!(put_file(&third, three).await.0, StatusCode::PRECONDITION_FAILED);
+    let pilots = busy.in_groups("pilots");
+    assert_eq!(versions(&pilots.search("harbour rules", 50).await), ([2].into(), PASSAGES));
+    assert_eq!(versions(&busy.in_groups("").search("harbour rules", 50).await), (BTreeSet::new(), 0));
+    assert_eq!(pilots.get("/v1/documents/rules").await.json()["status"], "ready");
+    stack.stop().await;
+}
+
+#[tokio::test]
+async fn a_document_whose_storing_was_cut_off_says_so_and_keeps_no_file_out() {
+    let stack = Stack::start().await;
+    let busy = provision(&stack).await;
+    let rule = json!({"mode": "kill_after", "operation": "PutItem", "table": "documents", "function": "ingestion", "times": 1});
+    put(&busy, "Rules", &handbook(0)).await.expect_status(StatusCode::CREATED);
+    stack.dynamodb_faults(json!({"rules": [rule]})).await;
+    assert_ne!(put(&busy, "Rules", &handbook(1)).await.status, StatusCode::CREATED);
+    stack.clear_dynamodb_faults().await;
+    let document = async || busy.get("/v1/documents/rules").await.expect_status(StatusCode::OK).json();
+    assert_eq!(document().await["status"], "processing");
+    let upload = json!({"id": "rules", "title": "Rules", "content_type": "text/markdown", "size_bytes": 9});
+    busy.post("/v1/uploads", &upload).await.expect_error(409, "conflict");
+    // The time is over in which whoever was at it could be.
+    let key = json!({"tenant_id": {"S": "busy"}, "sk": {"S": "DOC#rules"}});
+    stack.edit("documents", key, &["at_work_until"], json!({"N": "1"})).await;
+    let failed = document().await;
+    assert_eq!(failed["status"], "failed");
+    assert!(failed["reason"].as_str().unwrap().contains("send it again"), "{failed}");
+    assert_eq!(versions(&busy.search("harbour rules", 50).await), ([0].into(), PASSAGES));
+    busy.begin_upload(&upload).await;
+    assert_eq!(document().await["status"], "pending");
+    put(&busy, "Rules", &handbook(2)).await.expect_status(StatusCode::CREATED);
+    assert_eq!(document().await["status"], "ready");
+    assert_eq!(points(&stack).await, PASSAGES as u64);
+    stack.stop().await;
+}
+
+#[tokio::test]
+async fn what_does_not_fit_into_the_budget_is_refused_before_any_of_it_is_paid_for() {
+    let stack = Stack::start().await;
+    let busy = provision(&stack).await;
+    stack.change_tenant("busy", json!({"limits": {"tokens_per_day": 3_000}})).await;
+    let large: String = (0..20).map(handbook).collect();
+    assert!(large.len() > 60_000);
+    put(&busy, "Rules", &large).await.expect_error(429, "token_budget_exceeded");
+    let used = busy.get("/v1/usage").await.expect_status(StatusCode::OK).json();
+    assert_eq!(used["embedding_tokens"].as_u64().unwrap_or(0), 0, "{used}");
+    assert_eq!(points(&stack).await, 0);
+    // What does fit is stored.
+    put(&busy, "Rules", "# Rules\n\nThese harbour rules are version1.")
+        .await
+        .expect_status(StatusCode::CREATED);
+    stack.stop().await;
+}
+
+#[tokio::test]
+async fn what_an_attempt_at_a_file_has_paid_for_is_not_paid_for_by_the_next() {
+    let stack = Stack::start().await;
+    let busy = provision(&stack).await;
+    let content = handbook(1);
+    let upload = json!({"id": "rules", "title": "Rules", "content_type": "text/markdown", "size_bytes": content.len()});
+    // It dies where it makes the new edition the current one: all of it is embedded then.
+    let rule = json!({"mode": "kill_before", "operation": "PutItem", "table": "documents",
+        "function": "upload_ingestion", "contains": "\"current\"", "times": 1});
+    stack.dynamodb_faults(json!({"rules": [rule]})).await;
+    let begun = busy.begin_upload(&upload).await;
+    assert_eq!(put_file(&begun, content).await.0, StatusCode::OK);
+    until("the reader's death", async || {
+        (points(&stack).await == PASSAGES as u64 && stack.processes("upload-ingestion").is_empty())
+            .then_some(())
+    })
+    .await;
+    stack.clear_dynamodb_faults().await;
+    for upload in stack.items("documents", "busy", "UPLOAD#").await {
+        let key = json!({"tenant_id": {"S": "busy"}, "sk": {"S": upload["sk"]}});
+        stack.edit("documents", key, &["claimed_until"], json!({"N": "1"})).await;
+    }
+    stack.unhide_messages("uploads").await;
+    assert_eq!(busy.read_upload("rules").await["status"], "ready");
+    let records = stack.items("audit", "busy", "TICKET#").await;
+    let stored = records.iter().find(|record| record["action"] == "document_ingested").unwrap();
+    assert_eq!(stored["embedding_tokens"].as_u64().unwrap_or(0), 0, "{stored}");
+    assert_eq!(versions(&busy.search("harbour rules", 50).await), ([1].into(), PASSAGES));
+    assert_eq!(points(&stack).await, PASSAGES as u64);
+    stack.stop().await;
 }

@@ -113,10 +113,20 @@ pub struct Document {
     /// The upload that its content comes by, or came by last.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub upload: Option<Awaited>,
+    /// Until when whoever is at it may be at work: by then it has ended, or was cut off.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub at_work_until: Option<Timestamp>,
     /// Why it has failed, in a sentence for its sender.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
+    /// Drawn anew by each write of the record: of two writers one learns that it lost, and one that got no answer
+    /// can do its write again.
+    #[serde(default)]
+    pub revision: u64,
 }
+
+/// What the sender of a document is told whose storing was cut off.
+const CUT_OFF: &str = "storing it was cut off; send it again";
 
 /// The upload that a document's content comes by.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -133,15 +143,30 @@ pub struct Awaited {
 impl Document {
     /// Whether it may still be shown: it is not past its retention, and no file that never came.
     pub fn is_kept(&self, limits: &Limits, now: Timestamp) -> bool {
-        is_kept(self.status, self.updated_at, self.upload.as_ref(), limits, now)
+        let awaited = self.upload.as_ref().is_some_and(|awaited| now < awaited.until);
+        // What waits for another attempt at its new content is found with the one before.
+        let came = self.status != DocumentStatus::Pending || self.current.is_some() || awaited;
+        came && self.updated_at > limits.retained_since(now)
     }
 
-    /// Where it stands: where a new version is awaited, with that.
-    pub fn standing(&self, now: Timestamp) -> DocumentStatus {
-        match &self.upload {
-            Some(awaited) if !awaited.taken && now < awaited.until => DocumentStatus::Pending,
-            _ => self.status,
+    /// Where it stands: where a new version is awaited, with that; and why, if it has failed.
+    pub fn standing(&self, now: Timestamp) -> (DocumentStatus, Option<&str>) {
+        let awaited = self.upload.as_ref().filter(|awaited| now < awaited.until);
+        match (self.status, awaited) {
+            (_, Some(awaited)) if !awaited.taken => (DocumentStatus::Pending, None),
+            (DocumentStatus::Processing, awaited) if !self.is_at_work(now) => match awaited {
+                // Its message comes again.
+                Some(_) => (DocumentStatus::Pending, None),
+                None => (DocumentStatus::Failed, Some(CUT_OFF)),
+            },
+            (DocumentStatus::Failed, _) => (DocumentStatus::Failed, self.reason.as_deref()),
+            (status, _) => (status, None),
         }
+    }
+
+    /// Whether somebody may be storing or deleting it now.
+    pub fn is_at_work(&self, now: Timestamp) -> bool {
+        self.status == DocumentStatus::Processing && self.at_work_until.is_some_and(|until| now < until)
     }
 
     /// Whether it waits for that upload, or for what came by it to be stored.
@@ -149,18 +174,6 @@ impl Document {
         let over = matches!(self.status, DocumentStatus::Ready | DocumentStatus::Failed);
         self.upload.as_ref().is_some_and(|awaited| awaited.upload_id == *id && !(awaited.taken && over))
     }
-}
-
-/// Whether a document of which that is known may still be shown.
-pub(crate) fn is_kept(
-    status: DocumentStatus,
-    updated_at: Timestamp,
-    upload: Option<&Awaited>,
-    limits: &Limits,
-    now: Timestamp,
-) -> bool {
-    let came = status != DocumentStatus::Pending || upload.is_some_and(|awaited| now < awaited.until);
-    came && updated_at > limits.retained_since(now)
 }
 
 /// The id of a document whose sender chose none: the same document sent again is the same document.
@@ -251,7 +264,9 @@ mod tests {
             updated_at: at(0),
             current: None,
             upload,
-            reason: None,
+            at_work_until: Some(at(5)),
+            reason: Some("Why.".to_owned()),
+            revision: 1,
         };
         use DocumentStatus::{Failed, Pending, Processing, Ready};
         for (status, upload, before, after, awaits) in [
@@ -260,20 +275,32 @@ mod tests {
             (Ready, awaited(false), Some(Pending), Some(Ready), true),
             (Failed, awaited(false), Some(Pending), Some(Failed), true),
             // It came.
-            (Processing, awaited(true), Some(Processing), Some(Processing), true),
+            (Processing, awaited(true), Some(Processing), Some(Failed), true),
             (Pending, awaited(true), Some(Pending), None, true),
             (Ready, awaited(true), Some(Ready), Some(Ready), false),
             (Failed, awaited(true), Some(Failed), Some(Failed), false),
             // There was none before.
             (Pending, awaited(false), Some(Pending), None, true),
             (Pending, None, None, None, false),
+            // Whoever stored it was cut off.
+            (Processing, None, Some(Processing), Some(Failed), false),
         ] {
             let document = document(status, upload);
-            let shown = |now| document.is_kept(&limits, now).then(|| document.standing(now));
-            assert_eq!((shown(at(9)), shown(at(10))), (before, after), "{document:?}");
+            let shown = |now| document.is_kept(&limits, now).then(|| document.standing(now).0);
+            assert_eq!((shown(at(4)), shown(at(10))), (before, after), "{document:?}");
             assert_eq!(document.awaits(&upload_id), awaits, "{document:?}");
             assert!(!document.awaits(&"upl_x123456789012345678901".parse().unwrap()));
+            // Why one failed is nothing that another standing is about.
+            for now in [at(4), at(10)] {
+                let (standing, reason) = document.standing(now);
+                assert_eq!(reason.is_some(), standing == Failed, "{document:?}");
+            }
         }
+        // A file that cut off its reader is read again; a document that is found is there, whatever is awaited.
+        let between = document(Processing, awaited(true));
+        assert_eq!(between.standing(at(5)), (Pending, None));
+        let found = Document { current: Some(at(0)), ..document(Pending, awaited(true)) };
+        assert!(found.is_kept(&limits, at(10)));
     }
 
     #[test]

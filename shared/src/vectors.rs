@@ -233,9 +233,16 @@ pub fn doubtful(hits: &[Hit]) -> BTreeSet<DocumentId> {
     doubtful
 }
 
-/// The passages that are stored of one edition of a document, by what their vectors were made of.
+/// The passages that are stored of a document, by what their vectors were made of.
 #[derive(Debug, Default)]
 pub struct Stored(HashMap<String, PointId>);
+
+impl Stored {
+    /// Whether there is a passage whose vector was made of this.
+    pub fn has(&self, searchable: &str) -> bool {
+        self.0.contains_key(&embedded(searchable))
+    }
+}
 
 /// Adds the bearer's token to each call, and its place in a trace.
 #[derive(Clone)]
@@ -723,16 +730,16 @@ impl Collection<'_> {
         self.scope.owns(tenant.map_or("", String::as_str), "the vector store")
     }
 
-    /// The passages that are stored of an edition of a document, as far as they are the tenant's.
+    /// The passages that are stored of a document, in whatever edition, as far as they are the tenant's.
     ///
     /// # Errors
     /// If the store fails.
-    pub async fn stored(&self, document: &DocumentId, edition: Timestamp) -> Result<Stored, VectorError> {
+    pub async fn stored(&self, document: &DocumentId) -> Result<Stored, VectorError> {
         let mut stored = Stored::default();
         let mut offset: Option<PointId> = None;
         loop {
             let mut page = ScrollPointsBuilder::new(&self.name)
-                .filter(in_edition(document, edition))
+                .filter(of_document(document))
                 .limit(1_000)
                 .with_payload(qdrant_client::qdrant::with_payload_selector::SelectorOptions::Include(
                     vec![EMBEDDED.to_owned(), "tenant_id".to_owned()].into(),
@@ -827,13 +834,18 @@ impl Collection<'_> {
         Ok(())
     }
 
-    /// Gives all passages of a document other groups, and changes nothing else of them. Answered once they are
+    /// Gives the passages of an edition other groups, and changes nothing else of them. Answered once they are
     /// found by these alone.
     ///
     /// # Errors
     /// If the store fails.
-    pub async fn set_groups(&self, document: &DocumentId, groups: &Groups) -> Result<(), VectorError> {
-        self.say(READERS, groups.readers(), of_document(document)).await
+    pub async fn set_groups(
+        &self,
+        document: &DocumentId,
+        edition: Timestamp,
+        groups: &Groups,
+    ) -> Result<(), VectorError> {
+        self.say(READERS, groups.readers(), in_edition(document, edition)).await
     }
 
     fn point(
@@ -909,14 +921,6 @@ impl Collection<'_> {
     /// If the store fails.
     pub async fn delete_edition(&self, document: &DocumentId, edition: Timestamp) -> Result<(), VectorError> {
         self.delete(DeletePointsBuilder::new(&self.name).points(in_edition(document, edition))).await
-    }
-
-    /// Deletes all passages of a document. Answered once they are found no more.
-    ///
-    /// # Errors
-    /// If the store fails.
-    pub async fn delete_document(&self, document: &DocumentId) -> Result<(), VectorError> {
-        self.delete(DeletePointsBuilder::new(&self.name).points(of_document(document))).await
     }
 
     async fn delete(&self, points: DeletePointsBuilder) -> Result<(), VectorError> {

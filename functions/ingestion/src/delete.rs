@@ -11,6 +11,7 @@ use shared::scope::TenantScope;
 use shared::web;
 
 use crate::Context;
+use crate::metered::ends_by;
 use crate::upload::close;
 
 /// How often a deletion begins anew because the document was stored again meanwhile.
@@ -24,17 +25,20 @@ pub(crate) async fn handle(
     let id: DocumentId = web::path_id(&request, "id")?;
     context.gate.admit_read(scope).await?;
     let collection = context.cells.write(scope, context.embeddings.model())?;
+    let ends_by = ends_by(&context.clock, web::deadline(&request, &context.clock));
     for attempt in 0..MOST_ATTEMPTS {
         // Whoever is storing the document has lost it from here on, so nothing of it is found once its passages are
         // gone. The record goes last: a crash in between leaves one whose deletion can be repeated, never passages that
         // nothing names.
-        let Some(taken) = context.documents.take_down(scope, &id, context.clock.now()).await? else {
+        let taken = context.documents.take_down(scope, &id, context.clock.now(), ends_by).await?;
+        let Some(taken) = taken else {
             if attempt == 0 {
                 return Err(ApiError::not_found());
             }
             break;
         };
-        collection.delete_document(&id).await?;
+        // Of whoever stores it anew, and is not cut off, nothing is taken away.
+        collection.delete_before(&id, taken.at).await?;
         if let Some(upload_id) = taken.upload {
             close(context, scope, &upload_id).await?;
         }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use http::StatusCode;
 use serde::Serialize;
 use shared::aws::ledger::Along;
+use shared::clock::{Clock, Timestamp};
 use shared::embeddings::EmbeddingsClient;
 use shared::error::ApiError;
 use shared::gate::{Admission, Need};
@@ -80,6 +81,27 @@ impl<'a> Metered<'a> {
     /// By when the request has to be answered.
     pub(crate) const fn deadline(&self) -> Instant {
         self.deadline
+    }
+
+    /// By when whatever the request does has ended.
+    pub(crate) fn ends_by(&self) -> Timestamp {
+        ends_by(&self.context.clock, self.deadline)
+    }
+
+    /// Reserves what a document's texts are estimated to take, so that one that does not fit into what is left is
+    /// refused before any of it is paid for.
+    ///
+    /// # Errors
+    /// The refusal that the caller is to see.
+    pub(crate) async fn plan(&self, texts: impl Iterator<Item = Tokens> + Send) -> Result<(), ApiError> {
+        let planned: Tokens = texts.sum();
+        let mut held = self.held.lock().await;
+        let total = held.spent + held.under_way + planned;
+        if total > held.admission.reserved() {
+            let need = Need { tokens: total, cost: self.cost(total) };
+            self.context.gate.extend(self.scope, &mut held.admission, need).await?;
+        }
+        Ok(())
     }
 
     /// Notes a call of the reranker, to be charged with the request.
@@ -192,6 +214,17 @@ impl<'a> Metered<'a> {
         }
         settled
     }
+}
+
+/// How much longer than its deadline an invocation may live, in milliseconds: what it keeps to settle, and the skew of
+/// two clocks.
+const AFTERWARDS_MS: u64 = 30_000;
+
+/// By when an invocation has ended that has to have answered by `deadline`, or was cut off.
+pub(crate) fn ends_by(clock: &Clock, deadline: Instant) -> Timestamp {
+    let left =
+        u64::try_from(deadline.saturating_duration_since(Instant::now()).as_millis()).unwrap_or(u64::MAX);
+    clock.now().plus_millis(i64::try_from(left.saturating_add(AFTERWARDS_MS)).unwrap_or(i64::MAX))
 }
 
 /// The most tokens of texts.

@@ -38,13 +38,13 @@ pub(crate) struct View {
 
 impl View {
     fn of(document: Document, now: Timestamp) -> Self {
-        let status = document.standing(now);
+        let (status, reason) = document.standing(now);
+        let reason = reason.map(str::to_owned);
         Self {
             id: document.id,
             version: document.version,
             status,
-            // Why the version before failed is nothing that its successor is about.
-            reason: document.reason.filter(|_| status == DocumentStatus::Failed),
+            reason,
             chunks: document.chunks,
             sha256: document.sha256,
             title: document.title,

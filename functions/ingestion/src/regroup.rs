@@ -1,73 +1,50 @@
 //! Other groups for a document whose content is as it was: its passages keep their vectors, so nothing is
 //! embedded again.
 
-use shared::aws::StoreError;
 use shared::document::{Document, DocumentStatus};
 use shared::error::ApiError;
-use shared::groups::Groups;
 
 use crate::Context;
 use crate::metered::Metered;
 
-/// How often what was overtaken is held against what holds now.
-const ROUNDS: usize = 5;
-
-/// Gives a document that is `known` other groups, as a new version of it: its record as `processing`, its
-/// passages, its record as `ready`, or as `failed`, what it is where that fails. Its retention goes on. A crash anywhere is mended by sending it again.
+/// Writes a document that is `known` as one of other groups, a new version of it: its record as `processing`, its
+/// passages, its record as `ready`, or as `failed`, what it is where that fails. Its retention goes on. A crash anywhere
+/// is mended by sending it again.
+///
+/// The passages are those of the edition that is known. Whoever replaces the document meanwhile makes another, and gives
+/// that its groups; this request learns that it lost.
+///
+/// # Errors
+/// What refused or failed; that somebody else has changed the document meanwhile, too.
 pub(crate) async fn regroup(
     context: &Context,
     metered: &Metered<'_>,
     known: &Document,
-    groups: Groups,
+    mut document: Document,
     failed: DocumentStatus,
 ) -> Result<Document, ApiError> {
     let (scope, seal) = (metered.scope(), metered.seal());
-    let mut document =
-        Document { version: known.version + 1, status: DocumentStatus::Processing, groups, ..known.clone() };
-    context.documents.put(scope, &document, known, seal).await?;
+    document.version = known.version + 1;
+    document.status = DocumentStatus::Processing;
+    document.at_work_until = Some(metered.ends_by());
+    context.documents.put(scope, &mut document, known, seal).await?;
     let processing = document.clone();
     let collection = context.cells.write(scope, context.embeddings.model())?;
-    let done = collection.set_groups(&document.id, &document.groups).await;
+    let done = collection.set_groups(&document.id, known.updated_at, &document.groups).await;
     document.status = if done.is_ok() { DocumentStatus::Ready } else { failed };
-    match (done, context.documents.put(scope, &document, &processing, seal).await) {
-        (Ok(()), Ok(())) => {
-            tracing::info!(
-                document.id = %document.id,
-                document.version = document.version,
-                "Document has other groups"
-            );
-            Ok(document)
+    document.at_work_until = None;
+    let stored = context.documents.put(scope, &mut document, &processing, seal).await;
+    if let Err(error) = done {
+        if let Err(second) = stored {
+            tracing::warn!(document.id = %document.id, "Document stays marked as processing: {second}");
         }
-        // Whatever this request did to the passages may have come after what the later one did.
-        (_, Err(StoreError::Conflict)) => {
-            overtaken(context, metered, document).await?;
-            Err(StoreError::Conflict.into())
-        }
-        (Ok(()), Err(error)) => Err(error.into()),
-        (Err(error), stored) => {
-            if let Err(second) = stored {
-                tracing::warn!(document.id = %document.id, "Document stays marked as processing: {second}");
-            }
-            Err(error.into())
-        }
+        return Err(error.into());
     }
-}
-
-/// Gives the passages the groups that the record has by now, until it has had them from before to after.
-async fn overtaken(context: &Context, metered: &Metered<'_>, ours: Document) -> Result<(), ApiError> {
-    let scope = metered.scope();
-    let collection = context.cells.write(scope, context.embeddings.model())?;
-    let mut given = ours.groups;
-    for _ in 0..ROUNDS {
-        let Some(now) = context.documents.stored(scope, &ours.id).await? else {
-            collection.delete_document(&ours.id).await?;
-            return Ok(());
-        };
-        if now.groups == given {
-            return Ok(());
-        }
-        collection.set_groups(&ours.id, &now.groups).await?;
-        given = now.groups;
-    }
-    Ok(())
+    stored?;
+    tracing::info!(
+        document.id = %document.id,
+        document.version = document.version,
+        "Document has other groups"
+    );
+    Ok(document)
 }

@@ -9,7 +9,8 @@ use shared::document::{Awaited, ContentType, Document, DocumentStatus, fingerpri
 use shared::error::ApiError;
 use shared::groups::Groups;
 use shared::ids::{DocumentId, UploadId};
-use shared::vectors::{Collection, NewPoint, Stored, VectorError};
+use shared::units::Tokens;
+use shared::vectors::{Collection, NewPoint, VectorError};
 
 use crate::Context;
 use crate::extract::apart::{self, Failed};
@@ -82,35 +83,29 @@ impl From<StoreError> for NotStored {
 pub(crate) async fn store(
     context: &Context,
     metered: &Metered<'_>,
-    valid: Valid,
+    mut valid: Valid,
 ) -> Result<Document, NotStored> {
     let scope = metered.scope();
     let sha256 = hex::encode(digest(&valid));
     let known = context.documents.stored(scope, &valid.id).await?;
-    let upload = taken(valid.upload.as_ref(), known.as_ref())?;
-    // What was uploaded is tried again, or given up, by whoever reads it.
-    let failed = if upload.is_some() { DocumentStatus::Pending } else { DocumentStatus::Failed };
-    if let Some(known) = &known
-        && known.is_kept(scope.limits(), context.clock.now())
-        && known.sha256 == sha256
-        && known.status == DocumentStatus::Ready
-    {
-        let mut document = known.clone();
-        if upload.is_some() {
-            document = Document { upload, ..document };
-            context.documents.put(scope, &document, known, metered.seal()).await?;
-        }
-        if document.groups == valid.groups {
-            return Ok(document);
-        }
-        return Ok(regroup(context, metered, &document, valid.groups, failed).await?);
+    taken(valid.upload.as_ref(), known.as_ref())?;
+    if let Some(document) = held(context, metered, &valid, known.as_ref(), &sha256).await? {
+        return Ok(document);
     }
-    let blocks = apart::blocks(valid.content, valid.content_type, valid.charset).await?;
+    let content = std::mem::take(&mut valid.content);
+    let blocks = apart::blocks(content, valid.content_type, valid.charset).await?;
     let chunks = chunk(&valid.id, &blocks);
     drop(blocks);
     if chunks.is_empty() {
         return Err(Unreadable::Empty.into());
     }
+    // To read it has taken a while, in which somebody else may have stored it.
+    let known = context.documents.stored(scope, &valid.id).await?;
+    let upload = taken(valid.upload.as_ref(), known.as_ref())?;
+    if let Some(document) = held(context, metered, &valid, known.as_ref(), &sha256).await? {
+        return Ok(document);
+    }
+    let failed = failed(&valid);
     let now = context.clock.now();
     // Later than every edition before, whatever the clocks say.
     let now = known.as_ref().map_or(now, |d| now.max(d.updated_at.plus_millis(1)));
@@ -133,26 +128,98 @@ pub(crate) async fn store(
         updated_at: now,
         current: known.as_ref().and_then(|d| d.current),
         upload,
+        at_work_until: Some(metered.ends_by()),
         reason: None,
+        revision: 0,
     };
     match &known {
-        Some(known) => context.documents.put(scope, &document, known, metered.seal()).await?,
-        None => context.documents.create(scope, &document, metered.seal()).await?,
+        Some(known) => context.documents.put(scope, &mut document, known, metered.seal()).await?,
+        None => context.documents.create(scope, &mut document, metered.seal()).await?,
     }
     if document.upload.is_none() {
         supersede(context, scope, known.as_ref()).await;
     }
     match index(context, metered, &mut document, chunks).await {
         Ok(()) => Ok(document),
-        Err(Lost::Overtaken) => Err(StoreError::Conflict.into()),
+        Err(Lost::Overtaken) => {
+            forget(context, metered, &document).await;
+            Err(StoreError::Conflict.into())
+        }
         Err(Lost::Failed(error)) => {
-            let processing = document.clone();
-            document.status = failed;
-            if let Err(second) = context.documents.put(scope, &document, &processing, metered.seal()).await {
-                tracing::warn!(document.id = %document.id, "Document stays marked as processing: {second}");
+            // What is found is not said to have failed: to store it again ends what is left to do.
+            if document.current != Some(document.updated_at) {
+                fail(context, metered, document, failed).await;
             }
             Err(error.into())
         }
+    }
+}
+
+/// What a document is where it cannot be stored: what was uploaded is tried again, or given up, by whoever reads it.
+fn failed(valid: &Valid) -> DocumentStatus {
+    if valid.upload.is_some() { DocumentStatus::Pending } else { DocumentStatus::Failed }
+}
+
+/// The document, where it is known to hold that content: it is given its groups, and awaits no other file.
+async fn held(
+    context: &Context,
+    metered: &Metered<'_>,
+    valid: &Valid,
+    known: Option<&Document>,
+    sha256: &str,
+) -> Result<Option<Document>, NotStored> {
+    let scope = metered.scope();
+    let holds = |known: &&Document| {
+        known.sha256 == sha256
+            && known.status == DocumentStatus::Ready
+            && known.current == Some(known.updated_at)
+            && known.is_kept(scope.limits(), context.clock.now())
+    };
+    let Some(known) = known.filter(holds) else { return Ok(None) };
+    let upload = match taken(valid.upload.as_ref(), Some(known))? {
+        Some(taken) => Some(taken),
+        // What was to come is older than what is sent now.
+        None => known.upload.clone().filter(|awaited| awaited.taken),
+    };
+    let mut document = Document { upload, groups: valid.groups.clone(), ..known.clone() };
+    if document == *known {
+        return Ok(Some(document));
+    }
+    if document.groups == known.groups {
+        context.documents.put(scope, &mut document, known, metered.seal()).await?;
+    } else {
+        document = regroup(context, metered, known, document, failed(valid)).await?;
+    }
+    if valid.upload.is_none() {
+        supersede(context, scope, Some(known)).await;
+    }
+    Ok(Some(document))
+}
+
+/// Says of a document that its new edition could not be made. What was stored of that waits for the next attempt, whose
+/// vectors it has, or goes where nobody is bound to make one.
+async fn fail(context: &Context, metered: &Metered<'_>, document: Document, failed: DocumentStatus) {
+    let processing = document;
+    let mut document = Document { status: failed, at_work_until: None, ..processing.clone() };
+    let stored = context.documents.put(metered.scope(), &mut document, &processing, metered.seal()).await;
+    if let Err(error) = &stored {
+        tracing::warn!(document.id = %document.id, "Document stays marked as processing: {error}");
+    }
+    if failed == DocumentStatus::Failed || matches!(stored, Err(StoreError::Conflict)) {
+        forget(context, metered, &document).await;
+    }
+}
+
+/// Takes away what was stored of an edition that nobody will find.
+async fn forget(context: &Context, metered: &Metered<'_>, document: &Document) {
+    let collection = match context.cells.write(metered.scope(), context.embeddings.model()) {
+        Ok(collection) => collection,
+        Err(error) => {
+            return tracing::warn!(document.id = %document.id, "Passages stay behind unseen: {error}");
+        }
+    };
+    if let Err(error) = collection.delete_edition(&document.id, document.updated_at).await {
+        tracing::warn!(document.id = %document.id, "Passages stay behind unseen: {error}");
     }
 }
 
@@ -204,7 +271,8 @@ impl From<VectorError> for Lost {
 }
 
 /// Stores a document's passages as an edition of their own, makes it the current one, and takes the earlier ones away:
-/// `shared::retrieval` says what that is to searches. Vectors of what the earlier edition has too are taken from there.
+/// `shared::editions` says what that is to searches. Vectors of what earlier editions have too are taken from there.
+/// Where it has failed, the document says in `current` whether its new edition is found.
 async fn index(
     context: &Context,
     metered: &Metered<'_>,
@@ -213,33 +281,18 @@ async fn index(
 ) -> Result<(), Lost> {
     let (scope, edition) = (metered.scope(), document.updated_at);
     let collection = context.cells.write(scope, context.embeddings.model())?;
-    if let Err(error) = upsert(metered, &collection, document, chunks).await {
-        // Nobody would find them; nobody needs them either.
-        if let Err(second) = collection.delete_edition(&document.id, edition).await {
-            tracing::warn!(document.id = %document.id, "Passages stay behind unseen: {second}");
-        }
-        return Err(error.into());
-    }
+    upsert(metered, &collection, document, chunks).await?;
     collection.supersede(&document.id, edition).await?;
     let processing = document.clone();
-    document.current = Some(edition);
-    match context.documents.put(scope, document, &processing, metered.seal()).await {
-        Ok(()) => {}
-        Err(StoreError::Conflict) => {
-            collection.delete_edition(&document.id, edition).await?;
-            return Err(Lost::Overtaken);
-        }
-        Err(error) => {
-            document.current = processing.current;
-            return Err(error.into());
-        }
-    }
+    let mut found = Document { current: Some(edition), ..processing.clone() };
+    context.documents.put(scope, &mut found, &processing, metered.seal()).await?;
+    *document = found;
     collection.delete_before(&document.id, edition).await?;
     collection.settle(&document.id, edition).await?;
-    document.status = DocumentStatus::Ready;
-    match context.documents.put(scope, document, &processing, metered.seal()).await {
+    let mut ready = Document { status: DocumentStatus::Ready, at_work_until: None, ..document.clone() };
+    match context.documents.put(scope, &mut ready, document, metered.seal()).await {
         // In the second case somebody has taken it up since: it was this edition that they replace.
-        Ok(()) | Err(StoreError::Conflict) => {}
+        Ok(()) | Err(StoreError::Conflict) => *document = ready,
         Err(error) => return Err(error.into()),
     }
     tracing::info!(
@@ -258,10 +311,10 @@ async fn upsert(
     document: &Document,
     chunks: Vec<Chunk>,
 ) -> Result<(), ApiError> {
-    let stored = match document.current {
-        Some(edition) => collection.stored(&document.id, edition).await?,
-        None => Stored::default(),
-    };
+    // Earlier attempts count too: what they have paid for is not paid for again.
+    let stored = collection.stored(&document.id).await?;
+    let unknown = chunks.iter().map(|chunk| searchable(document, chunk)).filter(|text| !stored.has(text));
+    metered.plan(unknown.map(|text| Tokens::estimate(&text))).await?;
     let mut chunks = chunks.into_iter().peekable();
     while chunks.peek().is_some() {
         let batch: Vec<Chunk> = chunks.by_ref().take(AT_ONCE).collect();

@@ -22,9 +22,6 @@ use shared::web;
 use crate::Context;
 use crate::put::{charset, check_description, content_type, groups};
 
-/// How long a document that is being stored is left alone, in milliseconds: longer than a request takes.
-const AT_WORK_MS: i64 = 180_000;
-
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct NewUpload {
@@ -98,7 +95,8 @@ pub(crate) async fn handle(
         claimed_until: None,
     };
     let known = context.documents.stored(scope, &upload.document_id).await?;
-    if known.as_ref().is_some_and(|known| is_at_work(known, now)) {
+    // Whoever stores it now would lose what it has begun.
+    if known.as_ref().is_some_and(|known| known.is_at_work(now)) {
         let message = format!("`{}` is being stored right now; try again", upload.document_id);
         return Err(ApiError::new(Code::Conflict, message).with_param("id"));
     }
@@ -106,10 +104,10 @@ pub(crate) async fn handle(
     let link = context.uploads.link(scope, &upload).await.map_err(unavailable)?;
     context.upload_records.begin(scope, &upload).await?;
     let document = awaiting(known.as_ref().filter(|d| d.is_kept(scope.limits(), now)), &upload, now);
-    let document = Document { version: known.as_ref().map_or(0, |known| known.version), ..document };
+    let mut document = Document { version: known.as_ref().map_or(0, |known| known.version), ..document };
     let awaited = match &known {
-        Some(known) => context.documents.put(scope, &document, known, None).await.map_err(ApiError::from),
-        None => context.documents.create(scope, &document, None).await.map_err(ApiError::from),
+        Some(known) => context.documents.put(scope, &mut document, known, None).await.map_err(ApiError::from),
+        None => context.documents.create(scope, &mut document, None).await.map_err(ApiError::from),
     };
     if let Err(error) = awaited {
         if let Err(second) = context.upload_records.end(scope, &upload.upload_id).await {
@@ -154,11 +152,6 @@ pub(crate) async fn supersede(context: &Context, scope: &TenantScope, known: Opt
     }
 }
 
-/// Whether somebody stores the document now, who would not see that it awaits a file.
-fn is_at_work(known: &Document, now: Timestamp) -> bool {
-    known.status == DocumentStatus::Processing && now < known.updated_at.plus_millis(AT_WORK_MS)
-}
-
 /// The document as it awaits its file: what it holds until then stays as it is, and is found.
 fn awaiting(known: Option<&Document>, upload: &Upload, now: Timestamp) -> Document {
     let upload_ref = Some(upload.awaited());
@@ -180,7 +173,9 @@ fn awaiting(known: Option<&Document>, upload: &Upload, now: Timestamp) -> Docume
             updated_at: now,
             current: None,
             upload: upload_ref,
+            at_work_until: None,
             reason: None,
+            revision: 0,
         },
     }
 }

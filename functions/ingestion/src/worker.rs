@@ -329,19 +329,23 @@ impl Reading<'_> {
     /// The document has failed, and says why. The file goes.
     async fn fail(&self, upload: &Upload, document: Document, reason: String) -> Result<Came, ApiError> {
         let ingestion = &self.context.ingestion;
-        let failed = Document {
+        let mut failed = Document {
             status: DocumentStatus::Failed,
+            at_work_until: None,
             reason: Some(reason),
             upload: document.upload.clone().map(|awaited| Awaited { taken: true, ..awaited }),
             ..document.clone()
         };
         let seal = Box::pin(ingestion.data_keys.of(&self.scope)).await?;
-        match ingestion.documents.put(&self.scope, &failed, &document, seal.as_deref()).await {
-            // It was deleted or sent again meanwhile.
-            Ok(()) | Err(aws::StoreError::Conflict) => {}
-            Err(error) => return Err(error.into()),
+        match ingestion.documents.put(&self.scope, &mut failed, &document, seal.as_deref()).await {
+            Ok(()) => self.end(upload).await,
+            // It was deleted, or sent again: by another file, or by this one's link anew.
+            Err(aws::StoreError::Conflict) => match self.awaiting(upload).await? {
+                Some(_) => Ok(Came::Again),
+                None => self.end(upload).await,
+            },
+            Err(error) => Err(error.into()),
         }
-        self.end(upload).await
     }
 
     /// The upload is over.

@@ -4,6 +4,8 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use aws_sdk_dynamodb::types::{AttributeValue, Delete, ReturnValue, TransactWriteItem, Update};
+use futures_util::{StreamExt, TryStreamExt, stream};
+use rand::RngExt;
 use serde::Deserialize;
 
 use super::ledger::Ledger;
@@ -26,6 +28,9 @@ const TEXT: [&str; 3] = ["title", "source", "metadata"];
 
 /// The attribute of how many documents there are.
 const COUNT: &str = "documents";
+
+/// How many records are asked for their editions at once.
+const ASKED_AT_ONCE: usize = 16;
 
 /// How often a document is counted anew because another was counted at the same moment.
 const BACKOFF: Backoff =
@@ -65,6 +70,11 @@ impl From<NotCreated> for ApiError {
             NotCreated::Store(error) => error.into(),
         }
     }
+}
+
+/// A record's next revision.
+pub(super) fn revision() -> u64 {
+    entropy().random()
 }
 
 /// A part of a transaction that counts `documents` more, or fewer, of a tenant's; and not more than `most`.
@@ -132,18 +142,17 @@ impl DocumentStore {
             tenant_id: TenantId,
             current: Option<Timestamp>,
         }
-        let mut editions = Editions::new();
-        for id in ids {
+        let heads = stream::iter(ids).map(async |id| {
             let head: Option<Head> = self.0.get(scope.tenant_id(), &item_key::document(&id)).await?;
             let own = head.filter(|head| scope.owns(head.tenant_id.as_str(), "documents").is_ok());
-            editions.insert(id, own.and_then(|head| head.current));
-        }
-        Ok(editions)
+            Ok((id, own.and_then(|head| head.current)))
+        });
+        heads.buffer_unordered(ASKED_AT_ONCE).try_collect().await
     }
 
-    /// Takes a document up for its deletion: it is found in no edition from then on, and whoever is replacing it has
-    /// lost. Brings what [`DocumentStore::delete`] expects; none if there is no such document, or it is past its
-    /// retention.
+    /// Takes a document up for its deletion, which ends by `until`: it is found in no edition from then on, and whoever
+    /// is replacing it has lost. Brings what [`DocumentStore::delete`] expects; none if there is no such document, or it
+    /// is past its retention.
     ///
     /// # Errors
     /// If the table does not answer or the item does not parse.
@@ -152,6 +161,7 @@ impl DocumentStore {
         scope: &TenantScope,
         id: &DocumentId,
         now: Timestamp,
+        until: Timestamp,
     ) -> Result<Option<Taken>, StoreError> {
         #[derive(Deserialize)]
         struct Head {
@@ -167,9 +177,15 @@ impl DocumentStore {
             .table_name(&self.0.name)
             .set_key(Some(Table::key(scope.tenant_id(), &item_key::document(id))))
             // As `Document::is_kept`: neither past its retention, nor a file that never came.
-            .condition_expression("updated_at > :past AND (#s <> :pending OR #w.#e > :now)")
+            .condition_expression(
+                "updated_at > :past AND (#s <> :pending OR attribute_exists(#c) OR #w.#e > :now)",
+            )
             // Another edition than any that is being written.
-            .update_expression("SET updated_at = updated_at + :one, #s = :s REMOVE #c")
+            .update_expression(
+                "SET updated_at = updated_at + :one, #s = :s, at_work_until = :u, revision = :r REMOVE #c",
+            )
+            .expression_attribute_values(":u", AttributeValue::N(until.as_millis().to_string()))
+            .expression_attribute_values(":r", AttributeValue::N(revision().to_string()))
             .expression_attribute_names("#s", "status")
             .expression_attribute_names("#c", "current")
             .expression_attribute_names("#w", "upload")
@@ -203,16 +219,17 @@ impl DocumentStore {
     pub async fn create(
         &self,
         scope: &TenantScope,
-        document: &Document,
+        document: &mut Document,
         seal: Option<&DataKey>,
     ) -> Result<(), NotCreated> {
+        document.revision = revision();
         scope.owns(document.tenant_id.as_str(), "documents").map_err(|_| StoreError::Conflict)?;
         let most = scope.limits().max_documents;
         if most == 0 {
             return Err(NotCreated::Full);
         }
         let sort = item_key::document(&document.id);
-        let item = self.0.sealed_item(scope, document, &sort, &TEXT, seal)?;
+        let item = self.0.sealed_item(scope, &*document, &sort, &TEXT, seal)?;
         let parts = vec![self.0.put_new(item)?, counted(&self.0, scope.tenant_id(), 1, Some(most))?];
         match self.transact(scope, parts).await {
             Ok(()) => Ok(()),
@@ -242,8 +259,8 @@ impl DocumentStore {
         }
     }
 
-    /// Writes a document's record where it is still at `expected` (its version and edition), so that of two writers one
-    /// learns that it lost; sealed where the tenant has a key of its own.
+    /// Writes a document's record where it is still as `expected`, so that of two writers one learns that it lost;
+    /// sealed where the tenant has a key of its own. The document has its new revision then.
     ///
     /// # Errors
     /// [`StoreError::Conflict`] if it is not, or if the record is another tenant's; otherwise if the
@@ -251,10 +268,11 @@ impl DocumentStore {
     pub async fn put(
         &self,
         scope: &TenantScope,
-        document: &Document,
+        document: &mut Document,
         expected: &Document,
         seal: Option<&DataKey>,
     ) -> Result<(), StoreError> {
+        document.revision = revision();
         scope.owns(document.tenant_id.as_str(), "documents").map_err(|_| StoreError::Conflict)?;
         let sort = item_key::document(&document.id);
         let put = self
@@ -262,13 +280,21 @@ impl DocumentStore {
             .client(scope.tenant_id())
             .put_item()
             .table_name(&self.0.name)
-            .set_item(Some(self.0.sealed_item(scope, document, &sort, &TEXT, seal)?))
-            .condition_expression("version = :version AND updated_at = :updated")
-            .expression_attribute_values(":version", AttributeValue::N(expected.version.to_string()))
-            .expression_attribute_values(
-                ":updated",
-                AttributeValue::N(expected.updated_at.as_millis().to_string()),
-            );
+            .set_item(Some(self.0.sealed_item(scope, &*document, &sort, &TEXT, seal)?))
+            // Or as it is to be: the client repeats a write that was done and not answered.
+            .condition_expression(match expected.revision {
+                0 => "attribute_not_exists(revision) OR revision = :written",
+                _ => "revision IN (:expected, :written)",
+            })
+            .expression_attribute_values(":written", AttributeValue::N(document.revision.to_string()));
+        // Records of earlier builds have none.
+        let expected = Some(expected.revision).filter(|revision| *revision != 0);
+        let put = match expected {
+            Some(expected) => {
+                put.expression_attribute_values(":expected", AttributeValue::N(expected.to_string()))
+            }
+            None => put,
+        };
         put.send().await.map_err(|e| self.0.failed(e))?;
         Ok(())
     }

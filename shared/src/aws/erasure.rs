@@ -5,7 +5,7 @@ use std::collections::HashMap;
 
 use aws_sdk_dynamodb::types::{AttributeValue, Delete, TransactWriteItem};
 
-use super::documents::counted;
+use super::documents::{counted, revision};
 use super::ledger::Ledger;
 use super::session::Access;
 use super::table::{Cancelled, Item, Page, StoreError, Table};
@@ -329,7 +329,8 @@ impl TenantItems {
             .update_item()
             .table_name(&self.documents.name)
             .set_key(Some(Table::key(expired.tenant_id(), &item_key::document(&upload.document_id))))
-            .update_expression("SET #s = :failed, #r = :reason, #u.#t = :true")
+            .update_expression("SET #s = :failed, #r = :reason, #u.#t = :true, revision = :revision")
+            .expression_attribute_values(":revision", AttributeValue::N(revision().to_string()))
             .condition_expression("#u.#i = :id AND (#u.#t = :false OR #s = :pending OR #s = :processing)")
             .expression_attribute_names("#s", "status")
             .expression_attribute_names("#r", "reason")
