@@ -293,7 +293,7 @@ async fn of_two_uploads_the_later_one_wins_and_what_is_sent_since_ends_both() {
     let upload = |content: &str| json!({"id": "rules", "title": "Rules", "content_type": "text/markdown", "size_bytes": content.len()});
     // The first one's reader is about to take the document up when the second begins.
     let (one, two) = (handbook(1), handbook(2));
-    stack.dynamodb_faults(json!({"rules": [delayed("upload_id", 1, 3_000)]})).await;
+    stack.dynamodb_faults(json!({"rules": [delayed(r#""taken":{"BOOL":true}"#, 0, 3_000)]})).await;
     let first = busy.begin_upload(&upload(&one)).await;
     assert_eq!(put_file(&first, one).await.0, StatusCode::OK);
     tokio::time::sleep(Duration::from_millis(1_500)).await;

@@ -8,7 +8,9 @@
 //! and the search is made again for what they say, until it was the case both before and after.
 //!
 //! It rests on single points alone: that each is seen as it was at some instant of the search, and that what the store
-//! has confirmed is seen by every search that begins later. Whatever crashes at whatever step, the records are right.
+//! has confirmed is seen by every search that begins later; and on that no search lasts longer than a whole replacement,
+//! of which it could see the earlier passages when they are gone and the later ones when they are not there yet.
+//! Whatever crashes at whatever step, the records are right.
 
 use crate::aws::documents::DocumentStore;
 use crate::clock::Timestamp;
