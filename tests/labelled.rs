@@ -18,6 +18,7 @@ use reqwest::StatusCode;
 use serde_json::{Value, json};
 use shared::env;
 use shared::ranking::{MOST_OF_ONE, diverse};
+use shared::vectors::RRF_K;
 use tests::{Embeddings, Options, Stack, Tenant};
 
 /// Passages that are looked at.
@@ -155,7 +156,7 @@ impl Bench {
         let query = QueryPointsBuilder::new(&self.collection)
             .add_prefetch(prefetch(Query::new_nearest(VectorInput::from(vector)), "dense"))
             .add_prefetch(prefetch(words(question), "sparse"))
-            .query(Query::new_rrf(RrfBuilder::with_k(60)));
+            .query(Query::new_rrf(RrfBuilder::with_k(RRF_K)));
         self.ask(query.limit(limit)).await
     }
 }
