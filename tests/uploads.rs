@@ -287,6 +287,57 @@ async fn what_cannot_be_uploaded_is_refused_by_name_and_changes_nothing() {
     stack.stop().await;
 }
 
+#[tokio::test]
+async fn a_file_takes_its_invocations_trace_to_the_embeddings_and_the_vectors() {
+    let stack = Stack::start().await;
+    let acme = stack.tenant("acme");
+    acme.upload("vault", "text/plain", b"The vault opens at 7:15.".to_vec()).await;
+    over(&stack, &acme).await;
+    let trace = until("the line of the file", async || {
+        let logs = stack.logs();
+        let mut lines = logs.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        let line = lines.find(|line| line["http.route"] == "upload")?;
+        Some(line["trace.id"].as_str().expect("a trace").to_owned())
+    })
+    .await;
+    let address = |name: &str| stack.ready()[name].as_str().unwrap();
+    for url in [
+        format!("{}/_requests", address("embeddings_url")),
+        format!("{}/qdrant/traces", address("control_url")),
+    ] {
+        let seen: Value = client().get(&url).send().await.unwrap().json().await.unwrap();
+        let told = |call: &Value| call.to_string().contains(&format!("Root={trace}"));
+        assert!(seen.as_array().unwrap().iter().any(told), "{url} was not told of {trace}: {seen}");
+    }
+    stack.stop().await;
+}
+
+#[tokio::test]
+async fn of_two_messages_the_bad_one_alone_comes_again() {
+    let stack = Stack::start().await;
+    let acme = stack.tenant("acme");
+    // Its file waits, as the tenant may spend nothing, so that its message is known.
+    stack.change_tenant(&acme.id, json!({"limits": {"tokens_per_day": 0}})).await;
+    let begun = acme.begin_upload(&new("good", b"Good.")).await;
+    assert_eq!(put_file(&begun, "Good.").await.0, StatusCode::OK);
+    received(&stack, 1).await;
+    let body = stack.queue("uploads").await[0]["body"].clone();
+    stack.change_tenant(&acme.id, json!({"limits": {"tokens_per_day": 1_000_000}})).await;
+    let record = |id: &str, body: &Value| {
+        json!({"messageId": id, "receiptHandle": id, "body": body, "attributes": {"ApproximateReceiveCount": "1"},
+            "messageAttributes": {}, "eventSource": "aws:sqs"})
+    };
+    let nonsense = Value::from("nonsense");
+    for ids in [["bad", "good"], ["good", "bad"]] {
+        let records = ids.map(|id| record(id, if id == "good" { &body } else { &nonsense }));
+        let answer = stack.invoke("upload_ingestion", json!({"Records": records})).await;
+        assert_eq!(answer["batchItemFailures"], json!([{"itemIdentifier": "bad"}]), "{ids:?}");
+    }
+    assert_eq!(acme.read_upload("good").await["status"], "ready");
+    assert_eq!(records(&stack, &acme, "document_ingested").await.len(), 2);
+    stack.stop().await;
+}
+
 async fn begin_once(tenant: &Tenant, body: &Value, key: &str) -> Answer {
     let request = tenant.request(Method::POST, "/v1/uploads").header("idempotency-key", key).json(body);
     Answer::read(request.send().await.unwrap()).await

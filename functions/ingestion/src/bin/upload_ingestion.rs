@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use ingestion::asked;
-use ingestion::worker::{Context, handle};
+use ingestion::worker::{Context, Invocation, handle};
 use lambda_runtime::{Error, LambdaEvent, run, service_fn};
 use shared::clock::Timestamp;
 use shared::start;
@@ -24,8 +24,11 @@ async fn serve() -> Result<(), Error> {
     let context = Box::pin(start::closing_context(Context::from_env(), close)).await?;
     run(service_fn(|event: LambdaEvent<_>| {
         let context = Arc::clone(&context);
-        let deadline = Timestamp::from_millis(i64::try_from(event.context.deadline).unwrap_or(i64::MAX));
-        async move { Ok::<_, Error>(handle(&context, event.payload, deadline).await) }
+        let invocation = Invocation {
+            deadline: Timestamp::from_millis(i64::try_from(event.context.deadline).unwrap_or(i64::MAX)),
+            trace: event.context.xray_trace_id.as_deref().and_then(|text| text.parse().ok()),
+        };
+        async move { Ok::<_, Error>(handle(&context, event.payload, &invocation).await) }
     }))
     .await
 }
