@@ -159,6 +159,46 @@ async fn what_cannot_be_read_says_why_and_harms_nothing_else() {
     assert!(before.keys().all(|pid| after.contains_key(pid)), "a function has died: {before:?} {after:?}");
 }
 
+/// A page of a list is as long as was asked for, and its cursor is of what the caller was shown.
+#[tokio::test]
+async fn a_list_shows_nothing_of_what_its_reader_may_not_read() {
+    let stack = Stack::start().await;
+    let acme = stack.tenant("acme");
+    let documents: Vec<Value> = (0..9)
+        .map(|n| {
+            let groups = if n % 3 == 1 { json!(null) } else { json!(["board"]) };
+            json!({"id": format!("doc-{n}"), "title": "T", "content": format!("Text {n}"), "groups": groups})
+        })
+        .collect();
+    assert!(store(&acme, &documents).await.iter().all(|outcome| outcome["status"] == "ready"));
+    let pages = async |reader: &Tenant, limit: usize| {
+        let (mut pages, mut path) = (Vec::new(), format!("/v1/documents?limit={limit}"));
+        loop {
+            let page = reader.get(&path).await.expect_status(StatusCode::OK).json();
+            let ids: Vec<String> = page["documents"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|document| document["id"].as_str().unwrap().to_owned())
+                .collect();
+            let cursor = page.get("cursor").map(|cursor| cursor.as_str().unwrap().to_owned());
+            assert!(cursor.is_none() || cursor.as_ref() == ids.last(), "{page}");
+            pages.push(ids);
+            match cursor {
+                Some(cursor) => path = format!("/v1/documents?limit={limit}&cursor={cursor}"),
+                None => return pages,
+            }
+        }
+    };
+    let other = acme.in_groups("sales");
+    assert_eq!(pages(&other, 1).await, [["doc-1"], ["doc-4"], ["doc-7"]]);
+    assert_eq!(pages(&other, 2).await, [vec!["doc-1", "doc-4"], vec!["doc-7"]]);
+    assert_eq!(pages(&other, 3).await, [["doc-1", "doc-4", "doc-7"]]);
+    assert_eq!(pages(&acme, 4).await.concat().len(), 9);
+    assert_eq!(pages(&acme.in_groups("board"), 1).await.len(), 9);
+    stack.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_tenant_has_no_more_documents_than_its_limit_however_many_clients_store() {
     let stack = Stack::start().await;
