@@ -199,6 +199,47 @@ async fn a_list_shows_nothing_of_what_its_reader_may_not_read() {
     stack.stop().await;
 }
 
+/// The one item that all of a tenant's documents are counted in is written by several at a time.
+#[tokio::test]
+async fn a_collision_at_the_count_is_tried_again_by_whoever_deletes() {
+    let stack = Stack::start().await;
+    let acme = stack.tenant("acme");
+    for id in ["one", "two"] {
+        acme.store(id, id, "It is deleted.").await;
+    }
+    acme.begin_upload(&json!({"id": "never", "title": "N", "content_type": "text/plain", "size_bytes": 5}))
+        .await;
+    let collide = async |contains: &str| {
+        let rule = json!({"mode": "cancel_conflict", "operation": "TransactWriteItems", "contains": contains,
+            "times": 5});
+        stack.dynamodb_faults(json!({"rules": [rule]})).await;
+    };
+    let count = async || stack.items("documents", "acme", "COUNT").await;
+    collide("document_deleted").await;
+    acme.delete("/v1/documents/one").await.expect_status(StatusCode::NO_CONTENT);
+    assert_eq!(count().await[0]["documents"], 2);
+    let old = json!({"N": "1"});
+    let key = |sort: &str| json!({"tenant_id": {"S": "acme"}, "sk": {"S": sort}});
+    let upload = stack.items("documents", "acme", "UPLOAD#").await[0]["sk"].as_str().unwrap().to_owned();
+    stack.edit("documents", key(&upload), &["expires_at"], old.clone()).await;
+    collide("document_expired").await;
+    assert_eq!(stack.invoke("eraser", json!({"job": "uploads"})).await["unmade"], 1);
+    assert_eq!(count().await[0]["documents"], 1);
+    stack.edit("documents", key("DOC#two"), &["updated_at"], old).await;
+    collide("document_expired").await;
+    let report = stack.invoke("eraser", json!({"job": "retain"})).await;
+    assert_eq!((&report["documents"], &report["left"]), (&json!(1), &json!(0)), "{report}");
+    assert_eq!(count().await[0]["documents"], 0);
+    stack.clear_dynamodb_faults().await;
+
+    // A tenant whose count is gone already is being deleted: whoever is still at a document makes none anew.
+    acme.store("last", "last", "It is the last.").await;
+    stack.dynamodb("DeleteItem", "documents", json!({"Key": key("COUNT")})).await;
+    acme.delete("/v1/documents/last").await.expect_status(StatusCode::NO_CONTENT);
+    assert_eq!(stack.items("documents", "acme", "").await, Vec::<Value>::new());
+    stack.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_tenant_has_no_more_documents_than_its_limit_however_many_clients_store() {
     let stack = Stack::start().await;
