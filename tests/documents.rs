@@ -3,7 +3,6 @@
 
 #![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
-use std::fmt::Write as _;
 use std::io::Write as _;
 
 use base64::Engine;
@@ -157,6 +156,44 @@ async fn what_cannot_be_read_says_why_and_harms_nothing_else() {
     assert_eq!(ids, ["first", "last"]);
     let after = stack.processes("ingestion");
     assert!(before.keys().all(|pid| after.contains_key(pid)), "a function has died: {before:?} {after:?}");
+}
+
+/// However long the files of one request take: each is answered, in time, and what was read is stored.
+#[tokio::test]
+async fn slow_files_leave_time_to_answer_for_the_others() {
+    let stack = Stack::start().await;
+    let acme = stack.tenant("acme");
+    acme.store("first", "First", "The first document.").await;
+    let before = stack.processes("ingestion");
+    let quick =
+        |id: &str| json!({"id": id, "title": format!("File {id}"), "content": format!("It says {id}."), "content_type": "text/markdown"});
+    // As many as are worked on at once, so that the slow ones come after them.
+    let mut documents: Vec<Value> = (0..4).map(|n| quick(&format!("quick-{n}"))).collect();
+    let endless = endless();
+    documents.extend((4..10).map(|n| file(&format!("slow-{n}"), PDF, &endless)));
+    documents.push(quick("late"));
+    let outcomes = store(&acme, &documents).await;
+    for (n, outcome) in outcomes.iter().enumerate() {
+        let code = match n {
+            0..4 => {
+                assert_eq!(outcome["status"], "ready", "{n}: {outcome}");
+                continue;
+            }
+            // The first one had all the time that one may take.
+            4 => "too_large",
+            _ => "deadline_exceeded",
+        };
+        let error = &outcome["error"];
+        assert_eq!((&outcome["status"], &error["code"]), (&json!("failed"), &json!(code)), "{n}: {outcome}");
+        assert!(error["param"].as_str().unwrap().starts_with(&format!("documents[{n}]")), "{n}: {error}");
+    }
+    assert!(outcomes[4]["error"]["message"].as_str().unwrap().contains("longer than 20 s"), "{outcomes:?}");
+    assert!(!found(&acme, "quick-0", "quick").await.is_empty());
+    // By itself, there is time for it; and for nobody was the function ended.
+    assert_eq!(store(&acme, &[quick("late")]).await[0]["status"], "ready");
+    let after = stack.processes("ingestion");
+    assert!(before.keys().all(|pid| after.contains_key(pid)), "a function has died: {before:?} {after:?}");
+    stack.stop().await;
 }
 
 /// A page of a list is as long as was asked for, and its cursor is of what the caller was shown.
@@ -332,27 +369,68 @@ fn zip(name: &str, content: &[u8]) -> Vec<u8> {
 fn pages(count: usize) -> Vec<u8> {
     let line = if count == 0 { "" } else { "BT /F1 12 Tf 72 700 Td (A page of a long document.) Tj ET" };
     let count = count.max(1);
-    let mut file = String::from("%PDF-1.4\n");
-    let mut places = Vec::new();
-    let mut object = |file: &mut String, text: String| {
-        places.push(file.len());
-        write!(file, "{} 0 obj\n{text}\nendobj\n", places.len()).unwrap();
-    };
-    object(&mut file, "<< /Type /Catalog /Pages 2 0 R >>".to_owned());
     let kids: String = (0..count).map(|n| format!("{} 0 R ", n + 5)).collect();
-    object(&mut file, format!("<< /Type /Pages /Kids [{kids}] /Count {count} >>"));
-    object(&mut file, "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>".to_owned());
-    object(&mut file, format!("<< /Length {} >>\nstream\n{line}\nendstream", line.len()));
-    for _ in 0..count {
-        let resources = "/Resources << /Font << /F1 3 0 R >> >>";
-        object(&mut file, format!("<< /Type /Page /Parent 2 0 R {resources} /Contents 4 0 R >>"));
+    let mut objects = vec![
+        plain("/Type /Catalog /Pages 2 0 R"),
+        plain(&format!("/Type /Pages /Kids [{kids}] /Count {count}")),
+        plain("/Type /Font /Subtype /Type1 /BaseFont /Helvetica"),
+        stream("", line.as_bytes()),
+    ];
+    let resources = "/Resources << /Font << /F1 3 0 R >> >>";
+    let page = plain(&format!("/Type /Page /Parent 2 0 R {resources} /Contents 4 0 R"));
+    objects.extend(vec![page; count]);
+    pdf(&objects)
+}
+
+/// A PDF file of one page, with these resources, this drawing and these other objects, from the fifth on.
+fn page(resources: &str, drawing: Vec<u8>, others: Vec<Vec<u8>>) -> Vec<u8> {
+    let objects = vec![
+        plain("/Type /Catalog /Pages 2 0 R"),
+        plain("/Type /Pages /Kids [3 0 R] /Count 1"),
+        plain(&format!("/Type /Page /Parent 2 0 R /Resources << {resources} >> /Contents 4 0 R")),
+        drawing,
+    ];
+    pdf(&[objects, others].concat())
+}
+
+/// A form that draws one ten times that draws one ten times, and so on: a page without end.
+fn endless() -> Vec<u8> {
+    let drawing = b"/F Do ".repeat(10);
+    let form = |n: usize| {
+        let head = "/Type /XObject /Subtype /Form /BBox [0 0 1 1]";
+        match n {
+            // Nothing is unpacked of the last, so what bounds that does not count.
+            16 => stream(head, b""),
+            n => stream(&format!("{head} /Resources << /XObject << /F {} 0 R >> >>", n + 1), &drawing),
+        }
+    };
+    page("/XObject << /F 5 0 R >>", stream("", &drawing), (5..=16).map(form).collect())
+}
+
+fn plain(dictionary: &str) -> Vec<u8> {
+    format!("<< {dictionary} >>").into_bytes()
+}
+
+fn stream(dictionary: &str, content: &[u8]) -> Vec<u8> {
+    let head = format!("<< {dictionary} /Length {} >>\nstream\n", content.len());
+    [head.as_bytes(), content, b"\nendstream"].concat()
+}
+
+/// A PDF file of these objects, numbered from 1, of which the first is its catalog.
+fn pdf(objects: &[Vec<u8>]) -> Vec<u8> {
+    let mut file = b"%PDF-1.4\n".to_vec();
+    let mut places = Vec::new();
+    for (n, object) in objects.iter().enumerate() {
+        places.push(file.len());
+        write!(file, "{} 0 obj\n", n + 1).unwrap();
+        file.extend(object);
+        file.extend(b"\nendobj\n");
     }
-    let table = file.len();
-    write!(file, "xref\n0 {}\n0000000000 65535 f \n", places.len() + 1).unwrap();
+    let (table, size) = (file.len(), places.len() + 1);
+    write!(file, "xref\n0 {size}\n0000000000 65535 f \n").unwrap();
     for place in &places {
         writeln!(file, "{place:010} 00000 n ").unwrap();
     }
-    let size = places.len() + 1;
     write!(file, "trailer\n<< /Size {size} /Root 1 0 R >>\nstartxref\n{table}\n%%EOF\n").unwrap();
-    file.into_bytes()
+    file
 }

@@ -105,7 +105,8 @@ pub(crate) async fn store(
         }
         return Ok(regroup(context, metered, &document, valid.groups, failed).await?);
     }
-    let blocks = apart::blocks(valid.content, valid.content_type, valid.charset).await?;
+    let read = apart::blocks(valid.content, valid.content_type, valid.charset, metered.reads_until());
+    let blocks = read.await?;
     let chunks = chunk(&valid.id, &blocks);
     drop(blocks);
     if chunks.is_empty() {

@@ -13,17 +13,18 @@ use std::time::Duration;
 use rustix::process::{Resource, Rlimit, Signal, set_parent_process_death_signal, setrlimit};
 use shared::chunk::Block;
 use shared::document::ContentType;
-use shared::error::ApiError;
+use shared::error::{ApiError, Code};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::process::{Child, Command};
 use tokio::sync::Semaphore;
+use tokio::time::{Instant, timeout_at};
 
 use super::{Charset, MOST_TEXT_BYTES, Unreadable};
 
 /// What makes this program a reader: its first argument. The second is the content's type, the third its charset.
 const ASKED: &str = "read-document";
 /// How long one document may take to read.
-pub(super) const MOST_TIME: Duration = Duration::from_secs(20);
+pub(crate) const MOST_TIME: Duration = Duration::from_secs(20);
 /// How much memory one document may take to read, itself included, in bytes.
 const MOST_MEMORY: u64 = 160 << 20;
 /// How much is heard of a reader: JSON takes more than the text itself, and no more than twice as much of most.
@@ -38,11 +39,11 @@ static ONE: Semaphore = Semaphore::const_new(1);
 pub(crate) enum Failed {
     /// The document is what is wrong.
     Unreadable(Unreadable),
-    /// No reader could be started, or spoken to.
+    /// No reader could be started, or spoken to, or there was no time to.
     Elsewhere(ApiError),
 }
 
-/// The blocks of a document, in reading order: at least one.
+/// The blocks of a document, in reading order: at least one. Whoever is not through at `deadline` is broken off.
 ///
 /// # Errors
 /// [`Failed::Unreadable`] if nothing can be made of the content.
@@ -50,18 +51,31 @@ pub(crate) async fn blocks(
     content: Vec<u8>,
     content_type: ContentType,
     charset: Option<Charset>,
+    deadline: Instant,
 ) -> Result<Vec<Block>, Failed> {
     // To split lines and values takes nobody else's parser.
     if matches!(content_type, ContentType::Plain | ContentType::Csv) {
         return super::blocks(content, content_type, charset).map_err(Failed::Unreadable);
     }
+    let late = || {
+        let message =
+            "there was no time left to read the document; send it by itself, or by POST /v1/uploads";
+        Failed::Elsewhere(ApiError::new(Code::DeadlineExceeded, message))
+    };
     let elsewhere = |what: &'static str| {
         move |error: std::io::Error| {
             tracing::error!("A reader of documents could not be {what}: {error}");
             Failed::Elsewhere(ApiError::unavailable("the reader of documents"))
         }
     };
-    let _turn = ONE.acquire().await.map_err(|error| elsewhere("waited for")(std::io::Error::other(error)))?;
+    let turn = timeout_at(deadline, ONE.acquire()).await.map_err(|_| late())?;
+    let _turn = turn.map_err(|error| elsewhere("waited for")(std::io::Error::other(error)))?;
+    // Nobody waits when it is free.
+    let now = Instant::now();
+    if now >= deadline {
+        return Err(late());
+    }
+    let slow = now + MOST_TIME;
     let mut command = Command::new("/proc/self/exe");
     command
         .args([ASKED, content_type.media_type()])
@@ -72,12 +86,13 @@ pub(crate) async fn blocks(
         .stderr(Stdio::piped())
         .kill_on_drop(true);
     let mut child = command.spawn().map_err(elsewhere("started"))?;
-    match tokio::time::timeout(MOST_TIME, heard(&mut child, content)).await {
+    match timeout_at(slow.min(deadline), heard(&mut child, content)).await {
         Ok(heard) => match heard.map_err(elsewhere("heard"))? {
             Heard { answer: Some(answer), .. } => answer.map_err(Failed::Unreadable),
             Heard { status, last_words, .. } => Err(Failed::Unreadable(what_ended(status, &last_words))),
         },
-        Err(_) => Err(Failed::Unreadable(Unreadable::TooSlow)),
+        Err(_) if slow <= deadline => Err(Failed::Unreadable(Unreadable::TooSlow)),
+        Err(_) => Err(late()),
     }
 }
 
@@ -148,4 +163,15 @@ pub fn asked(mut arguments: impl Iterator<Item = String>) -> Option<ExitCode> {
         stdout.flush()
     };
     Some(if read().is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn nobody_is_read_after_the_deadline() {
+        let late = blocks(b"A text.".to_vec(), ContentType::Markdown, None, Instant::now()).await;
+        assert!(matches!(late, Err(Failed::Elsewhere(error)) if error.code == Code::DeadlineExceeded));
+    }
 }
