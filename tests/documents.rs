@@ -166,7 +166,7 @@ async fn slow_files_leave_time_to_answer_for_the_others() {
     acme.store("first", "First", "The first document.").await;
     let before = stack.processes("ingestion");
     let quick =
-        |id: &str| json!({"id": id, "title": format!("File {id}"), "content": format!("It says {id}."), "content_type": "text/markdown"});
+        |id: &str| json!({"id": id, "title": format!("File {id}"), "content": format!("It says {id}.")});
     // As many as are worked on at once, so that the slow ones come after them.
     let mut documents: Vec<Value> = (0..4).map(|n| quick(&format!("quick-{n}"))).collect();
     let endless = endless();

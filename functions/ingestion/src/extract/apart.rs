@@ -53,10 +53,6 @@ pub(crate) async fn blocks(
     charset: Option<Charset>,
     deadline: Instant,
 ) -> Result<Vec<Block>, Failed> {
-    // To split lines and values takes nobody else's parser.
-    if matches!(content_type, ContentType::Plain | ContentType::Csv) {
-        return super::blocks(content, content_type, charset).map_err(Failed::Unreadable);
-    }
     let late = || {
         let message =
             "there was no time left to read the document; send it by itself, or by POST /v1/uploads";
