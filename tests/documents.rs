@@ -3,7 +3,13 @@
 
 #![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
+use std::fs::Permissions;
 use std::io::Write as _;
+use std::net::TcpListener;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -193,6 +199,56 @@ async fn slow_files_leave_time_to_answer_for_the_others() {
     assert_eq!(store(&acme, &[quick("late")]).await[0]["status"], "ready");
     let after = stack.processes("ingestion");
     assert!(before.keys().all(|pid| after.contains_key(pid)), "a function has died: {before:?} {after:?}");
+    stack.stop().await;
+}
+
+/// A reader is of the same user as its function, whose environment holds the function's keys.
+#[tokio::test]
+async fn a_reader_cannot_look_into_its_function() {
+    let stack = Stack::start().await;
+    let acme = stack.tenant("acme");
+    acme.upload("warm", "text/plain", b"Warm.".to_vec()).await;
+    acme.store("first", "First", "The first document.").await;
+    let built = std::env::current_exe().unwrap().ancestors().nth(2).unwrap().to_owned();
+    // Root looks wherever it likes, so nobody is who runs the function and looks.
+    let root = Path::new("/proc/self").metadata().unwrap().uid() == 0;
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).unwrap();
+    let nobody = |command: &mut Command| {
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        if root {
+            command.uid(65_534).gid(65_534);
+        }
+    };
+    let looked = |pid: u32| {
+        let mut look = Command::new("cat");
+        nobody(look.arg(format!("/proc/{pid}/environ")));
+        let output = look.output().unwrap();
+        String::from_utf8_lossy(&output.stdout).contains("AWS_SECRET_ACCESS_KEY=")
+    };
+    for (function, program) in [("ingestion", "ingestion"), ("upload-ingestion", "upload_ingestion")] {
+        let copy = folder.path().join(program);
+        std::fs::copy(built.join(program), &copy).unwrap();
+        let environment = stack.processes(function).into_values().next().unwrap();
+        for (what, seen) in [(Path::new("/bin/sleep"), true), (&copy, false)] {
+            // It is up when it asks for its first event, which never comes.
+            let events = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+            let address = format!("http://{}", events.local_addr().unwrap());
+            let mut command = Command::new(what);
+            nobody(&mut command);
+            command.env_clear().envs(&environment).env("AWS_LAMBDA_RUNTIME_API", address);
+            if seen {
+                command.arg("60");
+            }
+            let mut process = command.spawn().unwrap();
+            if !seen {
+                let _ = tokio::task::spawn_blocking(move || events.accept().unwrap()).await.unwrap();
+            }
+            assert_eq!(looked(process.id()), seen, "{what:?}");
+            process.kill().unwrap();
+            process.wait().unwrap();
+        }
+    }
     stack.stop().await;
 }
 

@@ -4,8 +4,8 @@
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use ingestion::asked;
 use ingestion::worker::{Context, Invocation, handle};
+use ingestion::{asked, keep_to_itself};
 use lambda_runtime::{Error, LambdaEvent, run, service_fn};
 use shared::clock::Timestamp;
 use shared::start;
@@ -19,6 +19,7 @@ fn main() -> Result<ExitCode, Error> {
 
 #[tokio::main(flavor = "current_thread")]
 async fn serve() -> Result<(), Error> {
+    keep_to_itself()?;
     shared::telemetry::init()?;
     let close = |context: Arc<Context>| async move { context.close().await };
     let context = Box::pin(start::closing_context(Context::from_env(), close)).await?;

@@ -2,15 +2,19 @@
 //!
 //! A file that is made to can send its reader round in circles, have it ask for all memory there is, or bring it down.
 //! So the reader is this very program, started once more: with bounds on its memory and its processor time that the
-//! system keeps, without the environment, and therefore without credentials. What becomes of it is what is wrong with
-//! the file; the function goes on.
+//! system keeps, without the environment, and therefore without credentials: the function's own, which it could read as
+//! the same user, is closed to it ([`keep_to_itself`]). What becomes of it is what is wrong with the file; the function
+//! goes on.
 
 use std::io::{Read, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{ExitCode, ExitStatus, Stdio};
 use std::time::Duration;
 
-use rustix::process::{Resource, Rlimit, Signal, set_parent_process_death_signal, setrlimit};
+use rustix::process::{
+    DumpableBehavior, Resource, Rlimit, Signal, set_dumpable_behavior, set_parent_process_death_signal,
+    setrlimit,
+};
 use shared::chunk::Block;
 use shared::document::ContentType;
 use shared::error::{ApiError, Code};
@@ -92,6 +96,15 @@ pub(crate) async fn blocks(
     }
 }
 
+/// Closes this process to others of the same user, and so its environment to the readers that it starts: not theirs to
+/// read, nor its memory. To be done before anything of value is there.
+///
+/// # Errors
+/// If the system refuses.
+pub fn keep_to_itself() -> std::io::Result<()> {
+    Ok(set_dumpable_behavior(DumpableBehavior::NotDumpable)?)
+}
+
 /// What a reader said, if it came to that, and how it ended.
 struct Heard {
     answer: Option<Result<Vec<Block>, Unreadable>>,
@@ -167,7 +180,7 @@ mod tests {
 
     #[tokio::test]
     async fn nobody_is_read_after_the_deadline() {
-        let late = blocks(b"A text.".to_vec(), ContentType::Markdown, None, Instant::now()).await;
+        let late = blocks(b"A text.".to_vec(), ContentType::Plain, None, Instant::now()).await;
         assert!(matches!(late, Err(Failed::Elsewhere(error)) if error.code == Code::DeadlineExceeded));
     }
 }
