@@ -7,7 +7,7 @@ use std::fs::Permissions;
 use std::io::Write as _;
 use std::net::TcpListener;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -130,10 +130,12 @@ async fn what_cannot_be_read_says_why_and_harms_nothing_else() {
         ("unsupported_content_type", "an Excel workbook", DOCX, zip("xl/workbook.xml", b"<x/>")),
         ("unsupported_content_type", "`klingon`", "text/plain; charset=klingon", b"nuqneH".to_vec()),
         ("too_large", "unpacks to more", DOCX, bomb),
+        ("too_large", "unpacks to more", PDF, pdf_bomb()),
         ("too_large", "10000 pages", PDF, pages(10_000)),
         ("invalid_request", "is empty", PDF, Vec::new()),
         ("invalid_request", "is empty", "text/csv", b" \r\n ".to_vec()),
         ("invalid_request", "no text", PDF, pages(0)),
+        ("invalid_request", "which letters", PDF, unmapped()),
         ("invalid_request", "is said to be in UTF-8", "text/plain; charset=utf-8", b"Schl\xfcssel".to_vec()),
     ];
     let mut documents: Vec<Value> = cases
@@ -200,6 +202,35 @@ async fn slow_files_leave_time_to_answer_for_the_others() {
     let after = stack.processes("ingestion");
     assert!(before.keys().all(|pid| after.contains_key(pid)), "a function has died: {before:?} {after:?}");
     stack.stop().await;
+}
+
+/// The function's own program, asked to read a document: what it says, and how it ends.
+fn reader(file: Vec<u8>) -> std::process::Output {
+    let program = std::env::current_exe().unwrap().ancestors().nth(2).unwrap().join("ingestion");
+    let mut reader = Command::new(program)
+        .args(["read-document", PDF])
+        .env_clear()
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdin = reader.stdin.take().unwrap();
+    let writer = std::thread::spawn(move || drop(stdin.write_all(&file)));
+    let output = reader.wait_with_output().unwrap();
+    writer.join().unwrap();
+    output
+}
+
+/// Whoever waits for a reader might not be there: the system ends one that goes on for ever, or wants all memory.
+#[test]
+fn the_system_bounds_a_readers_time_and_memory() {
+    let output = reader(endless());
+    assert_eq!(output.status.signal(), Some(9), "not SIGKILL: {output:?}");
+    let output = reader(pdf_bomb());
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.signal(), Some(6), "not SIGABRT: {said}");
+    assert!(said.trim_start().starts_with("memory allocation of"), "{said}");
 }
 
 /// A reader is of the same user as its function, whose environment holds the function's keys.
@@ -461,6 +492,30 @@ fn endless() -> Vec<u8> {
         }
     };
     page("/XObject << /F 5 0 R >>", stream("", &drawing), (5..=16).map(form).collect())
+}
+
+/// A page whose drawing is 300 MB of zeros.
+fn pdf_bomb() -> Vec<u8> {
+    let mut packed = flate2::write::ZlibEncoder::new(Vec::new(), flate2::Compression::fast());
+    for _ in 0..300 {
+        packed.write_all(&vec![0; 1 << 20]).unwrap();
+    }
+    let bomb = page("", stream("/Filter /FlateDecode", &packed.finish().unwrap()), Vec::new());
+    assert!(bomb.len() < 4 << 20);
+    bomb
+}
+
+/// A page in a Chinese font that names Adobe's character map, and brings no map to Unicode.
+fn unmapped() -> Vec<u8> {
+    let font = plain(
+        "/Type /Font /Subtype /Type0 /BaseFont /STSong-Light /Encoding /UniGB-UCS2-H /DescendantFonts [6 0 R]",
+    );
+    let descendant = plain(
+        "/Type /Font /Subtype /CIDFontType0 /BaseFont /STSong-Light \
+         /CIDSystemInfo << /Registry (Adobe) /Ordering (GB1) /Supplement 2 >>",
+    );
+    let drawing = stream("", b"BT /F1 12 Tf 72 700 Td <5408540C4E66> Tj ET");
+    page("/Font << /F1 5 0 R >>", drawing, vec![font, descendant])
 }
 
 fn plain(dictionary: &str) -> Vec<u8> {

@@ -178,6 +178,25 @@ pub fn asked(mut arguments: impl Iterator<Item = String>) -> Option<ExitCode> {
 mod tests {
     use super::*;
 
+    #[test]
+    fn how_a_reader_ends_says_what_is_wrong_with_its_document() {
+        let signal = |signal: Signal| ExitStatus::from_raw(signal.as_raw());
+        for (status, words, reason) in [
+            (signal(Signal::XCPU), "", Unreadable::TooSlow),
+            (signal(Signal::KILL), "", Unreadable::TooSlow),
+            (signal(Signal::ABORT), "memory allocation of 9 bytes failed", Unreadable::TooLarge),
+            (signal(Signal::ABORT), "\nmemory allocation of 9 bytes failed", Unreadable::TooLarge),
+            (
+                signal(Signal::ABORT),
+                "thread 'main' panicked at memory allocation of",
+                Unreadable::damaged("its reader broke off"),
+            ),
+            (ExitStatus::from_raw(1 << 8), "", Unreadable::damaged("its reader broke off")),
+        ] {
+            assert_eq!(what_ended(status, words.as_bytes()), reason, "{status} {words}");
+        }
+    }
+
     #[tokio::test]
     async fn nobody_is_read_after_the_deadline() {
         let late = blocks(b"A text.".to_vec(), ContentType::Plain, None, Instant::now()).await;

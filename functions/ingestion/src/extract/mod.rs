@@ -45,6 +45,12 @@ pub(crate) enum Unreadable {
         "the document has pages but no text, as a scanned one has; send it with its text recognised (OCR)"
     )]
     NoText,
+    /// There are letters in it, and nothing says which: what fonts of Chinese, Japanese and Korean at times leave out.
+    #[error(
+        "the document does not say which letters its text is of, as fonts without a map to Unicode do not; export it \
+         anew with text that can be copied, or with its text recognised (OCR)"
+    )]
+    Unmapped,
     /// It opens with a password alone.
     #[error("the document is encrypted; send it without a password")]
     Encrypted,
@@ -92,6 +98,7 @@ impl From<Unreadable> for ApiError {
             Unreadable::TooManyPages { .. } | Unreadable::TooLarge | Unreadable::TooSlow => Code::TooLarge,
             Unreadable::Empty
             | Unreadable::NoText
+            | Unreadable::Unmapped
             | Unreadable::Encrypted
             | Unreadable::Damaged(_)
             | Unreadable::NotItsCharset(_) => Code::InvalidRequest,
