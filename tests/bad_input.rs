@@ -105,6 +105,7 @@ async fn bad_completions() {
     };
     let cases: Vec<(Value, u16, &str, &str)> = vec![
         (with("messages", json!("x")), 400, "invalid_request", "messages"),
+        (with("messages", json!(null)), 400, "invalid_request", "messages"),
         (with("messages", json!([])), 400, "invalid_request", "messages"),
         (with("messages", json!(["x"])), 400, "invalid_request", "messages[0]"),
         (with("messages", json!([["user", "x"]])), 400, "invalid_request", "messages[0]"),
@@ -135,9 +136,18 @@ async fn bad_completions() {
         (with("max_tokens", json!(0)), 400, "invalid_request", "max_tokens"),
         (with("max_completion_tokens", json!(10_000_000)), 400, "invalid_request", "max_completion_tokens"),
         (with("max_tokens", json!("7")), 400, "invalid_request", "max_tokens"),
+        (with("max_completion_tokens", json!("7")), 400, "invalid_request", "max_completion_tokens"),
         (with("top_k", json!(0)), 400, "invalid_request", "top_k"),
+        (with("top_k", json!("5")), 400, "invalid_request", "top_k"),
         (with("stream", json!("yes")), 400, "invalid_request", "stream"),
         (with("stream_options", json!({"include_usage": true})), 400, "invalid_request", "stream_options"),
+        (with("stream_options", json!("x")), 400, "invalid_request", "stream_options"),
+        (
+            with("stream_options", json!({"include_usage": "yes"})),
+            400,
+            "invalid_request",
+            "stream_options.include_usage",
+        ),
         (with("tools", json!([])), 400, "invalid_request", "tools"),
         (with("stop", json!("\n")), 400, "invalid_request", "stop"),
         (with("conversation_id", json!("conv_x")), 400, "invalid_request", "conversation_id"),

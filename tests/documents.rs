@@ -3,8 +3,13 @@
 
 #![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
-use std::fmt::Write as _;
+use std::fs::Permissions;
 use std::io::Write as _;
+use std::net::TcpListener;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::Path;
+use std::process::{Command, Stdio};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -125,10 +130,12 @@ async fn what_cannot_be_read_says_why_and_harms_nothing_else() {
         ("unsupported_content_type", "an Excel workbook", DOCX, zip("xl/workbook.xml", b"<x/>")),
         ("unsupported_content_type", "`klingon`", "text/plain; charset=klingon", b"nuqneH".to_vec()),
         ("too_large", "unpacks to more", DOCX, bomb),
+        ("too_large", "unpacks to more", PDF, pdf_bomb()),
         ("too_large", "10000 pages", PDF, pages(10_000)),
         ("invalid_request", "is empty", PDF, Vec::new()),
         ("invalid_request", "is empty", "text/csv", b" \r\n ".to_vec()),
         ("invalid_request", "no text", PDF, pages(0)),
+        ("invalid_request", "which letters", PDF, unmapped()),
         ("invalid_request", "is said to be in UTF-8", "text/plain; charset=utf-8", b"Schl\xfcssel".to_vec()),
     ];
     let mut documents: Vec<Value> = cases
@@ -157,6 +164,204 @@ async fn what_cannot_be_read_says_why_and_harms_nothing_else() {
     assert_eq!(ids, ["first", "last"]);
     let after = stack.processes("ingestion");
     assert!(before.keys().all(|pid| after.contains_key(pid)), "a function has died: {before:?} {after:?}");
+}
+
+/// However long the files of one request take: each is answered, in time, and what was read is stored.
+#[tokio::test]
+async fn slow_files_leave_time_to_answer_for_the_others() {
+    let stack = Stack::start().await;
+    let acme = stack.tenant("acme");
+    acme.store("first", "First", "The first document.").await;
+    let before = stack.processes("ingestion");
+    let quick =
+        |id: &str| json!({"id": id, "title": format!("File {id}"), "content": format!("It says {id}.")});
+    // As many as are worked on at once, so that the slow ones come after them.
+    let mut documents: Vec<Value> = (0..4).map(|n| quick(&format!("quick-{n}"))).collect();
+    let endless = endless();
+    documents.extend((4..10).map(|n| file(&format!("slow-{n}"), PDF, &endless)));
+    documents.push(quick("late"));
+    let outcomes = store(&acme, &documents).await;
+    for (n, outcome) in outcomes.iter().enumerate() {
+        let code = match n {
+            0..4 => {
+                assert_eq!(outcome["status"], "ready", "{n}: {outcome}");
+                continue;
+            }
+            // The first one had all the time that one may take.
+            4 => "too_large",
+            _ => "deadline_exceeded",
+        };
+        let error = &outcome["error"];
+        assert_eq!((&outcome["status"], &error["code"]), (&json!("failed"), &json!(code)), "{n}: {outcome}");
+        assert!(error["param"].as_str().unwrap().starts_with(&format!("documents[{n}]")), "{n}: {error}");
+    }
+    assert!(outcomes[4]["error"]["message"].as_str().unwrap().contains("longer than 20 s"), "{outcomes:?}");
+    assert!(!found(&acme, "quick-0", "quick").await.is_empty());
+    // By itself, there is time for it; and for nobody was the function ended.
+    assert_eq!(store(&acme, &[quick("late")]).await[0]["status"], "ready");
+    let after = stack.processes("ingestion");
+    assert!(before.keys().all(|pid| after.contains_key(pid)), "a function has died: {before:?} {after:?}");
+    stack.stop().await;
+}
+
+/// The function's own program, asked to read a document: what it says, and how it ends.
+fn reader(file: Vec<u8>) -> std::process::Output {
+    let program = std::env::current_exe().unwrap().ancestors().nth(2).unwrap().join("ingestion");
+    let mut reader = Command::new(program)
+        .args(["read-document", PDF])
+        .env_clear()
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdin = reader.stdin.take().unwrap();
+    let writer = std::thread::spawn(move || drop(stdin.write_all(&file)));
+    let output = reader.wait_with_output().unwrap();
+    writer.join().unwrap();
+    output
+}
+
+/// Whoever waits for a reader might not be there: the system ends one that goes on for ever, or wants all memory.
+#[test]
+fn the_system_bounds_a_readers_time_and_memory() {
+    let output = reader(endless());
+    assert_eq!(output.status.signal(), Some(9), "not SIGKILL: {output:?}");
+    let output = reader(pdf_bomb());
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.signal(), Some(6), "not SIGABRT: {said}");
+    assert!(said.trim_start().starts_with("memory allocation of"), "{said}");
+}
+
+/// A reader is of the same user as its function, whose environment holds the function's keys.
+#[tokio::test]
+async fn a_reader_cannot_look_into_its_function() {
+    let stack = Stack::start().await;
+    let acme = stack.tenant("acme");
+    acme.upload("warm", "text/plain", b"Warm.".to_vec()).await;
+    acme.store("first", "First", "The first document.").await;
+    let built = std::env::current_exe().unwrap().ancestors().nth(2).unwrap().to_owned();
+    // Root looks wherever it likes, so nobody is who runs the function and looks.
+    let root = Path::new("/proc/self").metadata().unwrap().uid() == 0;
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).unwrap();
+    let nobody = |command: &mut Command| {
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        if root {
+            command.uid(65_534).gid(65_534);
+        }
+    };
+    let looked = |pid: u32| {
+        let mut look = Command::new("cat");
+        nobody(look.arg(format!("/proc/{pid}/environ")));
+        let output = look.output().unwrap();
+        String::from_utf8_lossy(&output.stdout).contains("AWS_SECRET_ACCESS_KEY=")
+    };
+    for (function, program) in [("ingestion", "ingestion"), ("upload-ingestion", "upload_ingestion")] {
+        let copy = folder.path().join(program);
+        std::fs::copy(built.join(program), &copy).unwrap();
+        let environment = stack.processes(function).into_values().next().unwrap();
+        for (what, seen) in [(Path::new("/bin/sleep"), true), (&copy, false)] {
+            // It is up when it asks for its first event, which never comes.
+            let events = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+            let address = format!("http://{}", events.local_addr().unwrap());
+            let mut command = Command::new(what);
+            nobody(&mut command);
+            command.env_clear().envs(&environment).env("AWS_LAMBDA_RUNTIME_API", address);
+            if seen {
+                command.arg("60");
+            }
+            let mut process = command.spawn().unwrap();
+            if !seen {
+                let _ = tokio::task::spawn_blocking(move || events.accept().unwrap()).await.unwrap();
+            }
+            assert_eq!(looked(process.id()), seen, "{what:?}");
+            process.kill().unwrap();
+            process.wait().unwrap();
+        }
+    }
+    stack.stop().await;
+}
+
+/// A page of a list is as long as was asked for, and its cursor is of what the caller was shown.
+#[tokio::test]
+async fn a_list_shows_nothing_of_what_its_reader_may_not_read() {
+    let stack = Stack::start().await;
+    let acme = stack.tenant("acme");
+    let documents: Vec<Value> = (0..9)
+        .map(|n| {
+            let groups = if n % 3 == 1 { json!(null) } else { json!(["board"]) };
+            json!({"id": format!("doc-{n}"), "title": "T", "content": format!("Text {n}"), "groups": groups})
+        })
+        .collect();
+    assert!(store(&acme, &documents).await.iter().all(|outcome| outcome["status"] == "ready"));
+    let pages = async |reader: &Tenant, limit: usize| {
+        let (mut pages, mut path) = (Vec::new(), format!("/v1/documents?limit={limit}"));
+        loop {
+            let page = reader.get(&path).await.expect_status(StatusCode::OK).json();
+            let ids: Vec<String> = page["documents"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|document| document["id"].as_str().unwrap().to_owned())
+                .collect();
+            let cursor = page.get("cursor").map(|cursor| cursor.as_str().unwrap().to_owned());
+            assert!(cursor.is_none() || cursor.as_ref() == ids.last(), "{page}");
+            pages.push(ids);
+            match cursor {
+                Some(cursor) => path = format!("/v1/documents?limit={limit}&cursor={cursor}"),
+                None => return pages,
+            }
+        }
+    };
+    let other = acme.in_groups("sales");
+    assert_eq!(pages(&other, 1).await, [["doc-1"], ["doc-4"], ["doc-7"]]);
+    assert_eq!(pages(&other, 2).await, [vec!["doc-1", "doc-4"], vec!["doc-7"]]);
+    assert_eq!(pages(&other, 3).await, [["doc-1", "doc-4", "doc-7"]]);
+    assert_eq!(pages(&acme, 4).await.concat().len(), 9);
+    assert_eq!(pages(&acme.in_groups("board"), 1).await.len(), 9);
+    stack.stop().await;
+}
+
+/// The one item that all of a tenant's documents are counted in is written by several at a time.
+#[tokio::test]
+async fn a_collision_at_the_count_is_tried_again_by_whoever_deletes() {
+    let stack = Stack::start().await;
+    let acme = stack.tenant("acme");
+    for id in ["one", "two"] {
+        acme.store(id, id, "It is deleted.").await;
+    }
+    acme.begin_upload(&json!({"id": "never", "title": "N", "content_type": "text/plain", "size_bytes": 5}))
+        .await;
+    let collide = async |contains: &str| {
+        let rule = json!({"mode": "cancel_conflict", "operation": "TransactWriteItems", "contains": contains,
+            "times": 5});
+        stack.dynamodb_faults(json!({"rules": [rule]})).await;
+    };
+    let count = async || stack.items("documents", "acme", "COUNT").await;
+    collide("document_deleted").await;
+    acme.delete("/v1/documents/one").await.expect_status(StatusCode::NO_CONTENT);
+    assert_eq!(count().await[0]["documents"], 2);
+    let old = json!({"N": "1"});
+    let key = |sort: &str| json!({"tenant_id": {"S": "acme"}, "sk": {"S": sort}});
+    let upload = stack.items("documents", "acme", "UPLOAD#").await[0]["sk"].as_str().unwrap().to_owned();
+    stack.edit("documents", key(&upload), &["expires_at"], old.clone()).await;
+    collide("document_expired").await;
+    assert_eq!(stack.invoke("eraser", json!({"job": "uploads"})).await["unmade"], 1);
+    assert_eq!(count().await[0]["documents"], 1);
+    stack.edit("documents", key("DOC#two"), &["updated_at"], old).await;
+    collide("document_expired").await;
+    let report = stack.invoke("eraser", json!({"job": "retain"})).await;
+    assert_eq!((&report["documents"], &report["left"]), (&json!(1), &json!(0)), "{report}");
+    assert_eq!(count().await[0]["documents"], 0);
+    stack.clear_dynamodb_faults().await;
+
+    // A tenant whose count is gone already is being deleted: whoever is still at a document makes none anew.
+    acme.store("last", "last", "It is the last.").await;
+    stack.dynamodb("DeleteItem", "documents", json!({"Key": key("COUNT")})).await;
+    acme.delete("/v1/documents/last").await.expect_status(StatusCode::NO_CONTENT);
+    assert_eq!(stack.items("documents", "acme", "").await, Vec::<Value>::new());
+    stack.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -251,27 +456,92 @@ fn zip(name: &str, content: &[u8]) -> Vec<u8> {
 fn pages(count: usize) -> Vec<u8> {
     let line = if count == 0 { "" } else { "BT /F1 12 Tf 72 700 Td (A page of a long document.) Tj ET" };
     let count = count.max(1);
-    let mut file = String::from("%PDF-1.4\n");
-    let mut places = Vec::new();
-    let mut object = |file: &mut String, text: String| {
-        places.push(file.len());
-        write!(file, "{} 0 obj\n{text}\nendobj\n", places.len()).unwrap();
-    };
-    object(&mut file, "<< /Type /Catalog /Pages 2 0 R >>".to_owned());
     let kids: String = (0..count).map(|n| format!("{} 0 R ", n + 5)).collect();
-    object(&mut file, format!("<< /Type /Pages /Kids [{kids}] /Count {count} >>"));
-    object(&mut file, "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>".to_owned());
-    object(&mut file, format!("<< /Length {} >>\nstream\n{line}\nendstream", line.len()));
-    for _ in 0..count {
-        let resources = "/Resources << /Font << /F1 3 0 R >> >>";
-        object(&mut file, format!("<< /Type /Page /Parent 2 0 R {resources} /Contents 4 0 R >>"));
+    let mut objects = vec![
+        plain("/Type /Catalog /Pages 2 0 R"),
+        plain(&format!("/Type /Pages /Kids [{kids}] /Count {count}")),
+        plain("/Type /Font /Subtype /Type1 /BaseFont /Helvetica"),
+        stream("", line.as_bytes()),
+    ];
+    let resources = "/Resources << /Font << /F1 3 0 R >> >>";
+    let page = plain(&format!("/Type /Page /Parent 2 0 R {resources} /Contents 4 0 R"));
+    objects.extend(vec![page; count]);
+    pdf(&objects)
+}
+
+/// A PDF file of one page, with these resources, this drawing and these other objects, from the fifth on.
+fn page(resources: &str, drawing: Vec<u8>, others: Vec<Vec<u8>>) -> Vec<u8> {
+    let objects = vec![
+        plain("/Type /Catalog /Pages 2 0 R"),
+        plain("/Type /Pages /Kids [3 0 R] /Count 1"),
+        plain(&format!("/Type /Page /Parent 2 0 R /Resources << {resources} >> /Contents 4 0 R")),
+        drawing,
+    ];
+    pdf(&[objects, others].concat())
+}
+
+/// A form that draws one ten times that draws one ten times, and so on: a page without end.
+fn endless() -> Vec<u8> {
+    let drawing = b"/F Do ".repeat(10);
+    let form = |n: usize| {
+        let head = "/Type /XObject /Subtype /Form /BBox [0 0 1 1]";
+        match n {
+            // Nothing is unpacked of the last, so what bounds that does not count.
+            16 => stream(head, b""),
+            n => stream(&format!("{head} /Resources << /XObject << /F {} 0 R >> >>", n + 1), &drawing),
+        }
+    };
+    page("/XObject << /F 5 0 R >>", stream("", &drawing), (5..=16).map(form).collect())
+}
+
+/// A page whose drawing is 300 MB of zeros.
+fn pdf_bomb() -> Vec<u8> {
+    let mut packed = flate2::write::ZlibEncoder::new(Vec::new(), flate2::Compression::fast());
+    for _ in 0..300 {
+        packed.write_all(&vec![0; 1 << 20]).unwrap();
     }
-    let table = file.len();
-    write!(file, "xref\n0 {}\n0000000000 65535 f \n", places.len() + 1).unwrap();
+    let bomb = page("", stream("/Filter /FlateDecode", &packed.finish().unwrap()), Vec::new());
+    assert!(bomb.len() < 4 << 20);
+    bomb
+}
+
+/// A page in a Chinese font that names Adobe's character map, and brings no map to Unicode.
+fn unmapped() -> Vec<u8> {
+    let font = plain(
+        "/Type /Font /Subtype /Type0 /BaseFont /STSong-Light /Encoding /UniGB-UCS2-H /DescendantFonts [6 0 R]",
+    );
+    let descendant = plain(
+        "/Type /Font /Subtype /CIDFontType0 /BaseFont /STSong-Light \
+         /CIDSystemInfo << /Registry (Adobe) /Ordering (GB1) /Supplement 2 >>",
+    );
+    let drawing = stream("", b"BT /F1 12 Tf 72 700 Td <5408540C4E66> Tj ET");
+    page("/Font << /F1 5 0 R >>", drawing, vec![font, descendant])
+}
+
+fn plain(dictionary: &str) -> Vec<u8> {
+    format!("<< {dictionary} >>").into_bytes()
+}
+
+fn stream(dictionary: &str, content: &[u8]) -> Vec<u8> {
+    let head = format!("<< {dictionary} /Length {} >>\nstream\n", content.len());
+    [head.as_bytes(), content, b"\nendstream"].concat()
+}
+
+/// A PDF file of these objects, numbered from 1, of which the first is its catalog.
+fn pdf(objects: &[Vec<u8>]) -> Vec<u8> {
+    let mut file = b"%PDF-1.4\n".to_vec();
+    let mut places = Vec::new();
+    for (n, object) in objects.iter().enumerate() {
+        places.push(file.len());
+        write!(file, "{} 0 obj\n", n + 1).unwrap();
+        file.extend(object);
+        file.extend(b"\nendobj\n");
+    }
+    let (table, size) = (file.len(), places.len() + 1);
+    write!(file, "xref\n0 {size}\n0000000000 65535 f \n").unwrap();
     for place in &places {
         writeln!(file, "{place:010} 00000 n ").unwrap();
     }
-    let size = places.len() + 1;
     write!(file, "trailer\n<< /Size {size} /Root 1 0 R >>\nstartxref\n{table}\n%%EOF\n").unwrap();
-    file.into_bytes()
+    file
 }

@@ -280,6 +280,41 @@ async fn a_pdf_of_50_mb_is_uploaded_and_found() {
     stack.stop().await;
 }
 
+/// Text is bounded like everything else: by how much there is of it and in how many pieces, and so is the memory of the
+/// function that hands it to its reader.
+#[tokio::test]
+async fn text_in_ever_so_many_pieces_takes_bounded_memory() {
+    let stack = Stack::start().await;
+    let limits = json!({"tokens_per_day": 1_000_000_000_u64, "monthly_token_budget": 10_000_000_000_u64,
+        "requests_per_minute": 10_000});
+    let body = json!({"tenant_id": "port", "tier": "enterprise", "company_name": "Port", "limits": limits});
+    let port = stack.provision(body).await;
+    const MOST: usize = 50_000_000;
+    for (id, kind, piece, times, ready) in [
+        ("paragraphs", "text/plain", "a\n\n", MOST / 3, false),
+        ("rows", "text/csv", "1\n", MOST / 2, false),
+        ("short-paragraphs", "text/plain", "a\n\n", 24_000_000 / 3, false),
+        ("short-rows", "text/csv", "1\n", 24_000_000 / 2, false),
+        ("latin", "text/plain; charset=latin1", "\u{e4}", MOST / 2, false),
+        ("most-paragraphs", "text/plain", "a\n\n", 499_000, true),
+        ("most-rows", "text/csv", "1\n", 499_000, true),
+    ] {
+        let began = Instant::now();
+        let uploaded = port.upload(id, kind, piece.repeat(times).into_bytes()).await;
+        println!("{id}: {:.1} s, {}", began.elapsed().as_secs_f64(), uploaded["chunks"]);
+        if ready {
+            assert_eq!(uploaded["status"], "ready", "{id}: {uploaded}");
+            continue;
+        }
+        assert_eq!(uploaded["status"], "failed", "{id}: {uploaded}");
+        assert!(uploaded["reason"].as_str().unwrap().contains("than is read of one"), "{id}: {uploaded}");
+    }
+    let most = stack.most_memory("upload_ingestio").into_iter().max().unwrap();
+    println!("text in ever so many pieces: {:.0} MB in the function", most as f64 / 1e3);
+    assert!(most < 130_000, "{most} kB");
+    stack.stop().await;
+}
+
 /// As the function does: its own binary, asked to read a document.
 #[test]
 fn a_pdf_of_50_mb_is_read_in_far_less_than_256_mb() {

@@ -287,6 +287,119 @@ async fn what_cannot_be_uploaded_is_refused_by_name_and_changes_nothing() {
     stack.stop().await;
 }
 
+#[tokio::test]
+async fn a_file_takes_its_invocations_trace_to_the_embeddings_and_the_vectors() {
+    let stack = Stack::start().await;
+    let acme = stack.tenant("acme");
+    acme.upload("vault", "text/plain", b"The vault opens at 7:15.".to_vec()).await;
+    over(&stack, &acme).await;
+    let trace = until("the line of the file", async || {
+        let logs = stack.logs();
+        let mut lines = logs.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        let line = lines.find(|line| line["http.route"] == "upload")?;
+        Some(line["trace.id"].as_str().expect("a trace").to_owned())
+    })
+    .await;
+    let address = |name: &str| stack.ready()[name].as_str().unwrap();
+    for url in [
+        format!("{}/_requests", address("embeddings_url")),
+        format!("{}/qdrant/traces", address("control_url")),
+    ] {
+        let seen: Value = client().get(&url).send().await.unwrap().json().await.unwrap();
+        let told = |call: &Value| call.to_string().contains(&format!("Root={trace}"));
+        assert!(seen.as_array().unwrap().iter().any(told), "{url} was not told of {trace}: {seen}");
+    }
+    stack.stop().await;
+}
+
+#[tokio::test]
+async fn of_two_messages_the_bad_one_alone_comes_again() {
+    let stack = Stack::start().await;
+    let acme = stack.tenant("acme");
+    // Its file waits, as the tenant may spend nothing, so that its message is known.
+    stack.change_tenant(&acme.id, json!({"limits": {"tokens_per_day": 0}})).await;
+    let begun = acme.begin_upload(&new("good", b"Good.")).await;
+    assert_eq!(put_file(&begun, "Good.").await.0, StatusCode::OK);
+    received(&stack, 1).await;
+    let body = stack.queue("uploads").await[0]["body"].clone();
+    stack.change_tenant(&acme.id, json!({"limits": {"tokens_per_day": 1_000_000}})).await;
+    let record = |id: &str, body: &Value| {
+        json!({"messageId": id, "receiptHandle": id, "body": body, "attributes": {"ApproximateReceiveCount": "1"},
+            "messageAttributes": {}, "eventSource": "aws:sqs"})
+    };
+    let nonsense = Value::from("nonsense");
+    for ids in [["bad", "good"], ["good", "bad"]] {
+        let records = ids.map(|id| record(id, if id == "good" { &body } else { &nonsense }));
+        let answer = stack.invoke("upload_ingestion", json!({"Records": records})).await;
+        assert_eq!(answer["batchItemFailures"], json!([{"itemIdentifier": "bad"}]), "{ids:?}");
+    }
+    assert_eq!(acme.read_upload("good").await["status"], "ready");
+    assert_eq!(records(&stack, &acme, "document_ingested").await.len(), 2);
+    stack.stop().await;
+}
+
+async fn begin_once(tenant: &Tenant, body: &Value, key: &str) -> Answer {
+    let request = tenant.request(Method::POST, "/v1/uploads").header("idempotency-key", key).json(body);
+    Answer::read(request.send().await.unwrap()).await
+}
+
+#[tokio::test]
+async fn a_repeat_begins_no_second_upload_and_its_link_works() {
+    let stack = Stack::start().await;
+    let acme = stack.tenant("acme").as_user("ann");
+    let file = b"The vault opens at 7:15.".to_vec();
+    // Without an id, so that a second upload would be a second document.
+    let body = json!({"title": "Vault", "content_type": "text/plain", "size_bytes": file.len()});
+    let begun = async || begin_once(&acme, &body, "key").await.expect_status(StatusCode::CREATED).json();
+    let first = begun().await;
+    // Signatures are of a second: this one is another.
+    sleep(Duration::from_millis(1_100)).await;
+    let again = begun().await;
+    for same in ["document_id", "headers", "expires_at"] {
+        assert_eq!(again[same], first[same]);
+    }
+    assert_ne!(again["url"], first["url"]);
+    assert_eq!(under_way(&stack, &acme).await.len(), 1);
+    assert_eq!(stack.items("documents", "acme", "DOC#").await.len(), 1);
+    // The link itself is kept nowhere: whoever reads the table could put the file.
+    let kept = stack.items("conversations", "acme", "IDEM#").await;
+    assert!(kept.len() == 1 && !kept[0].to_string().contains("X-Amz"), "{kept:?}");
+    let mut other = body.clone();
+    other["title"] = "Another".into();
+    let refused = begin_once(&acme, &other, "key").await.expect_error(400, "invalid_request");
+    assert_eq!(refused["param"], "Idempotency-Key");
+
+    assert_eq!(put_file(&again, file).await.0, StatusCode::OK);
+    let id = first["document_id"].as_str().unwrap();
+    assert_eq!(acme.read_upload(id).await["status"], "ready");
+    over(&stack, &acme).await;
+    assert_eq!(begun().await["document_id"], id);
+    assert_eq!(records(&stack, &acme, "upload_begun").await.len(), 1);
+    // In another's hands it is another key.
+    let theirs = begin_once(&acme.as_user("bob"), &body, "key").await.expect_status(StatusCode::CREATED);
+    assert_ne!(theirs.json()["document_id"], id);
+
+    // What was refused has begun nothing, and may be tried again under its key.
+    stack.change_tenant("acme", json!({"limits": {"max_documents": 2}})).await;
+    begin_once(&acme, &body, "full").await.expect_error(409, "conflict");
+    stack.change_tenant("acme", json!({"limits": {"max_documents": 3}})).await;
+    begin_once(&acme, &body, "full").await.expect_status(StatusCode::CREATED);
+
+    // Its link has ended: no second document of what may have been sent already.
+    let before = stack.items("documents", "acme", "DOC#").await.len();
+    for item in stack.items("conversations", "acme", "IDEM#").await {
+        let mut kept: Value = serde_json::from_str(item["result"]["body"].as_str().unwrap()).unwrap();
+        kept["expires_at"] = 1.into();
+        let key = json!({"tenant_id": {"S": "acme"}, "sk": {"S": item["sk"]}});
+        stack.edit("conversations", key, &["result", "body"], json!({"S": kept.to_string()})).await;
+    }
+    let ended = begin_once(&acme, &body, "key").await.expect_error(409, "conflict");
+    assert_eq!(ended["param"], "Idempotency-Key");
+    assert!(ended["message"].as_str().unwrap().contains(id), "{ended}");
+    assert_eq!(stack.items("documents", "acme", "DOC#").await.len(), before);
+    stack.stop().await;
+}
+
 const PDF: &str = "application/pdf";
 const DOCX: &str = "application/vnd.openxmlformats-officedocument.wordprocessingml.document";
 

@@ -1,4 +1,4 @@
-"""Bulkhead from Python, with the standard library alone: store a document, ask, and read an answer as it is written.
+"""Bulkhead from Python, with the standard library alone: upload a file, ask, and read an answer as it is written.
 
     BULKHEAD_URL=http://127.0.0.1:9000 BULKHEAD_KEY=ten_… python3 bulkhead.py handbook.md
 """
@@ -9,6 +9,7 @@ import pathlib
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import uuid
 
@@ -18,16 +19,14 @@ ATTEMPTS = 10
 KINDS = {".md": "text/markdown", ".html": "text/html", ".txt": "text/plain"}
 
 
-def post(path, body, user="ann"):
+def send(method, path, body=None, user="ann"):
     """Sends JSON and returns the response. Comes again when a limit says when (429), and when the service is
     unavailable (503). The key makes that safe: what was done already is answered, and not done or paid for twice."""
-    headers = {
-        "Authorization": f"Bearer {KEY}",
-        "Content-Type": "application/json",
-        "Idempotency-Key": str(uuid.uuid4()),
-        "X-User-Id": user,
-    }
-    request = urllib.request.Request(f"{URL}{path}", json.dumps(body).encode(), headers, method="POST")
+    headers = {"Authorization": f"Bearer {KEY}", "X-User-Id": user}
+    if method == "POST":
+        headers |= {"Content-Type": "application/json", "Idempotency-Key": str(uuid.uuid4())}
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"{URL}{path}", data, headers, method=method)
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return urllib.request.urlopen(request, timeout=120)
@@ -41,27 +40,38 @@ def post(path, body, user="ann"):
 
 
 def store(path):
-    """Stores a file, or a new version of it. The same file again changes nothing."""
+    """Uploads a file as a document, or as a new version of it, and waits until it is found."""
     path = pathlib.Path(path)
-    document = {
+    content = path.read_bytes()
+    upload = {
         "id": path.stem,
         "title": path.stem,
-        "content": path.read_text(encoding="utf-8"),
         "content_type": KINDS[path.suffix],
+        "size_bytes": len(content),
     }
-    with post("/v1/documents", document) as response:
-        return json.load(response)["documents"][0]
+    with send("POST", "/v1/uploads", upload) as response:
+        begun = json.load(response)
+    # Past the API, to the address that is signed for this one file; with its headers, and no key.
+    urllib.request.urlopen(urllib.request.Request(begun["url"], content, begun["headers"], method="PUT")).close()
+    while True:
+        with send("GET", f"/v1/documents/{urllib.parse.quote(begun['document_id'])}") as response:
+            document = json.load(response)
+        if document["status"] == "failed":
+            raise SystemExit(f"{path} cannot be read: {document['reason']}")
+        if document["status"] == "ready":
+            return document
+        time.sleep(1)
 
 
 def ask(message, conversation_id=None):
     """Asks, and returns the answer with its citations."""
-    with post("/v1/chat", {"message": message, "conversation_id": conversation_id}) as response:
+    with send("POST", "/v1/chat", {"message": message, "conversation_id": conversation_id}) as response:
         return json.load(response)
 
 
 def stream(message):
     """Asks, and yields the names and data of events as they come: `meta`, `delta`…, `done`."""
-    with post("/v1/chat", {"message": message, "stream": True}) as response:
+    with send("POST", "/v1/chat", {"message": message, "stream": True}) as response:
         name = None
         for line in response:
             field, _, value = line.decode().rstrip("\r\n").partition(": ")

@@ -1,4 +1,4 @@
-// Bulkhead from TypeScript, with what Node 18 and browsers have: store a document, ask, and read an answer as it is
+// Bulkhead from TypeScript, with what Node 18 and browsers have: upload a file, ask, and read an answer as it is
 // written. Keep the key on a server: whoever has it can ask as anybody.
 //
 //     BULKHEAD_URL=http://127.0.0.1:9000 BULKHEAD_KEY=ten_… node bulkhead.js handbook.md
@@ -12,7 +12,8 @@ const ATTEMPTS = 10;
 const KINDS: Record<string, string> = { ".md": "text/markdown", ".html": "text/html", ".txt": "text/plain" };
 
 interface Problem { error: { code: string; message: string; limit?: string; retry_after_ms?: number } }
-interface Stored { documents: { id: string; version: number; status: string }[] }
+interface Begun { document_id: string; url: string; headers: Record<string, string>; expires_at: string }
+interface Document { id: string; version: number; status: "pending" | "processing" | "ready" | "failed"; reason?: string }
 interface Answer {
   conversation_id: string;
   response: string;
@@ -35,16 +36,16 @@ function setting(name: string): string {
  * Sends JSON and returns the response. Comes again when a limit says when (429), and when the service is unavailable
  * (503). The key makes that safe: what was done already is answered, and not done or paid for twice.
  */
-async function post(path: string, body: object, user = "ann"): Promise<Response> {
+async function send(method: "GET" | "POST", path: string, body?: object, user = "ann"): Promise<Response> {
+  const posted = { "content-type": "application/json", "idempotency-key": randomUUID() };
   const request = {
-    method: "POST",
+    method,
     headers: {
       "authorization": `Bearer ${setting("BULKHEAD_KEY")}`,
-      "content-type": "application/json",
-      "idempotency-key": randomUUID(),
       "x-user-id": user,
+      ...(method === "POST" ? posted : {}),
     },
-    body: JSON.stringify(body),
+    body: body && JSON.stringify(body),
   };
   for (let attempt = 1; ; attempt++) {
     const response = await fetch(`${setting("BULKHEAD_URL")}${path}`, request);
@@ -59,22 +60,32 @@ async function post(path: string, body: object, user = "ann"): Promise<Response>
   }
 }
 
-/** Stores a file, or a new version of it. The same file again changes nothing. */
-async function store(path: string): Promise<Stored["documents"][number]> {
+/** Uploads a file as a document, or as a new version of it, and waits until it is found. */
+async function store(path: string): Promise<Document> {
   const id = parse(path).name;
-  const content = await readFile(path, "utf8");
-  const response = await post("/v1/documents", { id, title: id, content, content_type: KINDS[extname(path)] });
-  return ((await response.json()) as Stored).documents[0];
+  const content = await readFile(path);
+  const upload = { id, title: id, content_type: KINDS[extname(path)], size_bytes: content.length };
+  const begun = (await (await send("POST", "/v1/uploads", upload)).json()) as Begun;
+  // Past the API, to the address that is signed for this one file; with its headers, and no key.
+  const put = await fetch(begun.url, { method: "PUT", headers: begun.headers, body: content });
+  if (!put.ok) throw new Error(`${put.status}: ${await put.text()}`);
+  for (;;) {
+    const response = await send("GET", `/v1/documents/${encodeURIComponent(begun.document_id)}`);
+    const document = (await response.json()) as Document;
+    if (document.status === "failed") throw new Error(`${path} cannot be read: ${document.reason}`);
+    if (document.status === "ready") return document;
+    await sleep(1000);
+  }
 }
 
 /** Asks, and returns the answer with its citations. */
 async function ask(message: string, conversation_id?: string): Promise<Answer> {
-  return (await post("/v1/chat", { message, conversation_id })).json() as Promise<Answer>;
+  return (await send("POST", "/v1/chat", { message, conversation_id })).json() as Promise<Answer>;
 }
 
 /** Asks, and yields events as they come: `meta`, `delta`…, `done`. */
 async function* stream(message: string): AsyncGenerator<Event> {
-  const response = await post("/v1/chat", { message, stream: true });
+  const response = await send("POST", "/v1/chat", { message, stream: true });
   const decoder = new TextDecoder();
   let buffer = "";
   for await (const chunk of response.body!) {

@@ -15,6 +15,8 @@ pub mod contract;
 pub mod tokens;
 
 use std::collections::BTreeMap;
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::OnceLock;
@@ -799,18 +801,21 @@ impl Stack {
             .collect()
     }
 
-    /// The processes of a function, each with its environment; `function` is its name without the stack's
-    /// prefix.
+    /// The processes of a function, each with its environment, as the stack says: the system does not, of functions
+    /// that close themselves to others of their user. `function` is its name without the stack's prefix.
+    ///
+    /// # Panics
+    /// If the control address does not answer.
     pub fn processes(&self, function: &str) -> BTreeMap<u32, BTreeMap<String, String>> {
-        let name = format!("bulkhead-{function}");
-        let environments = self.children().into_iter().filter_map(|pid| {
-            let bytes = std::fs::read(format!("/proc/{pid}/environ")).ok()?;
-            let pairs = bytes.split(|byte| *byte == 0).filter_map(|pair| std::str::from_utf8(pair).ok());
-            let split =
-                |pair: &str| pair.split_once('=').map(|(name, value)| (name.to_owned(), value.to_owned()));
-            Some((pid, pairs.filter_map(split).collect::<BTreeMap<_, _>>()))
-        });
-        environments.filter(|(_, vars)| vars.get("AWS_LAMBDA_FUNCTION_NAME") == Some(&name)).collect()
+        let url: reqwest::Url = text(&self.ready, "control_url").parse().expect("an address");
+        let address = (url.host_str().expect("a host"), url.port().expect("a port"));
+        let mut connection = TcpStream::connect(address).expect("the control address");
+        let path = format!("{}/functions/bulkhead-{function}/processes", url.path());
+        write!(connection, "GET {path} HTTP/1.0\r\n\r\n").expect("a request");
+        let mut answer = String::new();
+        connection.read_to_string(&mut answer).expect("an answer");
+        let (_, body) = answer.split_once("\r\n\r\n").expect("a body");
+        serde_json::from_str(body).expect("processes")
     }
 
     /// Asks the stack to end, and waits until it has.

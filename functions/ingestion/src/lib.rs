@@ -33,7 +33,7 @@ use shared::tenant::EmbeddingModel;
 use shared::vectors::Cells;
 use shared::{env, outbound, web};
 
-pub use extract::apart::asked;
+pub use extract::apart::{asked, keep_to_itself};
 #[doc(hidden)]
 pub use extract::fuzz;
 

@@ -4,7 +4,7 @@ use std::convert::Infallible;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use ingestion::{Context, asked, handle};
+use ingestion::{Context, asked, handle, keep_to_itself};
 use lambda_http::{Error, run, service_fn};
 use shared::start;
 
@@ -17,6 +17,7 @@ fn main() -> Result<ExitCode, Error> {
 
 #[tokio::main(flavor = "current_thread")]
 async fn serve() -> Result<(), Error> {
+    keep_to_itself()?;
     shared::telemetry::init()?;
     let close = |context: Arc<Context>| async move { context.close().await };
     let context = Box::pin(start::closing_context(Context::from_env(), close)).await?;

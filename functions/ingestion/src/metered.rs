@@ -27,6 +27,7 @@ pub(crate) struct Metered<'a> {
     context: &'a Context,
     scope: &'a TenantScope,
     deadline: Instant,
+    reads_until: Instant,
     held: Mutex<Held>,
     seal: Option<Arc<DataKey>>,
     reranked: Option<Reranked>,
@@ -56,7 +57,18 @@ impl<'a> Metered<'a> {
         deadline: Instant,
     ) -> Self {
         let held = Held { admission, spent: Tokens(0), under_way: Tokens(0), estimated: false };
-        Self { context, scope, deadline, held: Mutex::new(held), seal: None, reranked: None }
+        let reads_until = deadline;
+        Self { context, scope, deadline, reads_until, held: Mutex::new(held), seal: None, reranked: None }
+    }
+
+    /// Leaves time to store what was read: no document is read after `until`.
+    pub(crate) fn reading_until(self, until: Instant) -> Self {
+        Self { reads_until: self.deadline.min(until), ..self }
+    }
+
+    /// By when a document has to be read.
+    pub(crate) const fn reads_until(&self) -> Instant {
+        self.reads_until
     }
 
     /// Gets what is stored of the request sealed, where the tenant has a key of its own: before anything is spent.

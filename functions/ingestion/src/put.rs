@@ -2,6 +2,7 @@
 //! reason, the others are stored.
 
 use std::collections::HashSet;
+use std::time::Duration;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -20,9 +21,11 @@ use shared::meter::Work;
 use shared::scope::TenantScope;
 use shared::units::{NanoUsd, Tokens};
 use shared::web;
+use tokio::time::Instant;
 
 use crate::Context;
 use crate::extract::Charset;
+use crate::extract::apart::MOST_TIME;
 use crate::metered::{Metered, Shown};
 use crate::store::{NotStored, Valid, store};
 
@@ -36,6 +39,9 @@ const MOST_TITLE_BYTES: usize = 1_000;
 const MOST_METADATA_BYTES: usize = 16 << 10;
 /// How many documents of a request are worked on at the same time.
 const AT_ONCE: usize = 4;
+/// How long the documents of a request are read, all together: longer than one may take, so that the slowest is told
+/// that it is that, and so much shorter than API Gateway waits (29 s) that what was read is stored and each is answered.
+const READING: Duration = Duration::from_secs(MOST_TIME.as_secs() + 3);
 
 /// The body, if it is not one document by itself.
 #[derive(Deserialize)]
@@ -99,6 +105,7 @@ pub(crate) async fn handle(
     request: Request,
 ) -> Result<Response<Body>, ApiError> {
     let started = context.clock.now();
+    let reads_until = Instant::now() + READING;
     let deadline = web::deadline(&request, &context.clock);
     let key = web::idempotency_key(&request, scope)?;
     let ends_at_s = web::ends_at_s(&request);
@@ -149,7 +156,7 @@ pub(crate) async fn handle(
             return Err(error);
         }
     };
-    let mut metered = Metered::new(context, scope, admission, deadline);
+    let mut metered = Metered::new(context, scope, admission, deadline).reading_until(reads_until);
     let result = match metered.sealed().await {
         Ok(()) => store_all(context, &metered, checked).await,
         Err(error) => Err(error),

@@ -74,12 +74,36 @@ pub(crate) async fn list(
     let after: Option<String> = web::query(&request, "cursor")?;
     context.gate.admit_read(scope).await?;
     let now = context.clock.now();
-    let (mut documents, cursor) = context.documents.list(scope, limit, after.as_deref(), now).await?;
-    documents.retain(|document| scope.may_read(&document.groups));
+    let (documents, cursor) = readable(context, scope, limit, after, now).await?;
     let ids = documents.iter().map(|document| document.id.clone()).collect();
     context.gate.note(scope, Action::DocumentsListed, ids).await?;
     let documents = documents.into_iter().map(|document| View::of(document, now)).collect();
     Ok(web::reply(StatusCode::OK, &List { documents, cursor }))
+}
+
+/// A page of the documents that the caller may read, and the id to go on after if there are more of these. What it may
+/// not read shows nowhere: no id of it, no page that is shorter for it, and no cursor that leads to nothing but it.
+async fn readable(
+    context: &Context,
+    scope: &TenantScope,
+    limit: u16,
+    mut after: Option<String>,
+    now: Timestamp,
+) -> Result<(Vec<Document>, Option<DocumentId>), ApiError> {
+    let most = usize::from(limit);
+    let mut readable: Vec<Document> = Vec::new();
+    loop {
+        // One more than is shown tells whether there are more.
+        let (page, next) = context.documents.list(scope, limit + 1, after.as_deref(), now).await?;
+        readable.extend(page.into_iter().filter(|document| scope.may_read(&document.groups)));
+        if readable.len() > most {
+            readable.truncate(most);
+            let last = readable.last().map(|document| document.id.clone());
+            return Ok((readable, last));
+        }
+        let Some(next) = next else { return Ok((readable, None)) };
+        after = Some(next.to_string());
+    }
 }
 
 pub(crate) async fn one(

@@ -93,7 +93,8 @@ pub(crate) async fn store(
         return Ok(document);
     }
     let content = std::mem::take(&mut valid.content);
-    let blocks = apart::blocks(content, valid.content_type, valid.charset).await?;
+    let read = apart::blocks(content, valid.content_type, valid.charset, metered.reads_until());
+    let blocks = read.await?;
     let chunks = chunk(&valid.id, &blocks);
     drop(blocks);
     if chunks.is_empty() {

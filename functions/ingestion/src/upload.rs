@@ -2,6 +2,7 @@
 //! What becomes of the file is `worker`'s.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use http::{Response, StatusCode};
 use lambda_http::{Body, Request};
@@ -10,16 +11,19 @@ use serde_json::{Map, Value};
 use shared::aws::LINKS_HOLD;
 use shared::aws::audit_objects::ObjectError;
 use shared::clock::Timestamp;
-use shared::document::{Document, DocumentStatus};
+use shared::document::{ContentType, Document, DocumentStatus};
 use shared::error::{ApiError, Code};
+use shared::groups::Groups;
+use shared::idempotency::{IdempotencyKey, Stored};
 use shared::ids::{DocumentId, UploadId};
-use shared::ledger::Action;
+use shared::ledger::{Action, Record};
 use shared::random::entropy;
 use shared::scope::TenantScope;
 use shared::upload::{MOST_BYTES, Upload, UploadPlace};
 use shared::web;
 
 use crate::Context;
+use crate::extract::Charset;
 use crate::put::{charset, check_description, content_type, groups};
 
 #[derive(Deserialize)]
@@ -44,14 +48,52 @@ struct Begun {
     expires_at: String,
 }
 
+/// What is kept of an upload for repeats of its request: all that its link says, and not the link, which whoever reads
+/// it could use. It is signed anew.
+#[derive(Serialize, Deserialize)]
+struct First {
+    document_id: DocumentId,
+    upload_id: UploadId,
+    content_type: ContentType,
+    size_bytes: u64,
+    expires_at: Timestamp,
+}
+
+/// An upload as it was asked for, and found to be one.
+struct Wanted {
+    document_id: DocumentId,
+    asked: NewUpload,
+    groups: Groups,
+    content_type: ContentType,
+    charset: Option<Charset>,
+}
+
 pub(crate) async fn handle(
     context: &Context,
     scope: &mut TenantScope,
     request: Request,
 ) -> Result<Response<Body>, ApiError> {
-    let asked: NewUpload = web::json(&request)?;
+    let wanted = wanted(web::json(&request)?)?;
+    let key = web::idempotency_key(&request, scope)?;
+    let ends_at_s = web::ends_at_s(&request);
+    let first = context.gate.first_result(scope, &context.idempotency, key.as_ref(), ends_at_s);
+    let first = match Box::pin(first).await? {
+        Some(stored) => again(context, &stored)?,
+        None => {
+            let begun = Box::pin(begin(context, scope, key.as_ref(), wanted)).await;
+            if begun.is_err() {
+                context.idempotency.give_back(scope, key.as_ref()).await;
+            }
+            begun?
+        }
+    };
+    check_unsealed(scope)?;
+    Ok(web::reply(StatusCode::CREATED, &linked(context, scope, first).await?))
+}
+
+fn wanted(mut asked: NewUpload) -> Result<Wanted, ApiError> {
     check_description(&asked.title, &asked.source, &asked.metadata)?;
-    let groups = groups(asked.groups)?;
+    let groups = groups(asked.groups.take())?;
     let charset = charset(&asked.content_type)?;
     let content_type = content_type(&asked.content_type)?;
     match asked.size_bytes {
@@ -62,17 +104,69 @@ pub(crate) async fn handle(
             return Err(ApiError::new(Code::TooLarge, message).with_param("size_bytes"));
         }
     }
-    let document_id = match asked.id {
+    let document_id = match asked.id.take() {
         Some(id) => id.parse().map_err(|e: shared::ids::InvalidId| ApiError::invalid("id", e.to_string()))?,
         None => DocumentId::new(&mut entropy()),
     };
-    context.gate.admit_read(scope).await?;
-    // Its file would lie in the bucket as it is, where all else that it wrote is sealed.
-    if scope.kms_key().is_some() {
-        let message = "files cannot be uploaded for a tenant with a KMS key of its own, since they would not be \
-                       sealed with it; send the content to POST /v1/documents";
-        return Err(ApiError::new(Code::InvalidRequest, message));
+    Ok(Wanted { document_id, asked, groups, content_type, charset })
+}
+
+/// Its file would lie in the bucket as it is, where all else that such a tenant wrote is sealed.
+fn check_unsealed(scope: &TenantScope) -> Result<(), ApiError> {
+    if scope.kms_key().is_none() {
+        return Ok(());
     }
+    let message = "files cannot be uploaded for a tenant with a KMS key of its own, since they would not be \
+                   sealed with it; send the content to POST /v1/documents";
+    Err(ApiError::new(Code::InvalidRequest, message))
+}
+
+/// What the first request of a key has begun, as long as its link holds: to begin another would make a second document
+/// of one that was sent twice.
+fn again(context: &Context, stored: &Stored) -> Result<First, ApiError> {
+    let first: First = serde_json::from_str(&stored.body).map_err(|error| {
+        tracing::error!("A first result does not parse: {error}");
+        ApiError::unavailable("the first result")
+    })?;
+    if holds(&first, context.clock.now()).is_some() {
+        return Ok(first);
+    }
+    let message = format!(
+        "the upload of `{}` was begun with this Idempotency-Key, and its link ended at {}; begin another with \
+         another key",
+        first.document_id, first.expires_at
+    );
+    Err(ApiError::new(Code::Conflict, message).with_param("Idempotency-Key"))
+}
+
+/// How long an upload's link still holds: signatures know seconds.
+fn holds(first: &First, now: Timestamp) -> Option<Duration> {
+    let left = Duration::from_secs(first.expires_at.millis_since(now).div_ceil(1_000));
+    (!left.is_zero()).then_some(left)
+}
+
+async fn linked(context: &Context, scope: &TenantScope, first: First) -> Result<Begun, ApiError> {
+    let left = holds(&first, context.clock.now()).ok_or_else(|| ApiError::unavailable("the link"))?;
+    let place = UploadPlace { tenant_id: scope.tenant_id().clone(), upload_id: first.upload_id };
+    let link = context.uploads.link(scope, &place, (first.content_type, first.size_bytes), left);
+    let link = link.await.map_err(unavailable)?;
+    Ok(Begun {
+        document_id: first.document_id,
+        url: link.url,
+        headers: link.headers,
+        expires_at: first.expires_at.to_string(),
+    })
+}
+
+async fn begin(
+    context: &Context,
+    scope: &mut TenantScope,
+    key: Option<&IdempotencyKey>,
+    wanted: Wanted,
+) -> Result<First, ApiError> {
+    let Wanted { document_id, asked, groups, content_type, charset } = wanted;
+    context.gate.admit_read(scope).await?;
+    check_unsealed(scope)?;
     let now = context.clock.now();
     let who = scope.asked();
     let upload = Upload {
@@ -101,7 +195,6 @@ pub(crate) async fn handle(
         return Err(ApiError::new(Code::Conflict, message).with_param("id"));
     }
     // A crash until the document awaits the file leaves a record that is forgotten by itself.
-    let link = context.uploads.link(scope, &upload).await.map_err(unavailable)?;
     context.upload_records.begin(scope, &upload).await?;
     let document = awaiting(known.as_ref().filter(|d| d.is_kept(scope.limits(), now)), &upload, now);
     let mut document = Document { version: known.as_ref().map_or(0, |known| known.version), ..document };
@@ -116,14 +209,29 @@ pub(crate) async fn handle(
         return Err(error);
     }
     supersede(context, scope, known.as_ref()).await;
-    context.gate.note(scope, Action::UploadBegun, vec![upload.document_id.clone()]).await?;
-    let begun = Begun {
+    let first = First {
         document_id: upload.document_id,
-        url: link.url,
-        headers: link.headers,
-        expires_at: upload.expires_at.to_string(),
+        upload_id: upload.upload_id,
+        content_type: upload.content_type,
+        size_bytes: upload.size_bytes,
+        expires_at: upload.expires_at,
     };
-    Ok(web::reply(StatusCode::CREATED, &begun))
+    let record = Record::event(scope, Action::UploadBegun, vec![first.document_id.clone()], now);
+    let Some(key) = key else {
+        context.ledger.note(&record).await?;
+        return Ok(first);
+    };
+    let body = serde_json::to_string(&first).map_err(|error| {
+        tracing::error!("An upload does not serialise: {error}");
+        ApiError::unavailable("the answer")
+    })?;
+    let stored = Stored { status: StatusCode::CREATED.as_u16(), body };
+    let finished = context.idempotency.finished(key, &stored, now);
+    if !context.ledger.note_finished(scope, &record, finished).await? {
+        let message = "another request with this Idempotency-Key has taken over";
+        return Err(ApiError::new(Code::Conflict, message).with_param("Idempotency-Key"));
+    }
+    Ok(first)
 }
 
 /// Takes away what is left of an upload: its file for good, and then its record, so that a crash between leaves what is

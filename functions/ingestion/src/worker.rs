@@ -30,6 +30,7 @@ use shared::gate::Need;
 use shared::meter::Work;
 use shared::metrics::{Arrived, Ending};
 use shared::scope::{Caller, RequestId, RequestNote, TenantScope};
+use shared::trace::Trace;
 use shared::units::{NanoUsd, Tokens};
 use shared::upload::{Ruling, Upload, UploadPlace};
 use shared::web;
@@ -75,11 +76,19 @@ impl Context {
     }
 }
 
+/// What Lambda says of an invocation.
+pub struct Invocation {
+    /// When it is ended.
+    pub deadline: Timestamp,
+    /// Where it is in its trace, and with it every file that it reads.
+    pub trace: Option<Trace>,
+}
+
 /// Reads the files that messages tell of, one after the other, and says which messages have to come again.
-pub async fn handle(context: &Context, event: SqsEvent, deadline: Timestamp) -> SqsBatchResponse {
+pub async fn handle(context: &Context, event: SqsEvent, invocation: &Invocation) -> SqsBatchResponse {
     let mut response = SqsBatchResponse::default();
     for message in event.records {
-        if !told(context, &message, deadline).await {
+        if !told(context, &message, invocation).await {
             let mut failure = BatchItemFailure::default();
             failure.item_identifier = message.message_id.unwrap_or_default();
             response.batch_item_failures.push(failure);
@@ -113,7 +122,7 @@ struct Put {
 }
 
 /// Reads what one message tells of. False if it has to come again.
-async fn told(context: &Context, message: &SqsMessage, deadline: Timestamp) -> bool {
+async fn told(context: &Context, message: &SqsMessage, invocation: &Invocation) -> bool {
     let body = message.body.as_deref().unwrap_or_default();
     let notification: Notification = match serde_json::from_str(body) {
         Ok(notification) => notification,
@@ -137,7 +146,7 @@ async fn told(context: &Context, message: &SqsMessage, deadline: Timestamp) -> b
             tracing::warn!("An object of the documents' bucket is no upload; it is left alone");
             continue;
         };
-        done &= Box::pin(read(context, &place, last, deadline)).await;
+        done &= Box::pin(read(context, &place, last, invocation)).await;
     }
     done
 }
@@ -157,7 +166,7 @@ enum Came {
 }
 
 /// Reads one file. False if it has to be tried again.
-async fn read(context: &Context, place: &UploadPlace, last: bool, deadline: Timestamp) -> bool {
+async fn read(context: &Context, place: &UploadPlace, last: bool, invocation: &Invocation) -> bool {
     let fields = match context.authorizer.ask(place).await {
         Ok(Ruling::Scope { context: fields, may_write }) => (fields, may_write),
         Ok(Ruling::Over) => return true,
@@ -176,7 +185,7 @@ async fn read(context: &Context, place: &UploadPlace, last: bool, deadline: Time
         request_id,
         method: method.to_owned(),
         route: route.to_owned(),
-        trace: None,
+        trace: invocation.trace.clone(),
         at: clock.now(),
     };
     let note = RequestNote::of(arrived);
@@ -184,7 +193,8 @@ async fn read(context: &Context, place: &UploadPlace, last: bool, deadline: Time
         Ok(caller) => {
             note.measure(|m| m.caller = Some((caller.tenant_id().clone(), caller.credential().clone())));
             let work = async |scope: TenantScope| {
-                let reading = Reading { context, place, may_write, last, deadline, scope };
+                let reading =
+                    Reading { context, place, may_write, last, deadline: invocation.deadline, scope };
                 Box::pin(reading.run()).await
             };
             context.ingestion.gate.enter(caller, Permission::DocumentsWrite, work).await

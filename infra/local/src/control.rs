@@ -4,7 +4,8 @@
 //! | call, below `/_local` | does |
 //! | --- | --- |
 //! | `GET /health` | answers |
-//! | `POST /functions/{binary}/kill` | kills the function's processes in the middle of whatever they do |
+//! | `POST /functions/{function}/kill` | kills the function's processes in the middle of whatever they do |
+//! | `GET /functions/{function}/processes` | the ids of its processes, each with its environment |
 //! | `POST /functions/{function}/invoke` | invokes the function with the JSON in the body, for the tenant that the header `x-amz-tenant-id` names, if any; answers its result |
 //! | `PUT /decisions` | `{"for": …, "as": …}`, two `Authorization` headers: the gateway answers the first with the decision that it keeps about the second |
 //! | `PUT /dynamodb/faults` | puts `{"seed": n, "rules": […]}` in the place of all rules, answers its seed |
@@ -85,7 +86,8 @@ pub async fn serve(
 ) -> io::Result<()> {
     let routes = Router::new()
         .route("/health", get(async || Json(json!({ "status": "ok" }))))
-        .route("/functions/{binary}/kill", post(kill))
+        .route("/functions/{function}/kill", post(kill))
+        .route("/functions/{function}/processes", get(processes))
         .route("/functions/{function}/invoke", post(invoke))
         .route("/decisions", put(poison))
         .route("/dynamodb/faults", put(set_faults).delete(clear_faults))
@@ -105,6 +107,10 @@ pub async fn serve(
 
 async fn kill(State(control): State<Control>, Path(function): Path<String>) -> Response {
     Json(json!({ "killed": control.lambda.kill_instances(&function) })).into_response()
+}
+
+async fn processes(State(control): State<Control>, Path(function): Path<String>) -> Response {
+    Json(control.lambda.environments(&function)).into_response()
 }
 
 async fn invoke(
@@ -260,6 +266,10 @@ mod tests {
         let (status, failure) = post("/functions/fake/invoke", r#"{"do":"fail"}"#).await;
         assert_eq!((status, &failure["error"]), (502, &json!("the function failed: Oops: bad")));
         assert_eq!(post("/functions/nobody/invoke", "{}").await.0, 404);
+        let processes = client.get(format!("{url}/functions/fake/processes")).send().await.unwrap();
+        let processes: Value = processes.json().await.unwrap();
+        let given: Vec<_> = processes.as_object().unwrap().values().collect();
+        assert!(given.len() == 1 && given[0]["AWS_LAMBDA_RUNTIME_API"].is_string(), "{processes}");
         let named = client.post(format!("{url}/functions/fake/invoke")).header(TENANT_ID, "acme");
         assert_eq!(named.body("{}").send().await.unwrap().status(), 400);
         assert_eq!(post("/functions/fake/kill", "").await, (200, json!({"killed": 1})));

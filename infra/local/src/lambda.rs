@@ -347,6 +347,16 @@ impl Lambda {
         self.pools(function).map(|pool| pool.size()).sum()
     }
 
+    /// The ids of a function's processes, each with the environment that it was given. The system does not say: some
+    /// functions close themselves to others of their user.
+    #[must_use]
+    pub fn environments(&self, function: &str) -> BTreeMap<u32, BTreeMap<String, String>> {
+        self.pools(function)
+            .flat_map(|pool| pool.processes())
+            .filter_map(|process| process.process())
+            .collect()
+    }
+
     /// What a function printed last.
     #[must_use]
     pub fn log_tail(&self, function: &str) -> Vec<String> {

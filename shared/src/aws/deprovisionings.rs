@@ -282,7 +282,8 @@ impl Deprovisionings {
     }
 
     async fn transact(&self, tenant: &TenantId, parts: Vec<TransactWriteItem>) -> Result<(), StoreError> {
-        match self.0.transact(tenant, parts).await {
+        // Somebody who had been let in before may be writing to the tenant's record.
+        match self.0.transact_among_others(tenant, parts).await {
             Ok(()) => Ok(()),
             Err(Cancelled::Conditions(_)) => Err(StoreError::Conflict),
             Err(Cancelled::Failed(error)) => Err(error),

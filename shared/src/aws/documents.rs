@@ -1,7 +1,6 @@
 //! Table `documents`: what a tenant has handed in, and where it stands.
 
 use std::collections::BTreeSet;
-use std::time::Duration;
 
 use aws_sdk_dynamodb::types::{AttributeValue, Delete, ReturnValue, TransactWriteItem, Update};
 use futures_util::{StreamExt, TryStreamExt, stream};
@@ -18,7 +17,6 @@ use crate::ids::{DocumentId, UploadId};
 use crate::item_key;
 use crate::ledger::Record;
 use crate::random::entropy;
-use crate::retry::Backoff;
 use crate::scope::TenantScope;
 use crate::sealing::DataKey;
 use crate::tenant::TenantId;
@@ -31,10 +29,6 @@ const COUNT: &str = "documents";
 
 /// How many records are asked for their editions at once.
 const ASKED_AT_ONCE: usize = 16;
-
-/// How often a document is counted anew because another was counted at the same moment.
-const BACKOFF: Backoff =
-    Backoff { attempts: 12, base: Duration::from_millis(20), cap: Duration::from_millis(500) };
 
 /// The table.
 #[derive(Clone, Debug)]
@@ -77,25 +71,47 @@ pub(super) fn revision() -> u64 {
     entropy().random()
 }
 
-/// A part of a transaction that counts `documents` more, or fewer, of a tenant's; and not more than `most`.
-pub(super) fn counted(
+/// A part of a transaction that counts `documents` more, or fewer, of a tenant's.
+fn counted(
     table: &Table,
     tenant: &TenantId,
     documents: i64,
-    most: Option<u64>,
+    (condition, most): (&str, Option<u64>),
 ) -> Result<TransactWriteItem, StoreError> {
-    let mut update = Update::builder()
+    let number = |number: String| AttributeValue::N(number);
+    let update = Update::builder()
         .table_name(&table.name)
         .set_key(Some(Table::key(tenant, item_key::DOCUMENT_COUNT)))
         .update_expression("ADD #n :documents")
+        .condition_expression(condition)
         .expression_attribute_names("#n", COUNT)
-        .expression_attribute_values(":documents", AttributeValue::N(documents.to_string()));
-    if let Some(most) = most {
-        update = update
-            .condition_expression("attribute_not_exists(#n) OR #n < :most")
-            .expression_attribute_values(":most", AttributeValue::N(most.to_string()));
-    }
+        .expression_attribute_values(":documents", number(documents.to_string()));
+    let update = match most {
+        Some(most) => update.expression_attribute_values(":most", number(most.to_string())),
+        None => update,
+    };
     Ok(TransactWriteItem::builder().update(update.build().map_err(|e| table.corrupt(e))?).build())
+}
+
+/// All of `parts` or none, and with them so many documents fewer. Where there is no count any more, the tenant is being
+/// deleted: whoever is still at it does not make one anew, which would outlive the tenant.
+pub(super) async fn transact_with_fewer(
+    table: &Table,
+    tenant: &TenantId,
+    documents: usize,
+    parts: Vec<TransactWriteItem>,
+) -> Result<(), Cancelled> {
+    let fewer = i64::try_from(documents).map_or(0, |n| -n);
+    let mut all = parts.clone();
+    all.push(counted(table, tenant, fewer, ("attribute_exists(#n)", None)).map_err(Cancelled::Failed)?);
+    match table.transact_among_others(tenant, all).await {
+        Err(Cancelled::Conditions(failed))
+            if failed.iter().position(Option::is_some) == Some(parts.len()) =>
+        {
+            table.transact_among_others(tenant, parts).await
+        }
+        done => done,
+    }
 }
 
 impl DocumentStore {
@@ -230,32 +246,15 @@ impl DocumentStore {
         }
         let sort = item_key::document(&document.id);
         let item = self.0.sealed_item(scope, &*document, &sort, &TEXT, seal)?;
-        let parts = vec![self.0.put_new(item)?, counted(&self.0, scope.tenant_id(), 1, Some(most))?];
-        match self.transact(scope, parts).await {
+        let room = ("attribute_not_exists(#n) OR #n < :most", Some(most));
+        let parts = vec![self.0.put_new(item)?, counted(&self.0, scope.tenant_id(), 1, room)?];
+        match self.0.transact_among_others(scope.tenant_id(), parts).await {
             Ok(()) => Ok(()),
             Err(Cancelled::Conditions(failed)) if matches!(failed.first(), Some(Some(_))) => {
                 Err(StoreError::Conflict.into())
             }
             Err(Cancelled::Conditions(_)) => Err(NotCreated::Full),
             Err(Cancelled::Failed(error)) => Err(error.into()),
-        }
-    }
-
-    /// All of `parts` or none. Where another transaction is at the tenant's count, so that nothing has happened, it is
-    /// tried again.
-    async fn transact(&self, scope: &TenantScope, parts: Vec<TransactWriteItem>) -> Result<(), Cancelled> {
-        let mut failed = 0;
-        loop {
-            let error = match self.0.transact(scope.tenant_id(), parts.clone()).await {
-                Err(Cancelled::Failed(error)) => error,
-                done => return done,
-            };
-            failed += 1;
-            let collided = matches!(&error, StoreError::Unavailable { code, .. } if code == "TransactionCanceledException");
-            match BACKOFF.wait(failed, None, &mut entropy()) {
-                Some(wait) if collided => tokio::time::sleep(wait).await,
-                _ => return Err(Cancelled::Failed(error)),
-            }
         }
     }
 
@@ -320,12 +319,8 @@ impl DocumentStore {
             .expression_attribute_values(":taken", AttributeValue::N(taken.as_millis().to_string()))
             .build()
             .map_err(|e| self.0.corrupt(e))?;
-        let parts = vec![
-            TransactWriteItem::builder().delete(delete).build(),
-            ledger.event_part(record)?,
-            counted(&self.0, scope.tenant_id(), -1, None)?,
-        ];
-        match self.transact(scope, parts).await {
+        let parts = vec![TransactWriteItem::builder().delete(delete).build(), ledger.event_part(record)?];
+        match transact_with_fewer(&self.0, scope.tenant_id(), 1, parts).await {
             Ok(()) => Ok(()),
             Err(Cancelled::Conditions(_)) => Err(StoreError::Conflict),
             Err(Cancelled::Failed(error)) => Err(error),

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 
 use aws_sdk_dynamodb::types::{AttributeValue, Delete, TransactWriteItem};
 
-use super::documents::{counted, revision};
+use super::documents::{revision, transact_with_fewer};
 use super::ledger::Ledger;
 use super::session::Access;
 use super::table::{Cancelled, Item, Page, StoreError, Table};
@@ -254,9 +254,7 @@ impl TenantItems {
         documents: &[DocumentId],
         (ledger, record): (&Ledger, &Record),
     ) -> Result<bool, StoreError> {
-        let fewer = i64::try_from(documents.len()).map_or(0, |n| -n);
-        let mut parts =
-            vec![ledger.event_part(record)?, counted(&self.documents, expired.tenant_id(), fewer, None)?];
+        let mut parts = vec![ledger.event_part(record)?];
         for id in documents {
             let until = AttributeValue::N(expired.until().as_millis().to_string());
             let delete = Delete::builder()
@@ -269,7 +267,7 @@ impl TenantItems {
                 .map_err(|e| self.documents.corrupt(e))?;
             parts.push(TransactWriteItem::builder().delete(delete).build());
         }
-        match self.documents.transact(expired.tenant_id(), parts).await {
+        match transact_with_fewer(&self.documents, expired.tenant_id(), documents.len(), parts).await {
             Ok(()) => Ok(true),
             Err(Cancelled::Conditions(_)) => Ok(false),
             Err(Cancelled::Failed(error)) => Err(error),
@@ -300,12 +298,8 @@ impl TenantItems {
             .expression_attribute_values(":id", AttributeValue::S(upload.upload_id.to_string()))
             .build()
             .map_err(|e| self.documents.corrupt(e))?;
-        let parts = vec![
-            TransactWriteItem::builder().delete(delete).build(),
-            ledger.event_part(record)?,
-            counted(&self.documents, expired.tenant_id(), -1, None)?,
-        ];
-        match self.documents.transact(expired.tenant_id(), parts).await {
+        let parts = vec![TransactWriteItem::builder().delete(delete).build(), ledger.event_part(record)?];
+        match transact_with_fewer(&self.documents, expired.tenant_id(), 1, parts).await {
             Ok(()) => Ok(true),
             Err(Cancelled::Conditions(_)) => Ok(false),
             Err(Cancelled::Failed(error)) => Err(error),

@@ -76,7 +76,16 @@ impl StoreError {
         matches!(self, Self::Unavailable { code, .. } if code != "ValidationException"
             && code != "AccessDeniedException" && code != "ResourceNotFoundException")
     }
+
+    /// Whether a transaction met another one at one of its items, and has done nothing.
+    fn is_collision(&self) -> bool {
+        matches!(self, Self::Unavailable { code, .. } if code == "TransactionCanceledException")
+    }
 }
+
+/// How often a transaction is tried against others.
+const COLLISIONS: Backoff =
+    Backoff { attempts: 12, base: Duration::from_millis(20), cap: Duration::from_millis(500) };
 
 /// Why a transaction did not take place.
 pub(super) enum Cancelled {
@@ -329,6 +338,27 @@ impl Table {
             }
         }
         Err(Cancelled::Failed(self.failed(error)))
+    }
+
+    /// As [`Table::transact`], where others write some of these items too, so that two of them collide: then nothing has
+    /// happened, and it is tried again.
+    pub(super) async fn transact_among_others(
+        &self,
+        tenant: &TenantId,
+        parts: Vec<TransactWriteItem>,
+    ) -> Result<(), Cancelled> {
+        let mut failed = 0;
+        loop {
+            let error = match self.transact(tenant, parts.clone()).await {
+                Err(Cancelled::Failed(error)) => error,
+                done => return done,
+            };
+            failed += 1;
+            match COLLISIONS.wait(failed, None, &mut entropy()).filter(|_| error.is_collision()) {
+                Some(wait) => tokio::time::sleep(wait).await,
+                None => return Err(Cancelled::Failed(error)),
+            }
+        }
     }
 
     pub(super) async fn get<T: DeserializeOwned>(

@@ -1,6 +1,7 @@
 //! The documents' bucket: what tenants have uploaded, each below a prefix of its own.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use aws_config::SdkConfig;
 use aws_sdk_s3::Client;
@@ -14,7 +15,9 @@ use tokio::time::{Instant, timeout_at};
 
 use super::audit_objects::{ObjectError, failed, unavailable};
 use super::session::{Access, LINKS_HOLD};
+use crate::document::ContentType;
 use crate::scope::{Erasure, Expired, Subject, TenantScope};
+use crate::trace;
 use crate::upload::{Upload, UploadPlace};
 
 /// The bucket.
@@ -74,27 +77,36 @@ impl Uploads {
         self.access.of(subject.tenant_id()).s3(settings).clone()
     }
 
-    /// A link under which anybody can put the file for [`LINKS_HOLD`]: as long and of the kind that was announced,
-    /// and only where there is none yet. All that is in the signature, so that S3 refuses everything else.
+    /// A link under which anybody can put a file there for as long as it `holds`, [`super::LINKS_HOLD`] at most: of the
+    /// kind and length that were announced, and only where there is none yet. All that is in the signature, so that S3
+    /// refuses everything else.
     ///
     /// # Errors
     /// [`ObjectError`].
-    pub async fn link(&self, scope: &TenantScope, upload: &Upload) -> Result<Link, ObjectError> {
-        let place = own(scope, upload)?;
-        let config = PresigningConfig::expires_in(LINKS_HOLD);
+    pub async fn link(
+        &self,
+        scope: &TenantScope,
+        place: &UploadPlace,
+        (content_type, size_bytes): (ContentType, u64),
+        holds: Duration,
+    ) -> Result<Link, ObjectError> {
+        let key = of(scope, place)?;
+        let config = PresigningConfig::expires_in(holds.min(LINKS_HOLD));
         let config = config.map_err(|e| unavailable(&self.bucket, "no such period", e.into()))?;
-        let length = i64::try_from(upload.size_bytes)
-            .map_err(|e| unavailable(&self.bucket, "no such length", e.into()))?;
+        let length =
+            i64::try_from(size_bytes).map_err(|e| unavailable(&self.bucket, "no such length", e.into()))?;
         let put = self
             .client(scope)
             .put_object()
             .bucket(&self.bucket)
-            .key(place.to_string())
+            .key(key)
             .content_length(length)
-            .content_type(upload.content_type.media_type())
+            .content_type(content_type.media_type())
             .if_none_match("*");
         let signed = put.presigned(config).await.map_err(|e| failed(&self.bucket, e))?;
-        let headers = signed.headers().map(|(name, value)| (name.to_owned(), value.to_owned()));
+        // The SDK tells S3 where this request is in its trace. The file's sender is in none of ours.
+        let own = signed.headers().filter(|(name, _)| !name.eq_ignore_ascii_case(trace::HEADER));
+        let headers = own.map(|(name, value)| (name.to_owned(), value.to_owned()));
         Ok(Link { url: signed.uri().to_owned(), headers: headers.collect() })
     }
 
@@ -108,7 +120,7 @@ impl Uploads {
         upload: &Upload,
         deadline: Instant,
     ) -> Result<Vec<u8>, Unread> {
-        let key = own(scope, upload)?.to_string();
+        let key = of(scope, &upload.place())?;
         let answer = self.client(scope).get_object().bucket(&self.bucket).key(key).send().await;
         let answer = match answer {
             Err(error) if error.as_service_error().is_some_and(|error| error.is_no_such_key()) => {
@@ -240,13 +252,7 @@ fn prefix(subject: &impl Subject) -> String {
     format!("tenant={}/", subject.tenant_id())
 }
 
-/// Where an upload's file is, if the upload is the scope's tenant's: the second look.
-fn own(scope: &TenantScope, upload: &Upload) -> Result<UploadPlace, ObjectError> {
-    let place = upload.place();
-    of(scope, &place).map(|_| place)
-}
-
-/// The key of a file, if it is the subject's.
+/// The key of a file, if it is the subject's: the second look.
 fn of(subject: &impl Subject, place: &UploadPlace) -> Result<String, ObjectError> {
     if place.tenant_id == *subject.tenant_id() { Ok(place.to_string()) } else { Err(ObjectError::Foreign) }
 }

@@ -1,4 +1,4 @@
-//! Bulkhead from Rust: store a document, ask, and read an answer as it is written.
+//! Bulkhead from Rust: upload a file, ask, and read an answer as it is written.
 //!
 //! ```text
 //! BULKHEAD_URL=http://127.0.0.1:9000 BULKHEAD_KEY=ten_… cargo run -p rust-client handbook.md
@@ -34,14 +34,17 @@ impl Bulkhead {
         Ok(Self { http, url: setting("BULKHEAD_URL")?, key: setting("BULKHEAD_KEY")? })
     }
 
-    /// Sends JSON and returns the response. Comes again when a limit says when (429), and when the service is
+    /// Sends JSON, or asks for what is there, and returns the response. Comes again when a limit says when (429), and when the service is
     /// unavailable (503). The key makes that safe: what was done already is answered, and not done or paid for
     /// twice.
-    async fn post(&self, path: &str, body: &Value, user: &str) -> Result<Response, Box<dyn Error>> {
-        let key = format!("{:032x}", rand::random::<u128>());
+    async fn send(&self, path: &str, body: Option<&Value>, user: &str) -> Result<Response, Box<dyn Error>> {
+        let (url, key) = (format!("{}{path}", self.url), format!("{:032x}", rand::random::<u128>()));
         for attempt in 1.. {
-            let request = self.http.post(format!("{}{path}", self.url)).bearer_auth(&self.key);
-            let request = request.header("idempotency-key", &key).header("x-user-id", user).json(body);
+            let request = match body {
+                Some(body) => self.http.post(&url).header("idempotency-key", &key).json(body),
+                None => self.http.get(&url),
+            };
+            let request = request.bearer_auth(&self.key).header("x-user-id", user);
             let response = request.send().await?;
             let status = response.status();
             if status.is_success() {
@@ -61,7 +64,7 @@ impl Bulkhead {
         Err("no attempt was made".into())
     }
 
-    /// Stores a file, or a new version of it. The same file again changes nothing.
+    /// Uploads a file as a document, or as a new version of it, and waits until it is found.
     async fn store(&self, path: &Path) -> Result<Value, Box<dyn Error>> {
         let name = path.file_stem().and_then(|stem| stem.to_str()).ok_or("the file has no name")?;
         let kind = match path.extension().and_then(|extension| extension.to_str()) {
@@ -69,21 +72,35 @@ impl Bulkhead {
             Some("html") => "text/html",
             _ => "text/plain",
         };
-        let content = std::fs::read_to_string(path)?;
-        let document = json!({"id": name, "title": name, "content": content, "content_type": kind});
-        let mut stored: Value = self.post("/v1/documents", &document, "ann").await?.json().await?;
-        Ok(stored["documents"][0].take())
+        let content = std::fs::read(path)?;
+        let upload = json!({"id": name, "title": name, "content_type": kind, "size_bytes": content.len()});
+        let begun: Value = self.send("/v1/uploads", Some(&upload), "ann").await?.json().await?;
+        // Past the API, to the address that is signed for this one file; with its headers, and no key.
+        let put = self.http.put(text(&begun, "url")).body(content);
+        let headers = begun["headers"].as_object().into_iter().flatten();
+        let put =
+            headers.fold(put, |put, (name, value)| put.header(name, value.as_str().unwrap_or_default()));
+        put.send().await?.error_for_status()?;
+        let shown = format!("/v1/documents/{}", text(&begun, "document_id"));
+        loop {
+            let document: Value = self.send(&shown, None, "ann").await?.json().await?;
+            match text(&document, "status") {
+                "ready" => return Ok(document),
+                "failed" => return Err(format!("it cannot be read: {}", document["reason"]).into()),
+                _ => tokio::time::sleep(Duration::from_secs(1)).await,
+            }
+        }
     }
 
     /// Asks, and returns the answer with its citations.
     async fn ask(&self, message: &str) -> Result<Value, Box<dyn Error>> {
-        Ok(self.post("/v1/chat", &json!({"message": message}), "ann").await?.json().await?)
+        Ok(self.send("/v1/chat", Some(&json!({"message": message})), "ann").await?.json().await?)
     }
 
     /// Asks, and shows events as they come, by name and data: `meta`, `delta`…, `done`.
     async fn stream(&self, message: &str, mut show: impl FnMut(&str, &Value)) -> Result<(), Box<dyn Error>> {
         let asked = json!({"message": message, "stream": true});
-        let mut response = self.post("/v1/chat", &asked, "ann").await?;
+        let mut response = self.send("/v1/chat", Some(&asked), "ann").await?;
         let mut buffer = Vec::new();
         while let Some(chunk) = response.chunk().await? {
             buffer.extend(chunk);

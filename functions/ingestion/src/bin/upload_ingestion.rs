@@ -4,8 +4,8 @@
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use ingestion::asked;
-use ingestion::worker::{Context, handle};
+use ingestion::worker::{Context, Invocation, handle};
+use ingestion::{asked, keep_to_itself};
 use lambda_runtime::{Error, LambdaEvent, run, service_fn};
 use shared::clock::Timestamp;
 use shared::start;
@@ -19,13 +19,17 @@ fn main() -> Result<ExitCode, Error> {
 
 #[tokio::main(flavor = "current_thread")]
 async fn serve() -> Result<(), Error> {
+    keep_to_itself()?;
     shared::telemetry::init()?;
     let close = |context: Arc<Context>| async move { context.close().await };
     let context = Box::pin(start::closing_context(Context::from_env(), close)).await?;
     run(service_fn(|event: LambdaEvent<_>| {
         let context = Arc::clone(&context);
-        let deadline = Timestamp::from_millis(i64::try_from(event.context.deadline).unwrap_or(i64::MAX));
-        async move { Ok::<_, Error>(handle(&context, event.payload, deadline).await) }
+        let invocation = Invocation {
+            deadline: Timestamp::from_millis(i64::try_from(event.context.deadline).unwrap_or(i64::MAX)),
+            trace: event.context.xray_trace_id.as_deref().and_then(|text| text.parse().ok()),
+        };
+        async move { Ok::<_, Error>(handle(&context, event.payload, &invocation).await) }
     }))
     .await
 }

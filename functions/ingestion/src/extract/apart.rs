@@ -2,28 +2,33 @@
 //!
 //! A file that is made to can send its reader round in circles, have it ask for all memory there is, or bring it down.
 //! So the reader is this very program, started once more: with bounds on its memory and its processor time that the
-//! system keeps, without the environment, and therefore without credentials. What becomes of it is what is wrong with
-//! the file; the function goes on.
+//! system keeps, without the environment, and therefore without credentials: the function's own, which it could read as
+//! the same user, is closed to it ([`keep_to_itself`]). What becomes of it is what is wrong with the file; the function
+//! goes on.
 
 use std::io::{Read, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{ExitCode, ExitStatus, Stdio};
 use std::time::Duration;
 
-use rustix::process::{Resource, Rlimit, Signal, set_parent_process_death_signal, setrlimit};
+use rustix::process::{
+    DumpableBehavior, Resource, Rlimit, Signal, set_dumpable_behavior, set_parent_process_death_signal,
+    setrlimit,
+};
 use shared::chunk::Block;
 use shared::document::ContentType;
-use shared::error::ApiError;
+use shared::error::{ApiError, Code};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::process::{Child, Command};
 use tokio::sync::Semaphore;
+use tokio::time::{Instant, timeout_at};
 
 use super::{Charset, MOST_TEXT_BYTES, Unreadable};
 
 /// What makes this program a reader: its first argument. The second is the content's type, the third its charset.
 const ASKED: &str = "read-document";
 /// How long one document may take to read.
-pub(super) const MOST_TIME: Duration = Duration::from_secs(20);
+pub(crate) const MOST_TIME: Duration = Duration::from_secs(20);
 /// How much memory one document may take to read, itself included, in bytes.
 const MOST_MEMORY: u64 = 160 << 20;
 /// How much is heard of a reader: JSON takes more than the text itself, and no more than twice as much of most.
@@ -38,11 +43,11 @@ static ONE: Semaphore = Semaphore::const_new(1);
 pub(crate) enum Failed {
     /// The document is what is wrong.
     Unreadable(Unreadable),
-    /// No reader could be started, or spoken to.
+    /// No reader could be started, or spoken to, or there was no time to.
     Elsewhere(ApiError),
 }
 
-/// The blocks of a document, in reading order: at least one.
+/// The blocks of a document, in reading order: at least one. Whoever is not through at `deadline` is broken off.
 ///
 /// # Errors
 /// [`Failed::Unreadable`] if nothing can be made of the content.
@@ -50,18 +55,27 @@ pub(crate) async fn blocks(
     content: Vec<u8>,
     content_type: ContentType,
     charset: Option<Charset>,
+    deadline: Instant,
 ) -> Result<Vec<Block>, Failed> {
-    // To split lines and values takes nobody else's parser.
-    if matches!(content_type, ContentType::Plain | ContentType::Csv) {
-        return super::blocks(content, content_type, charset).map_err(Failed::Unreadable);
-    }
+    let late = || {
+        let message =
+            "there was no time left to read the document; send it by itself, or by POST /v1/uploads";
+        Failed::Elsewhere(ApiError::new(Code::DeadlineExceeded, message))
+    };
     let elsewhere = |what: &'static str| {
         move |error: std::io::Error| {
             tracing::error!("A reader of documents could not be {what}: {error}");
             Failed::Elsewhere(ApiError::unavailable("the reader of documents"))
         }
     };
-    let _turn = ONE.acquire().await.map_err(|error| elsewhere("waited for")(std::io::Error::other(error)))?;
+    let turn = timeout_at(deadline, ONE.acquire()).await.map_err(|_| late())?;
+    let _turn = turn.map_err(|error| elsewhere("waited for")(std::io::Error::other(error)))?;
+    // Nobody waits when it is free.
+    let now = Instant::now();
+    if now >= deadline {
+        return Err(late());
+    }
+    let slow = now + MOST_TIME;
     let mut command = Command::new("/proc/self/exe");
     command
         .args([ASKED, content_type.media_type()])
@@ -72,13 +86,23 @@ pub(crate) async fn blocks(
         .stderr(Stdio::piped())
         .kill_on_drop(true);
     let mut child = command.spawn().map_err(elsewhere("started"))?;
-    match tokio::time::timeout(MOST_TIME, heard(&mut child, content)).await {
+    match timeout_at(slow.min(deadline), heard(&mut child, content)).await {
         Ok(heard) => match heard.map_err(elsewhere("heard"))? {
             Heard { answer: Some(answer), .. } => answer.map_err(Failed::Unreadable),
             Heard { status, last_words, .. } => Err(Failed::Unreadable(what_ended(status, &last_words))),
         },
-        Err(_) => Err(Failed::Unreadable(Unreadable::TooSlow)),
+        Err(_) if slow <= deadline => Err(Failed::Unreadable(Unreadable::TooSlow)),
+        Err(_) => Err(late()),
     }
+}
+
+/// Closes this process to others of the same user, and so its environment to the readers that it starts: not theirs to
+/// read, nor its memory. To be done before anything of value is there.
+///
+/// # Errors
+/// If the system refuses.
+pub fn keep_to_itself() -> std::io::Result<()> {
+    Ok(set_dumpable_behavior(DumpableBehavior::NotDumpable)?)
 }
 
 /// What a reader said, if it came to that, and how it ended.
@@ -148,4 +172,34 @@ pub fn asked(mut arguments: impl Iterator<Item = String>) -> Option<ExitCode> {
         stdout.flush()
     };
     Some(if read().is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn how_a_reader_ends_says_what_is_wrong_with_its_document() {
+        let signal = |signal: Signal| ExitStatus::from_raw(signal.as_raw());
+        for (status, words, reason) in [
+            (signal(Signal::XCPU), "", Unreadable::TooSlow),
+            (signal(Signal::KILL), "", Unreadable::TooSlow),
+            (signal(Signal::ABORT), "memory allocation of 9 bytes failed", Unreadable::TooLarge),
+            (signal(Signal::ABORT), "\nmemory allocation of 9 bytes failed", Unreadable::TooLarge),
+            (
+                signal(Signal::ABORT),
+                "thread 'main' panicked at memory allocation of",
+                Unreadable::damaged("its reader broke off"),
+            ),
+            (ExitStatus::from_raw(1 << 8), "", Unreadable::damaged("its reader broke off")),
+        ] {
+            assert_eq!(what_ended(status, words.as_bytes()), reason, "{status} {words}");
+        }
+    }
+
+    #[tokio::test]
+    async fn nobody_is_read_after_the_deadline() {
+        let late = blocks(b"A text.".to_vec(), ContentType::Plain, None, Instant::now()).await;
+        assert!(matches!(late, Err(Failed::Elsewhere(error)) if error.code == Code::DeadlineExceeded));
+    }
 }

@@ -1,8 +1,9 @@
 //! CSV (RFC 4180) and what is like it: one table, whose first row names its columns.
 
+use csv::StringRecord;
 use shared::chunk::Block;
 
-use super::Unreadable;
+use super::{MOST_PIECES, MOST_TEXT_BYTES, Unreadable};
 
 /// What may separate values, the most usual first.
 const SEPARATORS: [u8; 4] = [b',', b';', b'\t', b'|'];
@@ -13,18 +14,23 @@ pub(super) fn blocks(text: &str) -> Result<Vec<Block>, Unreadable> {
         .flexible(true)
         .delimiter(separator(text))
         .from_reader(text.as_bytes());
-    let mut rows = Vec::new();
-    for record in reader.records() {
-        let record = record.map_err(|error| Unreadable::Damaged(error.to_string()))?;
-        if record.iter().any(|value| !value.trim().is_empty()) {
-            rows.push(row(record.iter()));
+    let (mut header, mut rows, mut bytes) = (None, Vec::new(), 0);
+    let mut record = StringRecord::new();
+    while reader.read_record(&mut record).map_err(|error| Unreadable::Damaged(error.to_string()))? {
+        if record.iter().all(|value| value.trim().is_empty()) {
+            continue;
+        }
+        let row = row(record.iter());
+        bytes += row.len();
+        if rows.len() >= MOST_PIECES || bytes > MOST_TEXT_BYTES {
+            return Err(Unreadable::TooLarge);
+        }
+        match header {
+            None => header = Some(row),
+            Some(_) => rows.push(row),
         }
     }
-    if rows.is_empty() {
-        return Ok(Vec::new());
-    }
-    let header = rows.remove(0);
-    Ok(vec![Block::Table { header, rows }])
+    Ok(header.map(|header| Block::Table { header, rows }).into_iter().collect())
 }
 
 /// The table that rows of cells make, the first of which names its columns. One of a single column is a frame around
@@ -39,8 +45,10 @@ pub(super) fn table(mut rows: Vec<Vec<String>>) -> Vec<Block> {
 }
 
 /// A table's row, as Markdown writes it.
-fn row<'a>(values: impl Iterator<Item = &'a str>) -> String {
-    let mut row = String::from("|");
+fn row<'a>(values: impl Iterator<Item = &'a str> + Clone) -> String {
+    let most = 1 + values.clone().map(|value| value.len() + 3).sum::<usize>();
+    let mut row = String::with_capacity(most);
+    row.push('|');
     for value in values {
         row.push(' ');
         for (n, word) in value.split_whitespace().enumerate() {

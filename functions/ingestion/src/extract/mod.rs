@@ -15,6 +15,8 @@ mod plain;
 mod tests;
 mod text;
 
+use std::borrow::Cow;
+
 use serde::{Deserialize, Serialize};
 use shared::chunk::Block;
 use shared::document::ContentType;
@@ -26,6 +28,8 @@ pub(crate) use self::text::Charset;
 const MOST_TEXT_BYTES: usize = 24 << 20;
 /// The most that is unpacked of one document, in bytes. It is never held as a whole.
 const MOST_UNPACKED_BYTES: u64 = 256 << 20;
+/// The most pieces of one document, paragraphs and rows: what is kept of each beside its text adds up.
+const MOST_PIECES: usize = 500_000;
 /// The most pages of one document.
 const MOST_PAGES: usize = 5_000;
 
@@ -41,6 +45,12 @@ pub(crate) enum Unreadable {
         "the document has pages but no text, as a scanned one has; send it with its text recognised (OCR)"
     )]
     NoText,
+    /// There are letters in it, and nothing says which: what fonts of Chinese, Japanese and Korean at times leave out.
+    #[error(
+        "the document does not say which letters its text is of, as fonts without a map to Unicode do not; export it \
+         anew with text that can be copied, or with its text recognised (OCR)"
+    )]
+    Unmapped,
     /// It opens with a password alone.
     #[error("the document is encrypted; send it without a password")]
     Encrypted,
@@ -65,7 +75,10 @@ pub(crate) enum Unreadable {
         pages: usize,
     },
     /// There is more in it than is read: it may be small, and be made to grow.
-    #[error("the document unpacks to more than is read of one")]
+    #[error(
+        "the document holds or unpacks to more than is read of one, {} MB of text and {MOST_PIECES} paragraphs or rows",
+        MOST_TEXT_BYTES >> 20
+    )]
     TooLarge,
     /// To read it takes too long.
     #[error("the document takes longer than {} s to read", apart::MOST_TIME.as_secs())]
@@ -85,6 +98,7 @@ impl From<Unreadable> for ApiError {
             Unreadable::TooManyPages { .. } | Unreadable::TooLarge | Unreadable::TooSlow => Code::TooLarge,
             Unreadable::Empty
             | Unreadable::NoText
+            | Unreadable::Unmapped
             | Unreadable::Encrypted
             | Unreadable::Damaged(_)
             | Unreadable::NotItsCharset(_) => Code::InvalidRequest,
@@ -112,15 +126,32 @@ fn blocks(
 ) -> Result<Vec<Block>, Unreadable> {
     magic::look(&content, content_type)?;
     let blocks = match content_type {
-        ContentType::Plain => plain::blocks(&text::of(&content, charset)?),
-        ContentType::Markdown => markdown::blocks(&text::of(&content, charset)?),
-        ContentType::Csv => csv::blocks(&text::of(&content, charset)?)?,
+        ContentType::Plain => plain::blocks(&text(&content, charset)?)?,
+        ContentType::Markdown => markdown::blocks(&text(&content, charset)?),
+        ContentType::Csv => csv::blocks(&text(&content, charset)?)?,
         ContentType::Html => {
             let charset = charset.or_else(|| html::charset(&content));
-            html::blocks(&text::of(&content, charset)?)
+            html::blocks(&text(&content, charset)?)
         }
         ContentType::Pdf => pdf::blocks(content)?,
         ContentType::Docx => docx::blocks(&content)?,
     };
+    let pieces: usize = blocks.iter().map(pieces).sum();
+    if pieces > MOST_PIECES {
+        return Err(Unreadable::TooLarge);
+    }
     if blocks.is_empty() { Err(Unreadable::Empty) } else { Ok(blocks) }
+}
+
+/// The text that `content` is, before anything is made of it.
+fn text(content: &[u8], charset: Option<Charset>) -> Result<Cow<'_, str>, Unreadable> {
+    let text = text::of(content, charset)?;
+    if text.len() > MOST_TEXT_BYTES { Err(Unreadable::TooLarge) } else { Ok(text) }
+}
+
+fn pieces(block: &Block) -> usize {
+    match block {
+        Block::Heading { .. } | Block::Paragraph(_) | Block::Whole(_) => 1,
+        Block::Table { rows, .. } => 1 + rows.len(),
+    }
 }

@@ -48,8 +48,13 @@ pub(super) fn blocks(content: Vec<u8>) -> Result<Vec<Block>, Unreadable> {
     for page in pages.iter() {
         reader.page(page)?;
     }
+    let unmapped = reader.unmapped;
     let blocks = headed(reader.layout.paragraphs);
-    if blocks.is_empty() { Err(Unreadable::NoText) } else { Ok(blocks) }
+    match blocks.is_empty() {
+        true if unmapped => Err(Unreadable::Unmapped),
+        true => Err(Unreadable::NoText),
+        false => Ok(blocks),
+    }
 }
 
 /// What is drawn with, until something else is said.
@@ -74,6 +79,8 @@ struct Reader<'a> {
     maps: CMapResolverFn,
     /// How much may still be unpacked, in bytes.
     left: u64,
+    /// Whether there were glyphs of which nobody says what they are.
+    unmapped: bool,
     layout: Layout,
 }
 
@@ -86,6 +93,7 @@ impl<'a> Reader<'a> {
             programs: Arc::new(move |_| Some(any.clone())),
             maps: Arc::new(|_| None),
             left: MOST_UNPACKED_BYTES,
+            unmapped: false,
             layout: Layout::default(),
         }
     }
@@ -237,7 +245,10 @@ impl<'a> Reader<'a> {
 
     /// Takes up the glyphs of a text, and moves on behind them.
     fn show(&mut self, shown: &[u8], state: &State<'a>, text: &mut Affine) -> Result<(), Unreadable> {
-        let Some(font) = &state.font else { return Ok(()) };
+        let Some(font) = &state.font else {
+            self.unmapped |= !shown.is_empty();
+            return Ok(());
+        };
         let mut at = 0;
         while at < shown.len() {
             let (code, length) = font.read_code(shown, at);
@@ -265,6 +276,8 @@ impl<'a> Reader<'a> {
                 if self.layout.bytes > MOST_TEXT_BYTES {
                     return Err(Unreadable::TooLarge);
                 }
+            } else {
+                self.unmapped = true;
             }
             let spacing = state.character_spacing
                 + if length == 1 && code == u32::from(b' ') { state.word_spacing } else { 0.0 };

@@ -126,9 +126,22 @@ fn what_unpacks_to_more_than_is_read_is_left_there() {
     let bomb = zip(&[("word/document.xml", &text)]);
     assert!(bomb.len() < 100_000);
     assert_eq!(read(&bomb, ContentType::Docx), Err(Unreadable::TooLarge));
+    // Text alone, in whatever format; rows that grow by their frame; and more pieces than are kept.
+    let line = b"A line of a text that is far too long to be read.\n\n";
+    let long = line.repeat(MOST_TEXT_BYTES / line.len() + 1);
+    for content_type in [ContentType::Plain, ContentType::Markdown, ContentType::Html, ContentType::Csv] {
+        assert_eq!(read(&long, content_type), Err(Unreadable::TooLarge), "{content_type:?}");
+    }
+    let wide = [b"1,".repeat(MOST_TEXT_BYTES / 4), b"\n".to_vec()].concat();
+    assert_eq!(read(&wide, ContentType::Csv), Err(Unreadable::TooLarge));
+    for (piece, content_type) in [(&b"a\n\n"[..], ContentType::Plain), (b"1\n", ContentType::Csv)] {
+        let (fits, more) = (piece.repeat(MOST_PIECES - 1), piece.repeat(MOST_PIECES + 2));
+        assert!(read(&fits, content_type).is_ok(), "{content_type:?}");
+        assert_eq!(read(&more, content_type), Err(Unreadable::TooLarge), "{content_type:?}");
+    }
     let pages = vec!["BT /F1 12 Tf 72 700 Td (A page.) Tj ET"; MOST_PAGES + 1];
     assert_eq!(read(&pdf(&pages), ContentType::Pdf), Err(Unreadable::TooManyPages { pages: MOST_PAGES + 1 }));
-    // A form that draws one that draws one, each ten times: a page without end.
+    // As many as are read.
     assert!(read(&pdf(&pages[..MOST_PAGES / 5]), ContentType::Pdf).is_ok());
 }
 

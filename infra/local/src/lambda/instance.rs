@@ -1,9 +1,10 @@
 //! One process of a function, and one invocation that it may be working on.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
+use std::ffi::OsStr;
 use std::io;
 use std::process::Stdio;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -147,6 +148,8 @@ pub(super) struct Instance {
     idle_since: Mutex<Instant>,
     init_error: Mutex<Option<String>>,
     tail: Mutex<VecDeque<String>>,
+    /// Its process, and what that was given.
+    process: OnceLock<(u32, BTreeMap<String, String>)>,
 }
 
 impl Instance {
@@ -167,10 +170,18 @@ impl Instance {
             idle_since: Mutex::new(Instant::now()),
             init_error: Mutex::default(),
             tail: Mutex::default(),
+            process: OnceLock::new(),
         });
         lock(&shared.instances).insert(instance.id.clone(), Arc::clone(&instance));
-        match command(pool, shared, &instance.id).spawn() {
+        let mut command = command(pool, shared, &instance.id);
+        match command.spawn() {
             Ok(child) => {
+                let text = |text: &OsStr| text.to_string_lossy().into_owned();
+                let given = command.as_std().get_envs();
+                let given = given.filter_map(|(name, value)| Some((text(name), text(value?)))).collect();
+                if let Some(pid) = child.id() {
+                    let _ = instance.process.set((pid, given));
+                }
                 tokio::spawn(Arc::clone(&instance).supervise(child, Arc::clone(shared)));
                 Ok(instance)
             }
@@ -332,6 +343,11 @@ impl Instance {
         let reached = phase.wait_for(|phase| *phase != Phase::Starting).await;
         // The sender lives as long as `self`.
         reached.map_or_else(|_| Phase::Gone(String::new()), |phase| phase.clone())
+    }
+
+    /// The process's id, and the environment that it was given.
+    pub(super) fn process(&self) -> Option<(u32, BTreeMap<String, String>)> {
+        self.process.get().cloned()
     }
 
     /// Waits until the process has ended, and says why.
