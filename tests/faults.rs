@@ -25,7 +25,7 @@ async fn a_function_killed_in_the_middle_of_a_request_is_a_clean_error() {
     tokio::time::sleep(std::time::Duration::from_millis(1_000)).await;
     stack.kill("chat").await;
     let answer = asking.await.unwrap();
-    answer.expect_error(502, "unavailable");
+    answer.expect_error(503, "unavailable");
     let next = acme.ask(QUESTION).await;
     assert!(next["response"].as_str().unwrap().contains("1832"), "{next}");
 }
