@@ -8,13 +8,13 @@ use std::time::{Duration, Instant};
 
 use aws_sdk_s3::primitives::{ByteStream, DateTime};
 use aws_sdk_s3::types::{ObjectLockMode, ObjectLockRetention};
-use reqwest::StatusCode;
+use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 use shared::api_key::ApiKey;
 use shared::audit_log::{self, Head, Line, ObjectHash};
 use shared::random::entropy;
 use shared::tenant::Tier;
-use tests::{Options, Stack, Tenant};
+use tests::{Answer, Options, Stack, Tenant};
 use tokio::task::JoinSet;
 
 const FACT: &str = "Every employee has 25 days of paid annual leave.";
@@ -386,6 +386,56 @@ async fn who_was_shown_this_is_answered_before_and_after_the_export() {
     for bad in ["exp_", "exp_zz", "x", "exp_7b7d"] {
         acme.get(&format!("/v1/audit/exports/{bad}")).await.expect_error(404, "not_found");
     }
+}
+
+#[tokio::test]
+async fn an_export_that_is_asked_for_again_is_the_same_one() {
+    let stack = stack().await;
+    let (acme, globex) = (tenant(&stack, "acme").await, tenant(&stack, "globex").await);
+    acme.search("When does the lease end?", 1).await;
+    let once = async |tenant: &Tenant, key: &str, body: Value| {
+        let request = tenant.request(Method::POST, "/v1/audit/exports").header("idempotency-key", key);
+        Answer::read(request.json(&body).send().await.unwrap()).await
+    };
+    let first = once(&acme, "k", json!({})).await.expect_status(StatusCode::CREATED).json();
+    // More is logged, and time goes on: of what was asked for first, neither is a part.
+    acme.search("And when does it begin?", 1).await;
+    let _ = Log::complete(&stack, "acme").await;
+    let again = once(&acme, "k", json!({})).await.expect_status(StatusCode::CREATED).json();
+    for field in ["export_id", "from", "to"] {
+        assert_eq!(again[field], first[field], "{field}");
+    }
+    // The links are new ones, that hold.
+    for object in again["manifest"]["objects"].as_array().unwrap() {
+        let link = tests::client().get(object["url"].as_str().unwrap()).send().await.unwrap();
+        assert_eq!(link.status(), StatusCode::OK);
+    }
+    let other = once(&acme, "l", json!({})).await.expect_status(StatusCode::CREATED).json();
+    assert_ne!(other["export_id"], first["export_id"]);
+    let theirs = once(&globex, "k", json!({})).await.expect_status(StatusCode::CREATED).json();
+    assert_ne!(theirs["export_id"], first["export_id"], "a key is its tenant's");
+    let contradiction = once(&acme, "k", json!({"from": "2026-11-01"})).await;
+    assert_eq!(contradiction.expect_error(400, "invalid_request")["param"], "Idempotency-Key");
+    let malformed = once(&acme, "a b", json!({})).await;
+    assert_eq!(malformed.expect_error(400, "invalid_request")["param"], "Idempotency-Key");
+
+    // One that came to nothing is tried anew. One whose answer the table lost was made all the same, once.
+    let fault = async |mode, operation, table| {
+        let rule = json!({"mode": mode, "operation": operation, "table": table, "times": 1});
+        stack.dynamodb_faults(json!({"rules": [rule]})).await;
+    };
+    stack.dynamodb_faults(json!({"rules": [{"mode": "error", "table": "usage"}]})).await;
+    once(&acme, "m", json!({})).await.expect_error(503, "unavailable");
+    stack.clear_dynamodb_faults().await;
+    once(&acme, "m", json!({})).await.expect_status(StatusCode::CREATED);
+    fault("lost_answer_error", "TransactWriteItems", "conversations").await;
+    let lost = once(&acme, "n", json!({})).await.expect_status(StatusCode::CREATED).json();
+    stack.clear_dynamodb_faults().await;
+    assert_eq!(once(&acme, "n", json!({})).await.json()["export_id"], lost["export_id"]);
+    let _ = Log::complete(&stack, "acme").await;
+    let exported = records(&acme, "action=audit_exported", 100).await.0;
+    // Each that was shown: the first and its repeat, the other, `m`, and `n` with its repeat.
+    assert_eq!(exported.len(), 6, "{exported:?}");
 }
 
 #[tokio::test]

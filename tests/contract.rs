@@ -113,6 +113,20 @@ fn every_operation_says_who_may_what_goes_in_what_comes_out_and_what_can_go_wron
     }
 }
 
+/// Whoever repeats a tenant's request that makes something may say that it is the same one.
+#[test]
+fn every_post_of_a_tenant_takes_an_idempotency_key() {
+    let posts =
+        operations().into_iter().filter(|(method, path, _)| *method == "post" && path.starts_with("/v1/"));
+    let posts: Vec<_> = posts.collect();
+    assert!(posts.len() >= 9, "{posts:?}");
+    for (_, path, operation) in posts {
+        let parameters = operation["parameters"].as_array().unwrap();
+        let key = json!({"$ref": "#/components/parameters/IdempotencyKey"});
+        assert!(parameters.contains(&key), "POST {path} does not declare Idempotency-Key");
+    }
+}
+
 #[test]
 fn schemas_are_closed() {
     // What a tenant or a standard decides on.

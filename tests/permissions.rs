@@ -344,7 +344,8 @@ async fn application(stack: &Stack, tenant: &Tenant) {
     tenant.get("/v1/usage").await.expect_status(StatusCode::OK);
     until("the export", async || exported(stack, tenant).await.then_some(())).await;
     tenant.get("/v1/audit").await.expect_status(StatusCode::OK);
-    let export = tenant.post("/v1/audit/exports", &json!({})).await.expect_status(StatusCode::CREATED).json();
+    let export = with_key(tenant, "/v1/audit/exports", "export", json!({})).await;
+    let export = export.expect_status(StatusCode::CREATED).json();
     let export = format!("/v1/audit/exports/{}", export["export_id"].as_str().unwrap());
     let export = tenant.get(&export).await.expect_status(StatusCode::OK).json();
     // A link is opened with the session that signed it.
@@ -370,6 +371,10 @@ async fn application(stack: &Stack, tenant: &Tenant) {
     tenant.delete(&issuer).await.expect_status(StatusCode::NO_CONTENT);
 
     // With a key of an idempotent request that ends badly, the key is given back.
+    let unread = json!({"mode": "error", "operation": "GetItem", "table": "usage"});
+    stack.dynamodb_faults(json!({"rules": [unread]})).await;
+    with_key(tenant, "/v1/audit/exports", "unread", json!({})).await.expect_error(503, "unavailable");
+    stack.clear_dynamodb_faults().await;
     stack.model_fault(json!({"mode": "status", "status": 400, "count": 1})).await;
     let failed = with_key(tenant, "/v1/chat", "failing", question).await;
     assert!(!failed.status.is_success(), "{}", failed.text);

@@ -229,6 +229,29 @@ impl Ledger {
         }
     }
 
+    /// Enters an event, and the first result of its request under an idempotency key: both or neither. False if the key
+    /// has been given to another request meanwhile.
+    ///
+    /// # Errors
+    /// If the table does not answer however often it is asked: then both may be there or not.
+    pub async fn note_finished(
+        &self,
+        scope: &TenantScope,
+        record: &Record,
+        (store, finished): (&IdempotencyStore, Finished<'_>),
+    ) -> Result<bool, StoreError> {
+        let mut failed = 0;
+        loop {
+            let parts = vec![self.event_part(record)?, store.finished_part(scope, &finished, None)?];
+            match self.0.transact(scope.tenant_id(), parts).await {
+                Ok(()) => return Ok(true),
+                // The event was there, and the key still this request's: an answer to it was lost.
+                Err(Cancelled::Conditions(found)) => return Ok(matches!(found.get(1), Some(None))),
+                Err(Cancelled::Failed(error)) => failed = self.pause(failed, error).await?,
+            }
+        }
+    }
+
     fn event(&self, record: &Record) -> Result<Item, StoreError> {
         let content = serde_json::to_vec(record).map_err(|e| self.0.corrupt(e))?;
         let hash = hex::encode(Sha256::digest(content));
