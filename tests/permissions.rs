@@ -22,6 +22,7 @@ use shared::clock::{Clock, Timestamp};
 use shared::meter::Lease;
 use shared::random::entropy;
 use shared::tenant::Tier;
+use tests::reranker::Reranker;
 use tests::tokens::Signer;
 use tests::{Answer, Options, Stack, Tenant, next_event, put_file, until};
 use tokio::net::TcpListener;
@@ -85,8 +86,10 @@ fn roles(template: &Template) -> Vec<Role> {
 
 fn template() -> Template {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../infra/template.yaml");
-    let cells = ("QdrantCells".to_owned(), "default=https://x.example".to_owned());
-    Template::load(&path, &[cells].into()).unwrap()
+    // With everything that is optional and needs a permission.
+    let given = [("QdrantCells", "default=https://x.example"), ("RerankUrl", "https://x.example")];
+    let given = given.map(|(name, value)| (name.to_owned(), value.to_owned()));
+    Template::load(&path, &given.into()).unwrap()
 }
 
 /// A role's policies without one grant of one of them.
@@ -195,7 +198,9 @@ fn what_no_role_allows() {
         ),
         (
             &["secretsmanager:PutSecretValue", "secretsmanager:CreateSecret", "secretsmanager:DeleteSecret"],
-            ["qdrant/root-key", "model/api-key", "embeddings/api-key", "webhooks/key"].map(secret).into(),
+            ["qdrant/root-key", "model/api-key", "embeddings/api-key", "rerank/api-key", "webhooks/key"]
+                .map(secret)
+                .into(),
         ),
         (
             &["iam:PassRole", "iam:CreateRole", "sts:AssumeRole", "lambda:InvokeFunction", "kms:Decrypt"],
@@ -247,6 +252,16 @@ fn what_no_role_allows() {
             ["Authorizer", "UploadAuthorizer", "Provisioning", "Eraser"].contains(&&**name),
             "{name}"
         );
+        // The reranker's key: those who search. Its calls cost money, and see passages.
+        let reranks = may(role, "secretsmanager:GetSecretValue", &secret("rerank/api-key"), &[]);
+        assert_eq!(reranks, ["Chat", "Ingestion"].contains(&&**name), "{name}");
+        // A stream holds every tenant's changes, and is read for the one function that it drives.
+        for (table_name, reader) in [("audit", "AuditExport"), ("tenants", "Eraser")] {
+            let stream = format!("{}/stream/2026-01-01T00:00:00.000", table(table_name));
+            for action in ["dynamodb:DescribeStream", "dynamodb:GetRecords", "dynamodb:GetShardIterator"] {
+                assert_eq!(may(role, action, &stream, &[]), name == reader, "{name}: {action} {table_name}");
+            }
+        }
         // Passages and turns are read by those alone who answer from them; scans are nobody's who acts for tenants.
         for t in &tables {
             let scans = may(role, "dynamodb:Scan", &table(t), &[("dynamodb:LeadingKeys", "acme")]);
@@ -382,7 +397,9 @@ async fn application(stack: &Stack, tenant: &Tenant) {
 
 /// Walks through everything that functions do, and says what their roles were allowed on the way.
 async fn walked(template: &Template) -> Vec<Deed> {
+    let (_reranker, rerank_url) = Reranker::start().await;
     let parameters = vec![
+        ("RerankUrl", rerank_url),
         ("AuthorizerCacheSeconds", "1".to_owned()),
         ("WebhookReceivers", "loopback".to_owned()),
         ("ModelMaxInFlight", "100".to_owned()),

@@ -12,6 +12,7 @@
 )]
 
 pub mod contract;
+pub mod reranker;
 pub mod tokens;
 
 use std::collections::BTreeMap;
