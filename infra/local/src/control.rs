@@ -6,6 +6,7 @@
 //! | `GET /health` | answers |
 //! | `POST /functions/{binary}/kill` | kills the function's processes in the middle of whatever they do |
 //! | `POST /functions/{function}/invoke` | invokes the function with the JSON in the body, for the tenant that the header `x-amz-tenant-id` names, if any; answers its result |
+//! | `PUT /functions/{function}/timeout` | sets how many milliseconds the function's invocations may take, from the next one on |
 //! | `PUT /decisions` | `{"for": …, "as": …}`, two `Authorization` headers: the gateway answers the first with the decision that it keeps about the second |
 //! | `PUT /dynamodb/faults` | puts `{"seed": n, "rules": […]}` in the place of all rules, answers its seed |
 //! | `DELETE /dynamodb/faults` | ends all faults |
@@ -30,6 +31,7 @@
 use std::future::Future;
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::extract::{DefaultBodyLimit, Path, Query, State};
 use axum::response::{IntoResponse, Response};
@@ -87,6 +89,7 @@ pub async fn serve(
         .route("/health", get(async || Json(json!({ "status": "ok" }))))
         .route("/functions/{binary}/kill", post(kill))
         .route("/functions/{function}/invoke", post(invoke))
+        .route("/functions/{function}/timeout", put(set_timeout))
         .route("/decisions", put(poison))
         .route("/dynamodb/faults", put(set_faults).delete(clear_faults))
         .route("/dynamodb/calls", get(calls).delete(forget_calls))
@@ -127,6 +130,15 @@ async fn invoke(
             refused(status, &error)
         }
     }
+}
+
+async fn set_timeout(
+    State(control): State<Control>,
+    Path(function): Path<String>,
+    Json(ms): Json<u64>,
+) -> StatusCode {
+    let there = control.lambda.set_timeout(&function, Duration::from_millis(ms));
+    if there { StatusCode::NO_CONTENT } else { StatusCode::NOT_FOUND }
 }
 
 #[derive(Deserialize)]
