@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use shared::meter::Limit;
 use shared::metrics::{Dimension, Metric};
 use shared::random::entropy;
+use tests::reranker::Reranker;
 use tests::{Answer, Options, Stack, Tenant, all_events};
 
 /// How long a line may take from a function to its log.
@@ -248,35 +249,70 @@ fn root(header: &str) -> Option<&str> {
 }
 
 #[tokio::test]
-async fn a_request_takes_its_trace_to_the_model_the_embeddings_and_the_vectors() {
-    let stack = Stack::start().await;
+async fn a_request_takes_its_trace_to_the_model_the_embeddings_the_reranker_and_the_vectors() {
+    let (reranker, url) = Reranker::start().await;
+    let parameters = vec![("RerankUrl", url)];
+    let stack = Stack::start_with(Options { parameters, ..Options::default() }).await;
     let acme = stack.tenant("acme");
+    // Of one passage there is no order.
+    acme.store("sickness", "Sickness", "Sick leave needs a note from the third day.").await;
     let stored = json!({"id": "handbook", "title": "Handbook", "content": "Leave is 25 days."});
     let stored = acme.post("/v1/documents", &stored).await.expect_status(StatusCode::CREATED);
     let searched = acme.post("/v1/search", &json!({"query": "leave"})).await.expect_status(StatusCode::OK);
     let asked = acme.chat(json!({"message": "How long is leave?"})).await.expect_status(StatusCode::OK);
-    let seen = async |url: String| -> Vec<String> {
-        let seen: Value = tests::client().get(url).send().await.unwrap().json().await.unwrap();
-        let trace = |call: &Value| call.get("trace").unwrap_or(call).as_str().unwrap().to_owned();
-        seen.as_array().unwrap().iter().map(trace).collect()
-    };
+    let streamed = acme.open_stream(json!({"message": "How long is leave, again?"})).await;
+    let streamed_id = streamed.headers()["x-request-id"].to_str().unwrap().to_owned();
+    all_events(streamed).await;
+    // Those of whom the vector store knows nothing yet, and what operators make there.
+    let body = json!({"tenant_id": "frugal", "tier": "professional", "company_name": "Frugal",
+        "limits": {"tokens_per_day": 8_000}});
+    let made = stack.admin(Method::POST, "/admin/tenants", Some(&body)).await;
+    let made = made.expect_status(StatusCode::CREATED);
+    let frugal = stack.tenant_with_key("frugal", made.json()["api_key"].as_str().unwrap());
+
     let address = |name: &str| stack.ready()[name].as_str().unwrap();
-    let model = seen(format!("{}/_requests", address("model_url"))).await;
-    let embeddings = seen(format!("{}/_requests", address("embeddings_url"))).await;
-    let vectors = seen(format!("{}/qdrant/traces", address("control_url"))).await;
-    for (answer, services) in [
-        (&stored, &[("embeddings", &embeddings), ("vectors", &vectors)][..]),
-        (&searched, &[("embeddings", &embeddings), ("vectors", &vectors)]),
-        (&asked, &[("model", &model), ("embeddings", &embeddings), ("vectors", &vectors)]),
+    let calls = async |url: String| -> Vec<Value> {
+        tests::client().get(url).send().await.unwrap().json().await.unwrap()
+    };
+    let traces = |calls: &[Value]| -> Vec<String> {
+        let trace = |call: &Value| call.get("trace").unwrap_or(call).as_str().unwrap().to_owned();
+        calls.iter().map(trace).collect()
+    };
+    let model = async || calls(format!("{}/_requests", address("model_url"))).await;
+    assert_eq!(model().await.len(), 2);
+    // Where there is no room for the bound, the model is asked to count first.
+    let mut counted = None;
+    for n in 0..40 {
+        let answer = frugal.chat(json!({"message": format!("How long is leave, {n}?")})).await;
+        let counts: Vec<Value> =
+            model().await.into_iter().filter(|call| call["path"] == "/v1/messages/count_tokens").collect();
+        if !counts.is_empty() {
+            counted = Some((answer, traces(&counts)));
+            break;
+        }
+        answer.expect_status(StatusCode::OK);
+    }
+    let (counted, counts) = counted.expect("the day's tokens come to their end");
+    let embeddings = traces(&calls(format!("{}/_requests", address("embeddings_url"))).await);
+    let vectors = traces(&calls(format!("{}/qdrant/traces", address("control_url"))).await);
+    let (model, reranked) = (traces(&model().await), reranker.traces());
+    let found = [("embeddings", &embeddings), ("vectors", &vectors), ("reranker", &reranked)];
+    let answered = [&found[..], &[("model", &model)]].concat();
+    for (id, services) in [
+        (id_of(&stored), &found[..2]),
+        (id_of(&searched), &found[..]),
+        (id_of(&asked), &answered[..]),
+        (&streamed_id, &answered[..]),
+        (id_of(&counted), &[("counting model", &counts)]),
+        (id_of(&made), &found[1..2]),
     ] {
-        let line = line_of(&stack, id_of(answer)).await;
+        let line = line_of(&stack, id).await;
         let trace = line["trace.id"].as_str().unwrap();
         for (service, calls) in services {
             let told = calls.iter().any(|header| root(header) == Some(trace));
             assert!(told, "the {service} were not told of {trace}: {calls:?}");
         }
     }
-    assert_eq!(model.len(), 1);
     stack.stop().await;
 }
 
