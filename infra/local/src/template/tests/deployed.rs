@@ -130,6 +130,36 @@ fn a_queues_reader_knows_when_it_is_the_last_time() {
     assert_eq!(reader.text("/ReservedConcurrentExecutions").unwrap(), at_once);
 }
 
+/// What no retry can do does not hold up what comes after it, and ends where somebody looks.
+#[test]
+fn a_streams_failures_are_bounded_and_kept() {
+    let resources = resources(&[]);
+    let mut streams = BTreeSet::new();
+    for mapping in kind(&resources, "AWS::Lambda::EventSourceMapping") {
+        let id = mapping.id.as_str();
+        if !mapping.text("/EventSourceArn").unwrap().contains(":dynamodb:") {
+            continue;
+        }
+        streams.insert(id);
+        let retries = mapping.number::<i64>("/MaximumRetryAttempts").unwrap();
+        assert!(retries.is_some_and(|most| (0..=1_000).contains(&most)), "{id}: {retries:?}");
+        // The eraser's schedule goes on each minute with whatever is in its list. So nothing of this stream is ever
+        // lost, nor is anything to be tried again, halved or told by it.
+        if id == "Begun" {
+            assert_eq!(retries, Some(0));
+            let schedules = named(&resources, "Eraser").get("/Events").unwrap();
+            assert_eq!(schedules["Deprovision"]["Properties"]["ScheduleExpression"], "rate(1 minute)");
+            continue;
+        }
+        assert!(is_true(mapping.get("/BisectBatchOnFunctionError")), "{id}");
+        let reports = serde_json::json!(["ReportBatchItemFailures"]);
+        assert_eq!(mapping.get("/FunctionResponseTypes"), Some(&reports), "{id}");
+        let queue = mapping.text("/DestinationConfig/OnFailure/Destination").unwrap();
+        assert_eq!(queue, queue_arn("bulkhead-ledger-failures"), "{id}");
+    }
+    assert_eq!(streams, BTreeSet::from(["Begun", "Ledger"]));
+}
+
 #[test]
 fn no_resource_is_a_star_where_one_can_be_named() {
     let mut stars = BTreeSet::new();
