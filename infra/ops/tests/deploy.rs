@@ -137,6 +137,9 @@ fn environments_set_what_there_is() {
     for name in sets {
         assert!(parameters.contains(name), "samconfig.toml sets {name}, which is no parameter");
     }
+    // Alarms link to where the runbook is read: in no environment to a name that nobody has decided on.
+    let runbooks = samconfig.lines().filter(|line| line.trim().starts_with("\"RunbookUrl=https://"));
+    assert_eq!(runbooks.count(), samconfig.matches(".deploy.parameters]").count());
     let of = |environment: &str| -> Vec<String> {
         let lines = samconfig
             .lines()

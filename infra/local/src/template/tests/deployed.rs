@@ -160,6 +160,34 @@ fn a_streams_failures_are_bounded_and_kept() {
     assert_eq!(streams, BTreeSet::from(["Begun", "Ledger"]));
 }
 
+/// Whoever crashes, runs out of time or is turned away is seen, also the function that is added next.
+#[test]
+fn every_function_is_in_the_alarms() {
+    let resources = resources(&[]);
+    let mut watched: BTreeMap<&str, BTreeSet<String>> = BTreeMap::new();
+    for alarm in kind(&resources, "AWS::CloudWatch::Alarm") {
+        let queries = alarm.get("/Metrics").and_then(Value::as_array).into_iter().flatten();
+        let nested: Vec<&Value> = queries.filter_map(|query| query.pointer("/MetricStat/Metric")).collect();
+        // CloudWatch takes no more in one alarm.
+        assert!(nested.len() <= 10, "{}", alarm.id);
+        for metric in nested.into_iter().chain([&alarm.properties]) {
+            let name = match (metric["Namespace"].as_str(), metric["MetricName"].as_str()) {
+                (Some("AWS/Lambda"), Some(name)) => name,
+                _ => continue,
+            };
+            let function = scalar(&metric["Dimensions"][0]["Value"]).unwrap();
+            watched.entry(name).or_default().insert(function);
+        }
+    }
+    let all: BTreeSet<String> =
+        kind(&resources, "AWS::Serverless::Function").into_iter().map(physical_name).collect();
+    assert_eq!(watched["Throttles"], all);
+    // It says "no" by failing. What it fails at otherwise is answered 503, and counted among the API's errors.
+    let mut but_one = all;
+    assert!(but_one.remove("bulkhead-authorizer"));
+    assert_eq!(watched["Errors"], but_one);
+}
+
 #[test]
 fn no_resource_is_a_star_where_one_can_be_named() {
     let mut stars = BTreeSet::new();
@@ -244,6 +272,8 @@ fn what_is_optional_is_there_when_it_is_asked_for() {
         ("WebAclArn", "acl"),
         ("AlarmTopicArn", "alarms"),
         ("RunbookUrl", "https://x/#ops"),
+        ("RunbookUrl", "docs/operations.md"),
+        ("RunbookUrl", "http://x/ops"),
         ("VpcSubnetIds", "subnet-12345678, subnet-12345679"),
         ("VpcSecurityGroupIds", "sg-1"),
         ("ReservedConcurrency", "yes"),
