@@ -10,11 +10,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 use shared::error::Code;
 use tests::Answer;
-use tests::contract::{Asking, DOCUMENT, misfit, problem, resolved};
+use tests::contract::{Asking, DOCUMENT, RATE_LIMITS, event, misfit, problem, resolved};
 use tokio::net::TcpListener;
 
 /// What API Gateway takes as a method of a path.
@@ -50,6 +51,15 @@ fn every_operation_says_who_may_what_goes_in_what_comes_out_and_what_can_go_wron
         assert!(operation["summary"].as_str().is_some_and(|summary| !summary.is_empty()), "{at}");
         let scheme = if is_operators(path) { "sigv4" } else { "tenant" };
         assert_eq!(operation["security"], json!([{ scheme: [] }]), "{at}");
+
+        // Whose request it is, and for which of the tenant's users, is looked at on every route of a tenant.
+        let declares = |name: &str| {
+            let reference = json!({"$ref": format!("#/components/parameters/{name}")});
+            operation["parameters"].as_array().is_some_and(|all| all.contains(&reference))
+        };
+        for name in ["UserId", "UserGroups"] {
+            assert_eq!(declares(name), !is_operators(path), "{at}: {name}");
+        }
 
         // What is in braces is a parameter, and nothing else is.
         let named: BTreeSet<&str> =
@@ -96,12 +106,32 @@ fn every_operation_says_who_may_what_goes_in_what_comes_out_and_what_can_go_wron
             let response = resolved(response);
             assert!(response["description"].is_string(), "{at}");
             assert!(response["headers"].get("x-request-id").is_some(), "{at} lacks x-request-id");
+            for name in RATE_LIMITS {
+                let wanted = status.starts_with('2') && !is_operators(path);
+                assert!(!wanted || response["headers"].get(name).is_some(), "{at} lacks {name}");
+            }
             let Some(content) = response.get("content") else {
                 assert_eq!(status, "204", "{at}");
                 continue;
             };
+            for (kind, media) in content.as_object().unwrap() {
+                let example = &media["example"];
+                match kind.as_str() {
+                    "text/csv" => {
+                        assert!(example.as_str().is_some_and(|table| table.lines().count() > 1), "{at}")
+                    }
+                    _ => assert_eq!(misfit(&media["schema"], example), None, "{at}: the example of {kind}"),
+                }
+                if kind == "text/event-stream" {
+                    let data: Value = serde_json::from_str(example["data"].as_str().unwrap()).unwrap();
+                    let schema = match example["event"].as_str() {
+                        Some(name) => event(name),
+                        None => json!({"$ref": "#/components/schemas/CompletionChunk"}),
+                    };
+                    assert_eq!(misfit(&schema, &data), None, "{at}: the example of an event");
+                }
+            }
             let media = &content["application/json"];
-            assert_eq!(misfit(&media["schema"], &media["example"]), None, "{at}: the example");
             let schema = media["schema"]["$ref"].as_str();
             let errors = schema == Some("#/components/schemas/ErrorResponse");
             assert_eq!(errors, !status.starts_with('2'), "{at}");
@@ -223,9 +253,16 @@ async fn an_answer_that_is_not_described_fails_whoever_reads_it() {
     }
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}/v1/search", listener.local_addr().unwrap());
-    let answer = async |method: Method| {
+    let answer = async |method: Method, asked: HeaderMap| {
         let hits = if method == "POST" { json!({"hits": []}) } else { json!({"hits": "none"}) };
-        ([("x-request-id", "r")], axum::Json(hits))
+        let mut headers = HeaderMap::new();
+        headers.insert("x-request-id", HeaderValue::from_static("r"));
+        if !asked.contains_key("bare") {
+            headers.extend(
+                RATE_LIMITS.map(|name| (HeaderName::from_static(name), HeaderValue::from_static("1"))),
+            );
+        }
+        (headers, axum::Json(hits))
     };
     let routes = axum::Router::new().route("/v1/search", axum::routing::any(answer));
     tokio::spawn(async move { axum::serve(listener, routes).await });
@@ -233,9 +270,14 @@ async fn an_answer_that_is_not_described_fails_whoever_reads_it() {
     read(Asking::new(&http, Method::POST, &url)).await;
     read(Asking::elsewhere(&http, Method::PUT, &url)).await;
     let undescribed = tokio::spawn(read(Asking::new(&http, Method::PUT, &url)));
-    let panic = undescribed.await.unwrap_err().into_panic();
-    let said = panic.downcast_ref::<String>().unwrap();
-    assert!(said.contains("PUT /v1/search: 200 OK"), "{said}");
+    let bare = tokio::spawn(read(Asking::new(&http, Method::POST, &url).header("bare", "1")));
+    for (asking, why) in
+        [(undescribed, "PUT /v1/search: 200 OK"), (bare, "200 OK has no x-ratelimit-limit-requests")]
+    {
+        let panic = asking.await.unwrap_err().into_panic();
+        let said = panic.downcast_ref::<String>().unwrap();
+        assert!(said.contains(why), "{said}");
+    }
 }
 
 /// What no linter reads: <https://docs.aws.amazon.com/apigateway/latest/developerguide/api-gateway-swagger-extensions.html>
