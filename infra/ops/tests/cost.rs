@@ -6,6 +6,8 @@ use std::path::Path;
 use clap::Parser;
 use ops::command::Command;
 use ops::cost;
+use shared::meter::Limit;
+use shared::metrics::{Dimension, Metric};
 
 #[test]
 fn the_pages_tables_are_the_calculators() {
@@ -25,6 +27,35 @@ fn the_pages_tables_are_the_calculators() {
         shown += 1;
     }
     assert!(shown >= 2, "{shown} calculations were found");
+}
+
+/// What CloudWatch charges for is counted in the template, the contract and the functions' own list of metrics.
+#[test]
+fn what_is_watched_is_what_is_charged() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).unwrap();
+    let read = |path: &str| fs::read_to_string(root.join(path)).unwrap();
+    let workload: serde_json::Value = serde_json::from_str(&read("infra/ops/data/workload.json")).unwrap();
+    let said = |name: &str| workload["measured"][name].as_u64().unwrap() as usize;
+    let template = read("infra/template.yaml");
+    let of_alarms =
+        |line: &&str| ["      MetricName: ", "          MetricStat:"].iter().any(|p| line.starts_with(p));
+    assert_eq!(said("alarm_metrics"), template.lines().filter(of_alarms).count());
+    assert_eq!(said("tables"), template.matches("Type: AWS::DynamoDB::Table\n").count());
+
+    let methods = ["    delete:", "    get:", "    patch:", "    post:", "    put:"];
+    let openapi = read("infra/openapi.yaml");
+    let operations = openapi.lines().filter(|line| methods.contains(line)).count();
+    // Beside the routes: the authorizer, that of uploads, and a file that was put.
+    let routes = operations + 3;
+    let (streamed, limits) = (openapi.matches("            text/event-stream:\n").count(), Limit::ALL.len());
+    let series = Metric::ALL.iter().map(|metric| match metric.dimensions() {
+        [[Dimension::Route]] if *metric == Metric::TimeToFirstByte => streamed,
+        [[Dimension::Route]] => routes,
+        [[Dimension::Limit]] => limits,
+        sets => sets.len(),
+    });
+    // And lines with `alert`, which a filter counts.
+    assert_eq!(said("metric_series"), series.sum::<usize>() + 1);
 }
 
 /// Every price has its line, with its source and what it is for.
