@@ -73,3 +73,27 @@ fn the_page_names_every_assumption() {
         }
     }
 }
+
+/// The page says of each function what it has and why.
+#[test]
+fn the_page_has_every_functions_memory_and_time() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).unwrap();
+    let read = |path: &str| fs::read_to_string(root.join(path)).unwrap();
+    let (page, template) = (read("docs/cost.md"), read("infra/template.yaml"));
+    let number = |block: &str, name: &str| -> Option<u64> {
+        let line = block.lines().find_map(|line| line.trim().strip_prefix(name)?.strip_prefix(": "))?;
+        line.parse().ok()
+    };
+    let (globals, resources) = template.split_once("\nResources:\n").unwrap();
+    let usual = number(globals, "MemorySize").unwrap();
+    let mut functions = 0;
+    for block in resources.split("\n\n").filter(|block| block.contains("Type: AWS::Serverless::Function")) {
+        let name = block.lines().find_map(|line| line.strip_prefix("  ")?.strip_suffix(':')).unwrap();
+        let (memory, time) =
+            (number(block, "MemorySize").unwrap_or(usual), number(block, "Timeout").unwrap());
+        let row = format!("| `{name}` | {memory} | {time} | ");
+        assert!(page.contains(&row), "docs/cost.md has no row that begins with {row}");
+        functions += 1;
+    }
+    assert!(functions >= 16, "{functions} functions were found");
+}
