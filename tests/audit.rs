@@ -164,7 +164,7 @@ async fn every_action_has_its_record() {
     acme.get("/v1/audit").await.expect_status(StatusCode::OK);
     acme.post("/v1/audit/exports", &json!({})).await.expect_status(StatusCode::CREATED);
     acme.delete("/v1/documents/handbook").await.expect_status(StatusCode::NO_CONTENT);
-    stack.admin(reqwest::Method::GET, "/admin/tenants/acme", None).await.expect_status(StatusCode::OK);
+    stack.admin(Method::GET, "/admin/tenants/acme", None).await.expect_status(StatusCode::OK);
     // What nobody caused a charge with is recorded too, and merged.
     let poor = stack
         .provision(json!({"tenant_id": "poor", "tier": "free", "company_name": "Poor",
@@ -512,9 +512,8 @@ async fn nothing_in_the_log_can_be_changed_or_hidden() {
 async fn an_operator_has_a_log_verified_while_it_grows_and_when_it_is_damaged() {
     let stack = stack().await;
     let acme = tenant(&stack, "acme").await;
-    let verify = async |query: &str| {
-        stack.admin(reqwest::Method::GET, &format!("/admin/audit/verify?{query}"), None).await
-    };
+    let verify =
+        async |query: &str| stack.admin(Method::GET, &format!("/admin/audit/verify?{query}"), None).await;
     let verified = async |query: &str| verify(query).await.expect_status(StatusCode::OK).json();
     // While records arrive and objects are added, a log is never called damaged.
     for n in 0..20 {

@@ -1,7 +1,7 @@
 //! Which passages are shown of those that were found: not all of one document, and in a reranker's order where there
 //! is one.
 
-#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::time::Duration;
 
