@@ -1210,7 +1210,7 @@ async fn a_request_beyond_max_concurrent_is_refused_at_once_or_waits_as_its_tier
     assert!(waited >= Duration::from_secs(5) && !stuck.is_finished(), "it waited {waited:?}");
     // A crash keeps the place until the lease expires, and not longer.
     stack.kill("chat").await;
-    stuck.await.unwrap().expect_error(502, "unavailable");
+    stuck.await.unwrap().expect_error(503, "unavailable");
     assert_eq!(meter(&stack, "acme").await.leases.len(), 1);
     let books = close(&stack, &acme).await;
     assert_eq!(books.records.iter().filter(|r| r.outcome == Outcome::Aborted).count(), 1);

@@ -8,13 +8,13 @@ use std::time::{Duration, Instant};
 
 use aws_sdk_s3::primitives::{ByteStream, DateTime};
 use aws_sdk_s3::types::{ObjectLockMode, ObjectLockRetention};
-use reqwest::StatusCode;
+use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 use shared::api_key::ApiKey;
 use shared::audit_log::{self, Head, Line, ObjectHash};
 use shared::random::entropy;
 use shared::tenant::Tier;
-use tests::{Options, Stack, Tenant};
+use tests::{Answer, Options, Stack, Tenant};
 use tokio::task::JoinSet;
 
 const FACT: &str = "Every employee has 25 days of paid annual leave.";
@@ -164,7 +164,7 @@ async fn every_action_has_its_record() {
     acme.get("/v1/audit").await.expect_status(StatusCode::OK);
     acme.post("/v1/audit/exports", &json!({})).await.expect_status(StatusCode::CREATED);
     acme.delete("/v1/documents/handbook").await.expect_status(StatusCode::NO_CONTENT);
-    stack.admin(reqwest::Method::GET, "/admin/tenants/acme", None).await.expect_status(StatusCode::OK);
+    stack.admin(Method::GET, "/admin/tenants/acme", None).await.expect_status(StatusCode::OK);
     // What nobody caused a charge with is recorded too, and merged.
     let poor = stack
         .provision(json!({"tenant_id": "poor", "tier": "free", "company_name": "Poor",
@@ -389,6 +389,56 @@ async fn who_was_shown_this_is_answered_before_and_after_the_export() {
 }
 
 #[tokio::test]
+async fn an_export_that_is_asked_for_again_is_the_same_one() {
+    let stack = stack().await;
+    let (acme, globex) = (tenant(&stack, "acme").await, tenant(&stack, "globex").await);
+    acme.search("When does the lease end?", 1).await;
+    let once = async |tenant: &Tenant, key: &str, body: Value| {
+        let request = tenant.request(Method::POST, "/v1/audit/exports").header("idempotency-key", key);
+        Answer::read(request.json(&body).send().await.unwrap()).await
+    };
+    let first = once(&acme, "k", json!({})).await.expect_status(StatusCode::CREATED).json();
+    // More is logged, and time goes on: of what was asked for first, neither is a part.
+    acme.search("And when does it begin?", 1).await;
+    let _ = Log::complete(&stack, "acme").await;
+    let again = once(&acme, "k", json!({})).await.expect_status(StatusCode::CREATED).json();
+    for field in ["export_id", "from", "to"] {
+        assert_eq!(again[field], first[field], "{field}");
+    }
+    // The links are new ones, that hold.
+    for object in again["manifest"]["objects"].as_array().unwrap() {
+        let link = tests::client().get(object["url"].as_str().unwrap()).send().await.unwrap();
+        assert_eq!(link.status(), StatusCode::OK);
+    }
+    let other = once(&acme, "l", json!({})).await.expect_status(StatusCode::CREATED).json();
+    assert_ne!(other["export_id"], first["export_id"]);
+    let theirs = once(&globex, "k", json!({})).await.expect_status(StatusCode::CREATED).json();
+    assert_ne!(theirs["export_id"], first["export_id"], "a key is its tenant's");
+    let contradiction = once(&acme, "k", json!({"from": "2026-11-01"})).await;
+    assert_eq!(contradiction.expect_error(400, "invalid_request")["param"], "Idempotency-Key");
+    let malformed = once(&acme, "a b", json!({})).await;
+    assert_eq!(malformed.expect_error(400, "invalid_request")["param"], "Idempotency-Key");
+
+    // One that came to nothing is tried anew. One whose answer the table lost was made all the same, once.
+    let fault = async |mode, operation, table| {
+        let rule = json!({"mode": mode, "operation": operation, "table": table, "times": 1});
+        stack.dynamodb_faults(json!({"rules": [rule]})).await;
+    };
+    stack.dynamodb_faults(json!({"rules": [{"mode": "error", "table": "usage"}]})).await;
+    once(&acme, "m", json!({})).await.expect_error(503, "unavailable");
+    stack.clear_dynamodb_faults().await;
+    once(&acme, "m", json!({})).await.expect_status(StatusCode::CREATED);
+    fault("lost_answer_error", "TransactWriteItems", "conversations").await;
+    let lost = once(&acme, "n", json!({})).await.expect_status(StatusCode::CREATED).json();
+    stack.clear_dynamodb_faults().await;
+    assert_eq!(once(&acme, "n", json!({})).await.json()["export_id"], lost["export_id"]);
+    let _ = Log::complete(&stack, "acme").await;
+    let exported = records(&acme, "action=audit_exported", 100).await.0;
+    // Each that was shown: the first and its repeat, the other, `m`, and `n` with its repeat.
+    assert_eq!(exported.len(), 6, "{exported:?}");
+}
+
+#[tokio::test]
 async fn bad_filters_and_cursors_are_named() {
     let stack = stack().await;
     let (acme, globex) = (tenant(&stack, "acme").await, tenant(&stack, "globex").await);
@@ -462,9 +512,8 @@ async fn nothing_in_the_log_can_be_changed_or_hidden() {
 async fn an_operator_has_a_log_verified_while_it_grows_and_when_it_is_damaged() {
     let stack = stack().await;
     let acme = tenant(&stack, "acme").await;
-    let verify = async |query: &str| {
-        stack.admin(reqwest::Method::GET, &format!("/admin/audit/verify?{query}"), None).await
-    };
+    let verify =
+        async |query: &str| stack.admin(Method::GET, &format!("/admin/audit/verify?{query}"), None).await;
     let verified = async |query: &str| verify(query).await.expect_status(StatusCode::OK).json();
     // While records arrive and objects are added, a log is never called damaged.
     for n in 0..20 {

@@ -459,5 +459,5 @@ async fn bad_tenants() {
     let tenant = stack.provision(good()).await;
     let unsigned = tests::client().get(format!("{}/admin/tenants", stack.url())).send().await.unwrap();
     Answer::read(unsigned).await.expect_error(404, "not_found");
-    tenant.get("/admin/tenants").await.expect_error(403, "invalid_key");
+    tenant.get("/admin/tenants").await.expect_error(401, "invalid_key");
 }

@@ -10,11 +10,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use reqwest::Method;
+use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
+use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 use shared::error::Code;
 use tests::Answer;
-use tests::contract::{Asking, DOCUMENT, misfit, problem, resolved};
+use tests::contract::{Asking, DOCUMENT, RATE_LIMITS, event, misfit, problem, resolved};
 use tokio::net::TcpListener;
 
 /// What API Gateway takes as a method of a path.
@@ -33,6 +34,10 @@ fn operations() -> Vec<(&'static str, &'static str, &'static Value)> {
     all
 }
 
+/// What calls the model or the embeddings for an answer.
+const ASKS_A_MODEL: [&str; 4] =
+    ["post /v1/documents", "post /v1/search", "post /v1/chat", "post /v1/chat/completions"];
+
 fn is_operators(path: &str) -> bool {
     path.starts_with("/admin/")
 }
@@ -46,6 +51,15 @@ fn every_operation_says_who_may_what_goes_in_what_comes_out_and_what_can_go_wron
         assert!(operation["summary"].as_str().is_some_and(|summary| !summary.is_empty()), "{at}");
         let scheme = if is_operators(path) { "sigv4" } else { "tenant" };
         assert_eq!(operation["security"], json!([{ scheme: [] }]), "{at}");
+
+        // Whose request it is, and for which of the tenant's users, is looked at on every route of a tenant.
+        let declares = |name: &str| {
+            let reference = json!({"$ref": format!("#/components/parameters/{name}")});
+            operation["parameters"].as_array().is_some_and(|all| all.contains(&reference))
+        };
+        for name in ["UserId", "UserGroups"] {
+            assert_eq!(declares(name), !is_operators(path), "{at}: {name}");
+        }
 
         // What is in braces is a parameter, and nothing else is.
         let named: BTreeSet<&str> =
@@ -70,9 +84,15 @@ fn every_operation_says_who_may_what_goes_in_what_comes_out_and_what_can_go_wron
         let good = responses.keys().filter(|status| status.starts_with('2')).count();
         assert_eq!(good, 1, "{at}");
         // What the function or API Gateway may answer on any route.
-        let own = if is_operators(path) { "404" } else { "401" };
-        for status in ["400", "403", own, "413", "429", "502", "503", "504"] {
+        for status in ["400", "401", "403", "413", "429", "503", "504"] {
             assert!(responses.contains_key(status), "{at} lacks {status}");
+        }
+        // Without a signature, it is as if there were no such route.
+        if is_operators(path) {
+            assert!(responses.contains_key("404"), "{at} lacks 404");
+        }
+        if ASKS_A_MODEL.contains(&&*at) {
+            assert!(responses.contains_key("502"), "{at} lacks 502");
         }
         if operation.get("requestBody").is_some() {
             assert!(responses.contains_key("415"), "{at} lacks 415");
@@ -86,16 +106,54 @@ fn every_operation_says_who_may_what_goes_in_what_comes_out_and_what_can_go_wron
             let response = resolved(response);
             assert!(response["description"].is_string(), "{at}");
             assert!(response["headers"].get("x-request-id").is_some(), "{at} lacks x-request-id");
+            for name in RATE_LIMITS {
+                let wanted = status.starts_with('2') && !is_operators(path);
+                assert!(!wanted || response["headers"].get(name).is_some(), "{at} lacks {name}");
+            }
             let Some(content) = response.get("content") else {
                 assert_eq!(status, "204", "{at}");
                 continue;
             };
+            for (kind, media) in content.as_object().unwrap() {
+                let example = &media["example"];
+                match kind.as_str() {
+                    "text/csv" => {
+                        assert!(example.as_str().is_some_and(|table| table.lines().count() > 1), "{at}")
+                    }
+                    _ => assert_eq!(misfit(&media["schema"], example), None, "{at}: the example of {kind}"),
+                }
+                if kind == "text/event-stream" {
+                    let data: Value = serde_json::from_str(example["data"].as_str().unwrap()).unwrap();
+                    let schema = match example["event"].as_str() {
+                        Some(name) => event(name),
+                        None => json!({"$ref": "#/components/schemas/CompletionChunk"}),
+                    };
+                    assert_eq!(misfit(&schema, &data), None, "{at}: the example of an event");
+                }
+            }
             let media = &content["application/json"];
-            assert_eq!(misfit(&media["schema"], &media["example"]), None, "{at}: the example");
             let schema = media["schema"]["$ref"].as_str();
             let errors = schema == Some("#/components/schemas/ErrorResponse");
             assert_eq!(errors, !status.starts_with('2'), "{at}");
+            if errors {
+                let code: Code = serde_json::from_value(media["example"]["error"]["code"].clone()).unwrap();
+                assert_eq!(code.status().as_str(), status, "{at}: the example's code has another status");
+            }
         }
+    }
+}
+
+/// Whoever repeats a tenant's request that makes something may say that it is the same one.
+#[test]
+fn every_post_of_a_tenant_takes_an_idempotency_key() {
+    let posts =
+        operations().into_iter().filter(|(method, path, _)| *method == "post" && path.starts_with("/v1/"));
+    let posts: Vec<_> = posts.collect();
+    assert!(posts.len() >= 9, "{posts:?}");
+    for (_, path, operation) in posts {
+        let parameters = operation["parameters"].as_array().unwrap();
+        let key = json!({"$ref": "#/components/parameters/IdempotencyKey"});
+        assert!(parameters.contains(&key), "POST {path} does not declare Idempotency-Key");
     }
 }
 
@@ -195,9 +253,16 @@ async fn an_answer_that_is_not_described_fails_whoever_reads_it() {
     }
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}/v1/search", listener.local_addr().unwrap());
-    let answer = async |method: Method| {
+    let answer = async |method: Method, asked: HeaderMap| {
         let hits = if method == "POST" { json!({"hits": []}) } else { json!({"hits": "none"}) };
-        ([("x-request-id", "r")], axum::Json(hits))
+        let mut headers = HeaderMap::new();
+        headers.insert("x-request-id", HeaderValue::from_static("r"));
+        if !asked.contains_key("bare") {
+            headers.extend(
+                RATE_LIMITS.map(|name| (HeaderName::from_static(name), HeaderValue::from_static("1"))),
+            );
+        }
+        (headers, axum::Json(hits))
     };
     let routes = axum::Router::new().route("/v1/search", axum::routing::any(answer));
     tokio::spawn(async move { axum::serve(listener, routes).await });
@@ -205,9 +270,14 @@ async fn an_answer_that_is_not_described_fails_whoever_reads_it() {
     read(Asking::new(&http, Method::POST, &url)).await;
     read(Asking::elsewhere(&http, Method::PUT, &url)).await;
     let undescribed = tokio::spawn(read(Asking::new(&http, Method::PUT, &url)));
-    let panic = undescribed.await.unwrap_err().into_panic();
-    let said = panic.downcast_ref::<String>().unwrap();
-    assert!(said.contains("PUT /v1/search: 200 OK"), "{said}");
+    let bare = tokio::spawn(read(Asking::new(&http, Method::POST, &url).header("bare", "1")));
+    for (asking, why) in
+        [(undescribed, "PUT /v1/search: 200 OK"), (bare, "200 OK has no x-ratelimit-limit-requests")]
+    {
+        let panic = asking.await.unwrap_err().into_panic();
+        let said = panic.downcast_ref::<String>().unwrap();
+        assert!(said.contains(why), "{said}");
+    }
 }
 
 /// What no linter reads: <https://docs.aws.amazon.com/apigateway/latest/developerguide/api-gateway-swagger-extensions.html>
@@ -301,36 +371,37 @@ fn what_the_document_says_to_api_gateway() {
 /// <https://docs.aws.amazon.com/apigateway/latest/developerguide/supported-gateway-response-types.html>
 #[test]
 fn what_api_gateway_answers_by_itself_is_the_contracts_error() {
-    // The kind, the status, and the code; the two defaults keep their statuses.
-    let expected: BTreeMap<&str, (Option<u16>, Code)> = [
-        ("ACCESS_DENIED", (Some(403), Code::InsufficientScope)),
-        ("AUTHORIZER_CONFIGURATION_ERROR", (Some(503), Code::Unavailable)),
-        ("AUTHORIZER_FAILURE", (Some(503), Code::Unavailable)),
-        ("BAD_REQUEST_BODY", (Some(400), Code::InvalidRequest)),
-        ("BAD_REQUEST_PARAMETERS", (Some(400), Code::InvalidRequest)),
-        ("DEFAULT_4XX", (None, Code::InvalidRequest)),
-        ("DEFAULT_5XX", (None, Code::Unavailable)),
-        ("EXPIRED_TOKEN", (Some(403), Code::InvalidKey)),
-        ("INTEGRATION_FAILURE", (Some(502), Code::Unavailable)),
-        ("INTEGRATION_TIMEOUT", (Some(504), Code::DeadlineExceeded)),
-        ("INVALID_API_KEY", (Some(401), Code::InvalidKey)),
-        ("INVALID_SIGNATURE", (Some(403), Code::InvalidKey)),
-        ("MISSING_AUTHENTICATION_TOKEN", (Some(404), Code::NotFound)),
-        ("QUOTA_EXCEEDED", (Some(429), Code::RateLimitExceeded)),
-        ("REQUEST_TOO_LARGE", (Some(413), Code::TooLarge)),
-        ("RESOURCE_NOT_FOUND", (Some(404), Code::NotFound)),
-        ("THROTTLED", (Some(429), Code::RateLimitExceeded)),
-        ("UNAUTHORIZED", (Some(401), Code::InvalidKey)),
-        ("UNSUPPORTED_MEDIA_TYPE", (Some(415), Code::UnsupportedContentType)),
+    // The status is the code's, so that a client finds the same of both whoever answers.
+    let expected: BTreeMap<&str, Code> = [
+        ("ACCESS_DENIED", Code::InsufficientScope),
+        ("AUTHORIZER_CONFIGURATION_ERROR", Code::Unavailable),
+        ("AUTHORIZER_FAILURE", Code::Unavailable),
+        ("BAD_REQUEST_BODY", Code::InvalidRequest),
+        ("BAD_REQUEST_PARAMETERS", Code::InvalidRequest),
+        ("DEFAULT_4XX", Code::InvalidRequest),
+        ("DEFAULT_5XX", Code::Unavailable),
+        ("EXPIRED_TOKEN", Code::InvalidKey),
+        ("INTEGRATION_FAILURE", Code::Unavailable),
+        ("INTEGRATION_TIMEOUT", Code::DeadlineExceeded),
+        ("INVALID_API_KEY", Code::InvalidKey),
+        ("INVALID_SIGNATURE", Code::InvalidKey),
+        ("MISSING_AUTHENTICATION_TOKEN", Code::NotFound),
+        ("QUOTA_EXCEEDED", Code::RateLimitExceeded),
+        ("REQUEST_TOO_LARGE", Code::TooLarge),
+        ("RESOURCE_NOT_FOUND", Code::NotFound),
+        ("THROTTLED", Code::RateLimitExceeded),
+        ("UNAUTHORIZED", Code::InvalidKey),
+        ("UNSUPPORTED_MEDIA_TYPE", Code::UnsupportedContentType),
+        ("WAF_FILTERED", Code::InvalidRequest),
     ]
     .into();
     let declared = DOCUMENT["x-amazon-apigateway-gateway-responses"].as_object().unwrap();
-    // WAF_FILTERED is a DEFAULT_4XX, and so on: whatever is not here falls to one of the defaults.
+    // Whatever is not here, such as an API_CONFIGURATION_ERROR, falls to one of the defaults.
     let kinds: BTreeSet<&str> = declared.keys().map(String::as_str).collect();
     assert_eq!(kinds, expected.keys().copied().collect::<BTreeSet<_>>());
-    for (kind, (status, code)) in expected {
+    for (kind, code) in expected {
         let response = &declared[kind];
-        assert_eq!(response.get("statusCode").cloned(), status.map(Value::from), "{kind}");
+        assert_eq!(response["statusCode"], code.status().as_u16(), "{kind}");
         assert_eq!(
             response["responseParameters"]["gatewayresponse.header.x-request-id"], "context.requestId",
             "{kind}"
@@ -346,6 +417,11 @@ fn what_api_gateway_answers_by_itself_is_the_contracts_error() {
         let body: Value = serde_json::from_str(&body).unwrap();
         assert_eq!(body["error"]["code"], json!(code), "{kind}");
         assert_eq!(body["error"]["type"], code.family(), "{kind}");
+        // Who is told to come again is told when, in both ways.
+        let wait_s = response["responseParameters"].get("gatewayresponse.header.retry-after");
+        let wait_s = wait_s.map(|wait| wait.as_str().unwrap().trim_matches('\'').parse::<u64>().unwrap());
+        assert_eq!(wait_s.is_some(), code.status() == StatusCode::TOO_MANY_REQUESTS, "{kind}");
+        assert_eq!(body["error"]["retry_after_ms"].as_u64(), wait_s.map(|wait| wait * 1_000), "{kind}");
         assert_eq!(misfit(&json!({"$ref": "#/components/schemas/ErrorResponse"}), &body), None, "{kind}");
     }
 }

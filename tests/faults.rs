@@ -25,7 +25,7 @@ async fn a_function_killed_in_the_middle_of_a_request_is_a_clean_error() {
     tokio::time::sleep(std::time::Duration::from_millis(1_000)).await;
     stack.kill("chat").await;
     let answer = asking.await.unwrap();
-    answer.expect_error(502, "unavailable");
+    answer.expect_error(503, "unavailable");
     let next = acme.ask(QUESTION).await;
     assert!(next["response"].as_str().unwrap().contains("1832"), "{next}");
 }
@@ -103,6 +103,49 @@ async fn an_answer_that_breaks_off_ends_in_an_error_and_is_not_kept() {
     acme.chat(again).await.expect_status(StatusCode::OK);
     let messages = stack.last_model_request().await["messages"].as_array().unwrap().len();
     assert_eq!(messages, 3, "broken answers are no part of the conversation");
+}
+
+/// What is asked on the way has the request's own time, and the answer comes before Lambda ends the function.
+#[tokio::test]
+async fn a_service_that_hangs_is_said_before_the_time_is_over() {
+    const LIMIT_MS: u64 = 6_000;
+    let (stack, acme) = stack(0).await;
+    acme.ask(QUESTION).await;
+    stack.limit_time("chat", LIMIT_MS).await;
+    let limit = std::time::Duration::from_millis(LIMIT_MS);
+    stack.model_fault(json!({"mode": "hang", "n": 0})).await;
+    let began = std::time::Instant::now();
+    acme.chat(json!({"message": QUESTION})).await.expect_error(504, "deadline_exceeded");
+    let took = began.elapsed();
+    assert!(took > limit / 2 && took < limit, "it was answered after {took:?}");
+    // Once a stream has begun, the same is its last event.
+    stack.model_fault(json!({"mode": "hang", "n": 2})).await;
+    let events = all_events(acme.open_stream(json!({"message": QUESTION})).await).await;
+    let last = events.last().unwrap();
+    assert_eq!((last.name.as_str(), &last.data["error"]["code"]), ("error", &json!("deadline_exceeded")));
+    stack.model_fault(json!({"mode": "none"})).await;
+    acme.ask(QUESTION).await;
+    stack.stop().await;
+
+    // Embeddings that take a request and never answer it.
+    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", silent.local_addr().unwrap());
+    tokio::spawn(async move {
+        let mut held = Vec::new();
+        while let Ok((connection, _)) = silent.accept().await {
+            held.push(connection);
+        }
+    });
+    let embeddings = tests::Embeddings {
+        url,
+        key: "some-key".to_owned(),
+        model: "text-embedding-3-small".to_owned(),
+        dimensions: 1_536,
+    };
+    let stack = Stack::start_with(Options { embeddings: Some(embeddings), ..Options::default() }).await;
+    stack.limit_time("ingestion", LIMIT_MS).await;
+    let acme = stack.tenant("acme");
+    acme.post("/v1/search", &json!({"query": "x"})).await.expect_error(504, "deadline_exceeded");
 }
 
 #[tokio::test]

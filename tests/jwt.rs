@@ -393,7 +393,7 @@ async fn an_operator_frees_what_the_wrong_tenant_has_claimed() {
         answer.expect_error(404, "not_found");
     }
     stack.admin(Method::GET, &format!("{path}x"), None).await.expect_error(404, "not_found");
-    acme.delete(&path).await.expect_error(403, "invalid_key");
+    acme.delete(&path).await.expect_error(401, "invalid_key");
     chat(&stack, &token(1)).await.expect_status(StatusCode::OK);
 
     let release = format!("{path}&tenant_id=acme");

@@ -22,6 +22,7 @@ use shared::clock::{Clock, Timestamp};
 use shared::meter::Lease;
 use shared::random::entropy;
 use shared::tenant::Tier;
+use tests::reranker::Reranker;
 use tests::tokens::Signer;
 use tests::{Answer, Options, Stack, Tenant, next_event, put_file, until};
 use tokio::net::TcpListener;
@@ -85,8 +86,10 @@ fn roles(template: &Template) -> Vec<Role> {
 
 fn template() -> Template {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../infra/template.yaml");
-    let cells = ("QdrantCells".to_owned(), "default=https://x.example".to_owned());
-    Template::load(&path, &[cells].into()).unwrap()
+    // With everything that is optional and needs a permission.
+    let given = [("QdrantCells", "default=https://x.example"), ("RerankUrl", "https://x.example")];
+    let given = given.map(|(name, value)| (name.to_owned(), value.to_owned()));
+    Template::load(&path, &given.into()).unwrap()
 }
 
 /// A role's policies without one grant of one of them.
@@ -195,7 +198,9 @@ fn what_no_role_allows() {
         ),
         (
             &["secretsmanager:PutSecretValue", "secretsmanager:CreateSecret", "secretsmanager:DeleteSecret"],
-            ["qdrant/root-key", "model/api-key", "embeddings/api-key", "webhooks/key"].map(secret).into(),
+            ["qdrant/root-key", "model/api-key", "embeddings/api-key", "rerank/api-key", "webhooks/key"]
+                .map(secret)
+                .into(),
         ),
         (
             &["iam:PassRole", "iam:CreateRole", "sts:AssumeRole", "lambda:InvokeFunction", "kms:Decrypt"],
@@ -247,6 +252,16 @@ fn what_no_role_allows() {
             ["Authorizer", "UploadAuthorizer", "Provisioning", "Eraser"].contains(&&**name),
             "{name}"
         );
+        // The reranker's key: those who search. Its calls cost money, and see passages.
+        let reranks = may(role, "secretsmanager:GetSecretValue", &secret("rerank/api-key"), &[]);
+        assert_eq!(reranks, ["Chat", "Ingestion"].contains(&&**name), "{name}");
+        // A stream holds every tenant's changes, and is read for the one function that it drives.
+        for (table_name, reader) in [("audit", "AuditExport"), ("tenants", "Eraser")] {
+            let stream = format!("{}/stream/2026-01-01T00:00:00.000", table(table_name));
+            for action in ["dynamodb:DescribeStream", "dynamodb:GetRecords", "dynamodb:GetShardIterator"] {
+                assert_eq!(may(role, action, &stream, &[]), name == reader, "{name}: {action} {table_name}");
+            }
+        }
         // Passages and turns are read by those alone who answer from them; scans are nobody's who acts for tenants.
         for t in &tables {
             let scans = may(role, "dynamodb:Scan", &table(t), &[("dynamodb:LeadingKeys", "acme")]);
@@ -344,7 +359,8 @@ async fn application(stack: &Stack, tenant: &Tenant) {
     tenant.get("/v1/usage").await.expect_status(StatusCode::OK);
     until("the export", async || exported(stack, tenant).await.then_some(())).await;
     tenant.get("/v1/audit").await.expect_status(StatusCode::OK);
-    let export = tenant.post("/v1/audit/exports", &json!({})).await.expect_status(StatusCode::CREATED).json();
+    let export = with_key(tenant, "/v1/audit/exports", "export", json!({})).await;
+    let export = export.expect_status(StatusCode::CREATED).json();
     let export = format!("/v1/audit/exports/{}", export["export_id"].as_str().unwrap());
     let export = tenant.get(&export).await.expect_status(StatusCode::OK).json();
     // A link is opened with the session that signed it.
@@ -370,6 +386,10 @@ async fn application(stack: &Stack, tenant: &Tenant) {
     tenant.delete(&issuer).await.expect_status(StatusCode::NO_CONTENT);
 
     // With a key of an idempotent request that ends badly, the key is given back.
+    let unread = json!({"mode": "error", "operation": "GetItem", "table": "usage"});
+    stack.dynamodb_faults(json!({"rules": [unread]})).await;
+    with_key(tenant, "/v1/audit/exports", "unread", json!({})).await.expect_error(503, "unavailable");
+    stack.clear_dynamodb_faults().await;
     stack.model_fault(json!({"mode": "status", "status": 400, "count": 1})).await;
     let failed = with_key(tenant, "/v1/chat", "failing", question).await;
     assert!(!failed.status.is_success(), "{}", failed.text);
@@ -377,7 +397,9 @@ async fn application(stack: &Stack, tenant: &Tenant) {
 
 /// Walks through everything that functions do, and says what their roles were allowed on the way.
 async fn walked(template: &Template) -> Vec<Deed> {
+    let (_reranker, rerank_url) = Reranker::start().await;
     let parameters = vec![
+        ("RerankUrl", rerank_url),
         ("AuthorizerCacheSeconds", "1".to_owned()),
         ("WebhookReceivers", "loopback".to_owned()),
         ("ModelMaxInFlight", "100".to_owned()),

@@ -1,84 +1,18 @@
 //! Which passages are shown of those that were found: not all of one document, and in a reranker's order where there
 //! is one.
 
-#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use axum::extract::State;
-use axum::http::{HeaderMap, StatusCode};
-use axum::response::{IntoResponse, Response};
-use axum::routing::post;
-use axum::{Json, Router};
+use reqwest::StatusCode;
 use serde_json::{Value, json};
+use tests::reranker::{Behaviour, Reranker};
 use tests::{Options, Stack, Tenant};
 
 /// What one call of the reranker costs, in nano-dollars (`shared/data/models.json`).
 const CALL: u64 = 2_000_000;
 const QUESTION: &str = "Where does the heron nest?";
-
-/// How the reranker behaves.
-#[derive(Clone, Debug)]
-enum Behaviour {
-    /// Documents that hold this text come first.
-    Prefers(&'static str),
-    /// It answers this.
-    Answers(u16, Value),
-    /// It takes too long.
-    Sleeps,
-}
-
-/// A reranker, and what it was asked.
-#[derive(Clone)]
-struct Reranker {
-    behaviour: Arc<Mutex<Behaviour>>,
-    asked: Arc<Mutex<Vec<Value>>>,
-}
-
-impl Reranker {
-    async fn start() -> (Self, String) {
-        let behaviour = Arc::new(Mutex::new(Behaviour::Prefers("reeds")));
-        let reranker = Self { behaviour, asked: Arc::default() };
-        let router = Router::new().route("/v1/rerank", post(rerank)).with_state(reranker.clone());
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let url = format!("http://{}", listener.local_addr().unwrap());
-        tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
-        (reranker, url)
-    }
-
-    fn behave(&self, behaviour: Behaviour) {
-        *self.behaviour.lock().unwrap() = behaviour;
-    }
-
-    fn take_asked(&self) -> Vec<Value> {
-        std::mem::take(&mut self.asked.lock().unwrap())
-    }
-}
-
-async fn rerank(State(reranker): State<Reranker>, headers: HeaderMap, Json(body): Json<Value>) -> Response {
-    assert_eq!(headers["authorization"], "Bearer offline");
-    reranker.asked.lock().unwrap().push(body.clone());
-    let behaviour = reranker.behaviour.lock().unwrap().clone();
-    match behaviour {
-        Behaviour::Prefers(text) => {
-            let documents = body["documents"].as_array().unwrap().iter().enumerate();
-            let score = |document: &Value| if document.as_str().unwrap().contains(text) { 0.9 } else { 0.1 };
-            let results: Vec<Value> = documents
-                .map(|(index, document)| json!({"index": index, "relevance_score": score(document)}))
-                .collect();
-            Json(json!({"id": "r", "results": results, "meta": {"billed_units": {"search_units": 1}}}))
-                .into_response()
-        }
-        Behaviour::Answers(status, body) => {
-            (StatusCode::from_u16(status).unwrap(), Json(body)).into_response()
-        }
-        Behaviour::Sleeps => {
-            tokio::time::sleep(Duration::from_secs(30)).await;
-            StatusCode::OK.into_response()
-        }
-    }
-}
 
 async fn library(acme: &Tenant) {
     for (id, content) in [

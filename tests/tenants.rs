@@ -552,19 +552,19 @@ async fn a_signature_opens_what_it_was_made_for_for_five_minutes() {
             _ => Value::Null,
         };
         let signed = |key, ago| stack.signed_before(key, ago, method.clone(), &path, &wanted);
-        send(signed(&operator, late)).await.expect_error(403, "invalid_key");
+        send(signed(&operator, late)).await.expect_error(401, "invalid_key");
         let mut other = operator.clone();
         other.credentials.secret_access_key.push('x');
-        send(signed(&other, soon)).await.expect_error(403, "invalid_key");
+        send(signed(&other, soon)).await.expect_error(401, "invalid_key");
         let mut stranger = operator.clone();
         stranger.credentials.access_key_id = "AKIANOBODY".into();
-        send(signed(&stranger, soon)).await.expect_error(403, "invalid_key");
+        send(signed(&stranger, soon)).await.expect_error(401, "invalid_key");
         let mut elsewhere = operator.clone();
         elsewhere.credentials.region = "mars-north-1".into();
-        send(signed(&elsewhere, soon)).await.expect_error(403, "invalid_key");
+        send(signed(&elsewhere, soon)).await.expect_error(401, "invalid_key");
         // Signed, and then changed.
         let changed = signed(&operator, soon).body(r#"{"tenant_id":"evil"}"#);
-        send(changed).await.expect_error(403, "invalid_key");
+        send(changed).await.expect_error(401, "invalid_key");
         let unsigned = Asking::new(&tests::client(), method.clone(), &format!("{}{path}", stack.url()));
         send(unsigned.body(wanted.to_string())).await.expect_error(404, "not_found");
     }

@@ -445,7 +445,7 @@ async fn a_month_is_told_as_well_and_a_day_that_is_over_is_not() {
 async fn only_operators_are_shown_a_tenants_key() {
     let stack = Stack::start().await;
     let acme = stack.tenant("acme");
-    acme.get("/admin/tenants/acme/webhook-secret").await.expect_error(403, "invalid_key");
+    acme.get("/admin/tenants/acme/webhook-secret").await.expect_error(401, "invalid_key");
     let path = "/admin/tenants/nobody/webhook-secret";
     stack.admin(Method::GET, path, None).await.expect_error(404, "not_found");
     assert!(secret(&stack, "acme").await.starts_with("whsec_"));

@@ -386,6 +386,9 @@ pub enum Limit {
 }
 
 impl Limit {
+    /// All of them.
+    pub const ALL: [Self; 5] = [Self::Requests, Self::Concurrency, Self::Day, Self::Month, Self::Account];
+
     /// Its name, as in [`Limits`].
     pub const fn name(self) -> &'static str {
         match self {

@@ -1118,6 +1118,7 @@ impl TenantScope {
 pub struct Operator {
     arn: String,
     request_id: RequestId,
+    trace: Option<Trace>,
 }
 
 impl Operator {
@@ -1137,7 +1138,18 @@ impl Operator {
         }
         let arn = context.identity.user_arn.clone().filter(|arn| !arn.is_empty());
         let request_id = RequestId(context.request_id.clone().unwrap_or_default());
-        arn.map(|arn| Self { arn, request_id }).ok_or(ScopeError::Unauthorized)
+        arn.map(|arn| Self { arn, request_id, trace: None }).ok_or(ScopeError::Unauthorized)
+    }
+
+    /// The same, at that place in a trace.
+    #[must_use]
+    pub fn traced(self, trace: Option<Trace>) -> Self {
+        Self { trace, ..self }
+    }
+
+    /// Where in a trace the request is.
+    pub const fn trace(&self) -> Option<&Trace> {
+        self.trace.as_ref()
     }
 
     /// The request.

@@ -401,11 +401,12 @@ impl Cells {
 
     /// The number of a cell's collections, once awaited.
     fn held(
-        _operator: &Operator,
+        operator: &Operator,
         channel: Channel,
         root_key: &Secret,
     ) -> Result<impl Future<Output = Result<u64, Status>> + Send + use<>, Status> {
         let bearer = Bearer::new(root_key.expose()).map_err(|e| Status::internal(e.to_string()))?;
+        let bearer = bearer.traced(operator.trace());
         let mut collections =
             CollectionsClient::with_interceptor(channel, bearer).max_decoding_message_size(16 << 20);
         Ok(async move {
@@ -420,12 +421,12 @@ impl Cells {
     /// If the store does not answer.
     pub async fn passages(
         &self,
-        _operator: &Operator,
+        operator: &Operator,
         root_key: &Secret,
         cell: &str,
         tenant: &TenantId,
     ) -> Result<Option<u64>, VectorError> {
-        let bearer = Bearer::new(root_key.expose())?;
+        let bearer = Bearer::new(root_key.expose())?.traced(operator.trace());
         let points = PointsClient::with_interceptor(self.channel(cell)?, bearer);
         let request = qdrant_client::qdrant::CountPoints::from(
             CountPointsBuilder::new(tenant.collection()).exact(true),
@@ -462,7 +463,7 @@ impl Cells {
             Some(0) => {}
             Some(passages) => return Err(VectorError::NotEmpty { cell: cell.to_owned(), passages }),
         }
-        let bearer = Bearer::new(root_key.expose())?;
+        let bearer = Bearer::new(root_key.expose())?.traced(operator.trace());
         let collections = CollectionsClient::with_interceptor(self.channel(cell)?, bearer);
         let request = DeleteCollection { collection_name: tenant.collection(), ..Default::default() };
         retried(|| {
@@ -479,13 +480,13 @@ impl Cells {
     /// If the store does.
     pub async fn create_collection(
         &self,
-        _operator: &Operator,
+        operator: &Operator,
         root_key: &Secret,
         cell: &str,
         tenant: &TenantId,
         model: &EmbeddingModel,
     ) -> Result<(), VectorError> {
-        let bearer = Bearer::new(root_key.expose())?;
+        let bearer = Bearer::new(root_key.expose())?.traced(operator.trace());
         let collections = CollectionsClient::with_interceptor(self.channel(cell)?, bearer.clone());
         let points = PointsClient::with_interceptor(self.channel(cell)?, bearer);
         let mut dense = VectorsConfigBuilder::default();

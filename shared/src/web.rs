@@ -100,7 +100,7 @@ pub fn operator(request: &Request) -> Result<Operator, ApiError> {
     if let Err(ScopeError::Misdelivered) = operator {
         note(request).measure(|measured| measured.isolation_alerts += 1);
     }
-    Ok(operator?)
+    Ok(operator?.traced(note(request).trace()))
 }
 
 /// By when the request must be answered: Lambda's deadline, less a margin to answer in.

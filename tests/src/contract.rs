@@ -21,6 +21,17 @@ pub static DOCUMENT: LazyLock<Value> = LazyLock::new(|| {
 /// The events of a streamed answer to `POST /v1/chat`, and their schemas.
 const EVENTS: [(&str, &str); 4] =
     [("meta", "ChatMeta"), ("delta", "ChatDelta"), ("done", "ChatResponse"), ("error", "ErrorResponse")];
+/// The headers that say what is left of a tenant's limits.
+pub const RATE_LIMITS: [&str; 6] = [
+    "x-ratelimit-limit-requests",
+    "x-ratelimit-limit-tokens",
+    "x-ratelimit-remaining-requests",
+    "x-ratelimit-remaining-tokens",
+    "x-ratelimit-reset-requests",
+    "x-ratelimit-reset-tokens",
+];
+/// Other headers that a client's program may act upon.
+const TOLD: [&str; 3] = ["retry-after", "x-next-cursor", "x-should-retry"];
 /// What ends a streamed answer to `POST /v1/chat/completions`.
 const DONE: &str = "[DONE]";
 
@@ -121,6 +132,16 @@ impl Asked {
         assert_eq!(found, None, "{method} {path}: {status} {body}");
         let id = headers.get("x-request-id").and_then(|id| id.to_str().ok()).unwrap_or_default();
         assert!(!id.is_empty(), "{method} {path}: {status} has no x-request-id");
+        // Whoever is answered is told what is left; whoever is refused may not have been known.
+        if status.is_success() && path.starts_with("/v1/") {
+            for name in RATE_LIMITS {
+                assert!(headers.contains_key(name), "{method} {path}: {status} has no {name}");
+            }
+        }
+        for name in headers.keys().map(|name| name.as_str()).filter(|name| TOLD.contains(name)) {
+            let known = described(method.as_str(), path, status.as_u16(), name);
+            assert!(known, "{method} {path}: {status} has {name}, which is not described");
+        }
     }
 
     /// Holds an event of a stream to the document.
@@ -129,8 +150,7 @@ impl Asked {
     /// If the document does not describe it.
     #[track_caller]
     pub fn check_event(&self, name: &str, data: &Value) {
-        let schema = EVENTS.iter().find(|(event, _)| *event == name).map(|(_, schema)| *schema);
-        let found = misfit(&named(schema.expect("an event of the contract")), data);
+        let found = misfit(&event(name), data);
         assert_eq!(found, None, "{} {name}: {data}", self.path);
     }
 
@@ -147,6 +167,15 @@ impl Asked {
         let schema = if data.get("error").is_some() { "ErrorResponse" } else { "CompletionChunk" };
         assert_eq!(misfit(&named(schema), &data), None, "{}: {data}", self.path);
     }
+}
+
+/// The schema of the data of a streamed answer's event of that name.
+///
+/// # Panics
+/// If there is no such event.
+pub fn event(name: &str) -> Value {
+    let schema = EVENTS.iter().find(|(event, _)| *event == name).map(|(_, schema)| *schema);
+    named(schema.expect("an event of the contract"))
 }
 
 /// A reference to a schema.
@@ -178,6 +207,12 @@ pub fn problem(
     let Some(media) = content.and_then(|content| content.get(essence)) else {
         return Some(format!("the content type `{essence}` is not described"));
     };
+    if essence == "text/csv" {
+        // The example's first line is every table's.
+        let example = media["example"].as_str().unwrap_or_default();
+        let differs = body.lines().next() != example.lines().next();
+        return differs.then(|| "the table's columns are not those of its example".to_owned());
+    }
     if essence != "application/json" {
         return None;
     }
@@ -185,6 +220,14 @@ pub fn problem(
         Ok(value) => misfit(&media["schema"], &value),
         Err(error) => Some(error.to_string()),
     }
+}
+
+/// Whether the document says that such an answer has that header. Where there is no route, none is expected but what
+/// API Gateway's own answers say.
+fn described(method: &str, path: &str, status: u16, header: &str) -> bool {
+    let Some(operation) = operation(method, path) else { return true };
+    let response = operation["responses"].get(status.to_string());
+    response.is_some_and(|response| resolved(response)["headers"].get(header).is_some())
 }
 
 /// The operation that a request is one of.

@@ -12,6 +12,7 @@
 )]
 
 pub mod contract;
+pub mod reranker;
 pub mod tokens;
 
 use std::collections::BTreeMap;
@@ -610,6 +611,14 @@ impl Stack {
     /// Kills the processes of a function, whatever they are doing.
     pub async fn kill(&self, function: &str) {
         self.control(Method::POST, &format!("functions/{function}/kill"), String::new()).await;
+    }
+
+    /// Sets how long a function's invocations may take, from the next one on.
+    ///
+    /// # Panics
+    /// If there is no such function.
+    pub async fn limit_time(&self, function: &str, ms: u64) {
+        self.control(Method::PUT, &format!("functions/{function}/timeout"), ms.to_string()).await;
     }
 
     /// Makes the gateway answer one tenant's key with the decision that it keeps about another's.

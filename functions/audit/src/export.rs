@@ -2,7 +2,8 @@
 //! what it takes to check them.
 //!
 //! The objects cannot change, so a bundle is no copy: its id says which period it is of and how far the
-//! log went when it was made, and its links are made anew each time.
+//! log went when it was made, and its links are made anew each time. So what is kept under an idempotency key is
+//! the id: a repeat is answered with the same bundle, under links that have not ended.
 
 use std::ops::ControlFlow;
 
@@ -12,9 +13,10 @@ use serde::{Deserialize, Serialize};
 use shared::audit_log::{self, Head, ObjectHash, WireRecord};
 use shared::aws::LINKS_HOLD;
 use shared::clock::Timestamp;
-use shared::error::ApiError;
+use shared::error::{ApiError, Code};
+use shared::idempotency::{IdempotencyKey, Stored};
 use shared::item_key;
-use shared::ledger::Action;
+use shared::ledger::{Action, Record};
 use shared::scope::TenantScope;
 use shared::tenant::TenantId;
 use shared::web;
@@ -91,11 +93,50 @@ pub(crate) async fn make(
 ) -> Result<Response<Body>, ApiError> {
     let wanted: Wanted = web::json(&request)?;
     let period = Period::of(wanted.from.as_deref(), wanted.to.as_deref(), context.clock.now())?;
+    let key = web::idempotency_key(&request, scope)?;
+    let ends_at_s = web::ends_at_s(&request);
+    let first = context.gate.first_result(scope, &context.idempotency, key.as_ref(), ends_at_s).await?;
+    if let Some(first) = first {
+        let export = own(scope, &first.body).ok_or_else(|| {
+            tracing::error!("What is kept under an idempotency key is no export of its tenant");
+            ApiError::unavailable("the export")
+        })?;
+        // It is read anew, and counts as the reading that it is.
+        let bundle = Box::pin(read_anew(context, scope, &request, &export, Cursor::default())).await?;
+        return Ok(web::reply(StatusCode::CREATED, &bundle));
+    }
+    let made = Box::pin(make_first(context, scope, &request, period, key.as_ref())).await;
+    if made.is_err() {
+        context.idempotency.give_back(scope, key.as_ref()).await;
+    }
+    Ok(web::reply(StatusCode::CREATED, &made?))
+}
+
+async fn make_first(
+    context: &Context,
+    scope: &mut TenantScope,
+    request: &Request,
+    period: Period,
+    key: Option<&IdempotencyKey>,
+) -> Result<Bundle, ApiError> {
     context.gate.admit_read(scope).await?;
     let head = context.chains.read(scope).await?.head;
     let (from, to) = (period.from.as_millis(), period.to.as_millis());
     let export = Export { tenant_id: scope.tenant_id().clone(), from, to, lines: head.lines };
-    answer(context, scope, &request, export, Cursor::default(), StatusCode::CREATED).await
+    let bundle = bundle(context, scope, request, &export, Cursor::default()).await?;
+    let now = context.clock.now();
+    let record = Record::event(scope, Action::AuditExported, Vec::new(), now);
+    let stored = Stored { status: StatusCode::CREATED.as_u16(), body: bundle.export_id.clone() };
+    let Some(key) = key else {
+        context.ledger.note(&record).await?;
+        return Ok(bundle);
+    };
+    let finished = context.idempotency.finished(key, &stored, now);
+    if !context.ledger.note_finished(scope, &record, finished).await? {
+        let message = "another request with this Idempotency-Key has taken over";
+        return Err(ApiError::new(Code::Conflict, message).with_param("Idempotency-Key"));
+    }
+    Ok(bundle)
 }
 
 pub(crate) async fn again(
@@ -104,12 +145,25 @@ pub(crate) async fn again(
     request: Request,
 ) -> Result<Response<Body>, ApiError> {
     let id: String = web::path_id(&request, "id")?;
-    let export = read(&id).filter(|export| export.tenant_id == *scope.tenant_id());
-    let export = export.ok_or_else(ApiError::not_found)?;
+    let export = own(scope, &id).ok_or_else(ApiError::not_found)?;
     let cursor: Option<String> = web::query(&request, "cursor")?;
     let cursor = cursor.map(|text| Cursor::read(&text, scope.tenant_id())).transpose()?;
+    let bundle = read_anew(context, scope, &request, &export, cursor.unwrap_or_default()).await?;
+    Ok(web::reply(StatusCode::OK, &bundle))
+}
+
+/// A bundle that was made before.
+async fn read_anew(
+    context: &Context,
+    scope: &mut TenantScope,
+    request: &Request,
+    export: &Export,
+    cursor: Cursor,
+) -> Result<Bundle, ApiError> {
     context.gate.admit_read(scope).await?;
-    answer(context, scope, &request, export, cursor.unwrap_or_default(), StatusCode::OK).await
+    let bundle = bundle(context, scope, request, export, cursor).await?;
+    context.gate.note(scope, Action::AuditExported, Vec::new()).await?;
+    Ok(bundle)
 }
 
 fn write(export: &Export) -> String {
@@ -120,14 +174,18 @@ fn read(id: &str) -> Option<Export> {
     serde_json::from_slice(&hex::decode(id.strip_prefix("exp_")?).ok()?).ok()
 }
 
-async fn answer(
+/// The export of that id, if it is this tenant's.
+fn own(scope: &TenantScope, id: &str) -> Option<Export> {
+    read(id).filter(|export| export.tenant_id == *scope.tenant_id())
+}
+
+async fn bundle(
     context: &Context,
     scope: &TenantScope,
     request: &Request,
-    export: Export,
+    export: &Export,
     cursor: Cursor,
-    status: StatusCode,
-) -> Result<Response<Body>, ApiError> {
+) -> Result<Bundle, ApiError> {
     let deadline = context.deadline(request);
     let (from, to) = (Timestamp::from_millis(export.from), Timestamp::from_millis(export.to));
     let period = Period { from, to };
@@ -173,18 +231,16 @@ async fn answer(
             (Some(cursor.write(scope.tenant_id())), Vec::new())
         }
     };
-    context.gate.note(scope, Action::AuditExported, Vec::new()).await?;
     let expires_at = context.clock.now().plus_millis(LINKS_HOLD.as_millis() as i64);
-    let bundle = Bundle {
-        export_id: write(&export),
+    Ok(Bundle {
+        export_id: write(export),
         status: "ready",
         from: from.to_string(),
         to: to.to_string(),
         expires_at: expires_at.to_string(),
         manifest: Manifest { objects, head: context.chains.read(scope).await?.head, pending },
         cursor,
-    };
-    Ok(web::reply(status, &bundle))
+    })
 }
 
 async fn pending(

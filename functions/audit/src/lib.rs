@@ -14,6 +14,7 @@ use lambda_http::{Body, Error, Request};
 use shared::api_key::Permission;
 use shared::aws::audit_objects::{AuditObjects, ObjectError};
 use shared::aws::chains::Chains;
+use shared::aws::idempotency::IdempotencyStore;
 use shared::aws::ledger::Ledger;
 use shared::aws::tenants::TenantStore;
 use shared::aws::{self};
@@ -31,6 +32,7 @@ pub struct Context {
     chains: Chains,
     objects: AuditObjects,
     tenants: TenantStore,
+    idempotency: IdempotencyStore,
     retention_days: u32,
     clock: Clock,
 }
@@ -51,6 +53,7 @@ impl Context {
             ledger,
             objects: AuditObjects::new(&access, env::bucket("AUDIT_BUCKET")?),
             tenants: TenantStore::new(&access, env::table("TENANTS_TABLE")?),
+            idempotency: IdempotencyStore::of_names(&access, env::table("CONVERSATIONS_TABLE")?),
             retention_days: env::parsed("AUDIT_RETENTION_DAYS")?,
             clock,
         })

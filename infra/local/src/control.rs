@@ -7,6 +7,7 @@
 //! | `POST /functions/{function}/kill` | kills the function's processes in the middle of whatever they do |
 //! | `GET /functions/{function}/processes` | the ids of its processes, each with its environment |
 //! | `POST /functions/{function}/invoke` | invokes the function with the JSON in the body, for the tenant that the header `x-amz-tenant-id` names, if any; answers its result |
+//! | `PUT /functions/{function}/timeout` | sets how many milliseconds the function's invocations may take, from the next one on |
 //! | `PUT /decisions` | `{"for": …, "as": …}`, two `Authorization` headers: the gateway answers the first with the decision that it keeps about the second |
 //! | `PUT /dynamodb/faults` | puts `{"seed": n, "rules": […]}` in the place of all rules, answers its seed |
 //! | `DELETE /dynamodb/faults` | ends all faults |
@@ -31,6 +32,7 @@
 use std::future::Future;
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::extract::{DefaultBodyLimit, Path, Query, State};
 use axum::response::{IntoResponse, Response};
@@ -89,6 +91,7 @@ pub async fn serve(
         .route("/functions/{function}/kill", post(kill))
         .route("/functions/{function}/processes", get(processes))
         .route("/functions/{function}/invoke", post(invoke))
+        .route("/functions/{function}/timeout", put(set_timeout))
         .route("/decisions", put(poison))
         .route("/dynamodb/faults", put(set_faults).delete(clear_faults))
         .route("/dynamodb/calls", get(calls).delete(forget_calls))
@@ -133,6 +136,15 @@ async fn invoke(
             refused(status, &error)
         }
     }
+}
+
+async fn set_timeout(
+    State(control): State<Control>,
+    Path(function): Path<String>,
+    Json(ms): Json<u64>,
+) -> StatusCode {
+    let there = control.lambda.set_timeout(&function, Duration::from_millis(ms));
+    if there { StatusCode::NO_CONTENT } else { StatusCode::NOT_FOUND }
 }
 
 #[derive(Deserialize)]

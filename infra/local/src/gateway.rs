@@ -153,8 +153,8 @@ async fn handle(
 fn failed(error: InvokeError) -> Failure {
     let kind = match &error {
         InvokeError::RequestTooLarge => Kind::RequestTooLarge,
-        // API Gateway itself answers 502 where the function's own limit ends it first; to the caller
-        // both are the same thing, and no route of ours waits that long.
+        // API Gateway itself answers with its DEFAULT_5XX where the function's own limit ends it first; to the
+        // caller both are the same thing, and no route of ours waits that long.
         InvokeError::Waited | InvokeError::TimedOut(_) => Kind::IntegrationTimeout,
         InvokeError::Malformed(_) => Kind::MalformedStream,
         InvokeError::TenantId(_) => Kind::ApiConfigurationError,

@@ -341,6 +341,12 @@ impl Lambda {
         }
     }
 
+    /// Sets how long invocations of a function may take that begin from now on, and says whether there is one.
+    #[must_use = "a function that is not there has no limit either"]
+    pub fn set_timeout(&self, function: &str, timeout: Duration) -> bool {
+        self.pools(function).map(|pool| pool.set_timeout(timeout)).count() > 0
+    }
+
     /// How many processes a function has.
     #[must_use]
     pub fn instances(&self, function: &str) -> usize {

@@ -1,6 +1,6 @@
 //! Event source mappings: a table's stream, read in batches, and a function invoked with them.
 //!
-//! As Lambda does it: each change at least once, in order; a batch that fails holds up the stream until
+//! As Lambda does it: with the function's role; each change at least once, in order; a batch that fails holds up the stream until
 //! it succeeds, is halved down to the record that fails, or is given up. How far the stream has been
 //! read is kept in a file and moves only behind what is done, so that a stack that is killed begins
 //! where it has to. How often a batch has failed is not kept.
@@ -35,6 +35,9 @@ const MAX_WINDOW: Duration = Duration::from_secs(1);
 /// After a failure the next try waits this long, doubled each time.
 const FIRST_BACKOFF: Duration = Duration::from_millis(100);
 const MAX_BACKOFF: Duration = Duration::from_secs(10);
+/// What reading a stream takes.
+const READING: [&str; 4] =
+    ["dynamodb:DescribeStream", "dynamodb:GetRecords", "dynamodb:GetShardIterator", "dynamodb:ListStreams"];
 /// The most that one read of a stream gives.
 const MAX_READ: usize = 1_000;
 
@@ -50,7 +53,7 @@ pub struct Mapping {
     pub position: PathBuf,
     /// The folder of the queues.
     pub queues: PathBuf,
-    /// The function's role, which Lambda sends to queues with.
+    /// The function's role, which Lambda reads the stream and sends to queues with.
     pub caller: Arc<Caller>,
     /// What remembers that it did.
     pub callers: Arc<Callers>,
@@ -113,6 +116,12 @@ struct Poller<N> {
 
 impl<N: Fn() -> OffsetDateTime> Poller<N> {
     async fn poll(mut self) -> Result<(), Error> {
+        let intents = READING.map(|action| Intent::new(action, &*self.mapping.stream.stream_arn));
+        if let Some(message) = self.mapping.callers.refused(&self.mapping.caller, &intents) {
+            tracing::error!("DynamoDB Streams refused a function's mapping: {message}");
+            // As long as the stack runs the policy is what it is.
+            let _ = self.stop.clone().wait_for(|stop| *stop).await;
+        }
         let size = self.mapping.stream.batch_size.min(MAX_READ);
         let mut position = self.first_position().await?;
         while !self.stopping() {

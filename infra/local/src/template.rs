@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use http::Method;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
 pub use self::events::{Events, QueueEvent, ScheduleEvent, StartingPosition, StreamEvent, queue_arn};
@@ -335,11 +335,14 @@ impl Template {
         };
         let tables = of_kind(&resources, "AWS::DynamoDB::Table", table)?;
         let queues = of_kind(&resources, "AWS::SQS::Queue", |resource| queue(resource, &resources))?;
-        let mut functions = of_kind(&resources, "AWS::Serverless::Function", |resource| {
-            function(resource, &globals, &tables, &queues)
-        })?;
+        let mut functions =
+            of_kind(&resources, "AWS::Serverless::Function", |resource| function(resource, &globals))?;
         for mapping in resources.iter().filter(|r| r.kind == "AWS::Lambda::EventSourceMapping") {
-            map_queue(mapping, &mut functions, &queues)?;
+            if events::is_of_stream(mapping)? {
+                map_stream(mapping, &mut functions, &tables, &queues)?;
+            } else {
+                map_queue(mapping, &mut functions, &queues)?;
+            }
         }
         let template = Self {
             functions,
@@ -451,12 +454,7 @@ fn is_true(value: Option<&Value>) -> bool {
     value.and_then(scalar).is_some_and(|text| text == "true")
 }
 
-fn function(
-    resource: &Resource,
-    globals: &Value,
-    tables: &[Table],
-    queues: &[Queue],
-) -> Result<Function, TemplateError> {
+fn function(resource: &Resource, globals: &Value) -> Result<Function, TemplateError> {
     let local = &resource.properties;
     let merged = Resource {
         id: resource.id.clone(),
@@ -474,14 +472,8 @@ fn function(
             environment.insert(name.clone(), merged.text(&format!("/Environment/Variables/{name}"))?);
         }
     }
-    let events = events::events(&merged, tables, queues)?;
-    let mut policies = policies(&merged, Some)?;
-    // SAM adds this one by itself.
-    for queue in events.streams.iter().filter_map(|stream| stream.on_failure.as_deref()) {
-        let statement = json!({"Effect": "Allow", "Action": "sqs:SendMessage", "Resource": queue_arn(queue)});
-        let document = json!({"Version": "2012-10-17", "Statement": [statement]});
-        policies.push(Policy::parse(&document).map_err(|problem| invalid(merged.at("/Events"), problem))?);
-    }
+    let events = events::events(&merged)?;
+    let policies = policies(&merged, Some)?;
     Ok(Function {
         name: physical_name(&merged),
         binary,
@@ -497,16 +489,39 @@ fn function(
     })
 }
 
-/// Lets a function be invoked with the messages of a queue.
-fn map_queue(mapping: &Resource, functions: &mut [Function], queues: &[Queue]) -> Result<(), TemplateError> {
+/// The function that a mapping names.
+fn mapped<'a>(
+    mapping: &Resource,
+    name: &str,
+    functions: &'a mut [Function],
+) -> Result<&'a mut Function, TemplateError> {
     const FUNCTION: &str = "/FunctionName";
-    let Some((name, event)) = events::queue_mapping(mapping, queues)? else { return Ok(()) };
     let function = functions.iter_mut().find(|function| function.name == name);
     let function = function
         .ok_or_else(|| invalid(mapping.at(FUNCTION), format!("`{name}` is no function of the template")))?;
     if function.tenant_isolation {
         return Err(invalid(mapping.at(FUNCTION), "does not go together with TenancyConfig"));
     }
+    Ok(function)
+}
+
+/// Lets a function be invoked with the changes of a table.
+fn map_stream(
+    mapping: &Resource,
+    functions: &mut [Function],
+    tables: &[Table],
+    queues: &[Queue],
+) -> Result<(), TemplateError> {
+    if let Some((name, event)) = events::stream_mapping(mapping, tables, queues)? {
+        mapped(mapping, &name, functions)?.events.streams.push(event);
+    }
+    Ok(())
+}
+
+/// Lets a function be invoked with the messages of a queue.
+fn map_queue(mapping: &Resource, functions: &mut [Function], queues: &[Queue]) -> Result<(), TemplateError> {
+    let Some((name, event)) = events::queue_mapping(mapping, queues)? else { return Ok(()) };
+    let function = mapped(mapping, &name, functions)?;
     // AWS refuses the mapping otherwise: a message would come again while the function is at work on it.
     if event.queue.visibility < function.timeout {
         let problem =
@@ -518,7 +533,7 @@ fn map_queue(mapping: &Resource, functions: &mut [Function], queues: &[Queue]) -
 }
 
 /// Whether the function keeps tenants apart. Such a function is invoked by requests alone: AWS takes no
-/// stream or schedule for it.
+/// mapping or schedule for it.
 fn tenant_isolation(function: &Resource, events: &Events) -> Result<bool, TemplateError> {
     const MODE: &str = "/TenancyConfig/TenantIsolationMode";
     if function.get("/TenancyConfig").is_none() {

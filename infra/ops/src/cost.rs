@@ -29,6 +29,10 @@ const SCANS: u64 = 2;
 const RUN_MS: (u64, u64) = (50, 30);
 /// A DynamoDB table asks for its key every five minutes.
 const KEY_MINUTES: u64 = 5;
+/// Lambda asks a queue by five connections, each of which waits 20 seconds.
+const QUEUE_POLLS_A_MINUTE: u64 = 15;
+/// Of what is traced: the first in each second, and so much of the rest, in percent.
+const TRACED_PERCENT: u64 = 5;
 /// Secrets that chat reads when it starts.
 const SECRETS_READ: u64 = 2;
 /// Bytes of a read unit where a read need not be consistent.
@@ -66,7 +70,11 @@ pub struct Prices {
     pub s3_gb_months: Price,
     pub logs_ingested_gb: Price,
     pub logs_kept_gb_months: Price,
-    pub alarms: Price,
+    pub alarm_metrics: Price,
+    pub metrics: Price,
+    pub dashboards: Price,
+    pub traces: Price,
+    pub sqs_requests: Price,
     pub schedules: Price,
     pub kms_requests: Price,
     pub secrets: Price,
@@ -126,6 +134,8 @@ pub struct Measured {
     pub audit_bytes: u64,
     pub meter_bytes: u64,
     pub tables: u64,
+    pub alarm_metrics: u64,
+    pub metric_series: u64,
 }
 
 /// What was assumed.
@@ -146,7 +156,6 @@ pub struct Assumed {
     pub log_days: u64,
     pub busiest_over_mean: u64,
     pub at_work_percent: u64,
-    pub alarms: u64,
     pub secrets: u64,
 }
 
@@ -259,6 +268,7 @@ fn of_chats(prices: &Prices, workload: &Workload, chats: u64) -> Vec<Line> {
         line("S3", "GB-months", gb(m.audit_bytes, a.audit_months * MONTH_DAYS), &prices.s3_gb_months),
         line("Logs", "GB in", gb(m.logged_bytes, MONTH_DAYS), &prices.logs_ingested_gb),
         line("Logs", "GB-months", gb(m.logged_bytes, a.log_days), &prices.logs_kept_gb_months),
+        line("X-Ray", "traces", (traced(chats) + traced(objects)) * MICRO, &prices.traces),
         line(
             "Secrets Manager",
             "calls",
@@ -266,6 +276,12 @@ fn of_chats(prices: &Prices, workload: &Workload, chats: u64) -> Vec<Line> {
             &prices.secrets_calls,
         ),
     ]
+}
+
+/// How many traces of so many within a month are kept at most, if they come one by one.
+fn traced(of: u128) -> u128 {
+    let first = of.min(u128::from(MONTH_S));
+    first + ((of - first) * u128::from(TRACED_PERCENT)).div_ceil(100)
 }
 
 /// What it takes to be there for so many tenants, whether they ask or not.
@@ -294,7 +310,16 @@ fn of_being_there(prices: &Prices, workload: &Workload, tenants: u64) -> Vec<Lin
         line("Schedules", "read units", scans * scanned * MICRO, &prices.dynamodb_read_units),
         line("KMS", "requests of AWS's own key", keys * MICRO, &prices.kms_requests),
         line("Secrets Manager", "secrets", u128::from(a.secrets) * MICRO, &prices.secrets),
-        line("CloudWatch", "alarms", u128::from(a.alarms) * MICRO, &prices.alarms),
+        line("CloudWatch", "metrics of alarms", u128::from(m.alarm_metrics) * MICRO, &prices.alarm_metrics),
+        line("CloudWatch", "metrics of the functions", u128::from(m.metric_series) * MICRO, &prices.metrics),
+        line("CloudWatch", "the dashboard", MICRO, &prices.dashboards),
+        line("X-Ray", "traces of schedules", traced(runs) * MICRO, &prices.traces),
+        line(
+            "SQS",
+            "polls of the uploads' queue",
+            u128::from(MONTH_MINUTES * QUEUE_POLLS_A_MINUTE) * MICRO,
+            &prices.sqs_requests,
+        ),
     ]
 }
 
@@ -391,17 +416,22 @@ pub fn run(wanted: &Cost, out: &mut impl Write) -> io::Result<()> {
         return writeln!(out, "{all}");
     }
     let PriceList { region, as_of, .. } = &list;
-    let Assumed { chats_per_tenant, model_ms, .. } = &workload.assumed;
+    let Assumed { chats_per_tenant, model_ms, authorizer_ms, export_ms, start_ms, .. } = &workload.assumed;
     writeln!(
         out,
         "List prices of {region}, {as_of}, to be checked; without the model, its embeddings and the vector store."
     )?;
     writeln!(
         out,
-        "{chats_per_tenant} chats a tenant and month, of which the model takes {model_ms} ms each.\n"
+        "{chats_per_tenant} chats a tenant and month, of which the model takes {model_ms} ms each."
+    )?;
+    writeln!(
+        out,
+        "Assumed, not measured: {authorizer_ms} ms of the authorizer, {export_ms} ms of an export, {start_ms} ms of a start.\n"
     )?;
     thousand(&list, &workload, out)?;
-    bills(&months, out)?;
+    bills("$ a month", &months, |_, sum| dollars(sum, 2), out)?;
+    bills("$ a tenant and month", &months, |month, sum| dollars(each(month, sum), 4), out)?;
     next(&months, out)
 }
 
@@ -419,22 +449,30 @@ fn thousand(list: &PriceList, workload: &Workload, out: &mut impl Write) -> io::
     writeln!(out)
 }
 
+/// The part of one of a month's tenants.
+fn each(month: &Month, sum: NanoUsd) -> NanoUsd {
+    NanoUsd(sum.0 / month.tenants.max(1))
+}
+
 /// A row for each service, a column for each number of tenants.
-fn bills(months: &[Month], out: &mut impl Write) -> io::Result<()> {
+fn bills(
+    heading: &str,
+    months: &[Month],
+    shown: impl Fn(&Month, NanoUsd) -> String,
+    out: &mut impl Write,
+) -> io::Result<()> {
     let mut services: Vec<&str> = Vec::new();
     for line in months.iter().flat_map(|month| &month.lines) {
         if !services.contains(&line.service) {
             services.push(line.service);
         }
     }
-    let mut table = Table::of(["$ a month"].into_iter().map(str::to_owned).chain(headings(months)));
+    let mut table = Table::of([heading].into_iter().map(str::to_owned).chain(headings(months)));
     for service in services {
         let of = |month: &Month| sum(month.lines.iter().filter(|line| line.service == service));
-        table.cells(cells(service, months, |month| dollars(of(month), 2)));
+        table.cells(cells(service, months, |month| shown(month, of(month))));
     }
-    table.cells(cells("together", months, |month| dollars(month.cost_nano_usd, 2)));
-    let each = |month: &Month| NanoUsd(month.cost_nano_usd.0 / month.tenants.max(1));
-    table.cells(cells("a tenant", months, |month| dollars(each(month), 4)));
+    table.cells(cells("together", months, |month| shown(month, month.cost_nano_usd)));
     table.write(out)?;
     writeln!(out)
 }

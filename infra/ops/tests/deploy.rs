@@ -2,7 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -137,6 +137,9 @@ fn environments_set_what_there_is() {
     for name in sets {
         assert!(parameters.contains(name), "samconfig.toml sets {name}, which is no parameter");
     }
+    // Alarms link to where the runbook is read: in no environment to a name that nobody has decided on.
+    let runbooks = samconfig.lines().filter(|line| line.trim().starts_with("\"RunbookUrl=https://"));
+    assert_eq!(runbooks.count(), samconfig.matches(".deploy.parameters]").count());
     let of = |environment: &str| -> Vec<String> {
         let lines = samconfig
             .lines()
@@ -150,4 +153,36 @@ fn environments_set_what_there_is() {
     };
     let named = |environment| of(environment).into_iter().filter(|line| !line.is_empty()).collect::<Vec<_>>();
     assert_eq!(named("default"), named("dev"), "what is deployed where none is named is dev");
+}
+
+/// `sam deploy` takes what `sam build` made only where nothing names it a template: not its own section, and not
+/// `global`, which every command obeys.
+#[test]
+fn what_is_deployed_is_what_was_built() {
+    let samconfig = read("samconfig.toml");
+    let mut sections: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    let mut at = "";
+    for line in samconfig.lines().map(str::trim) {
+        if let Some(name) = line.strip_prefix('[').and_then(|name| name.strip_suffix(".parameters]")) {
+            at = name;
+            sections.entry(at).or_default();
+        } else if let Some((name, _)) = line.split_once(" = ") {
+            sections.entry(at).or_default().push(name);
+        }
+    }
+    let environments: BTreeSet<&str> =
+        sections.keys().filter_map(|section| section.split_once('.')).map(|(name, _)| name).collect();
+    assert_eq!(environments, BTreeSet::from(["default", "dev", "prod", "staging"]));
+    for environment in environments {
+        for command in ["build", "validate"] {
+            let names = sections.get(&*format!("{environment}.{command}"));
+            assert!(names.is_some_and(|names| names.contains(&"template_file")), "{environment} {command}");
+        }
+    }
+    for (section, names) in &sections {
+        if !section.ends_with(".build") && !section.ends_with(".validate") {
+            let named = names.iter().find(|name| ["template_file", "template", "t"].contains(name));
+            assert_eq!(named, None, "[{section}.parameters] names a template");
+        }
+    }
 }

@@ -176,7 +176,7 @@ async fn lambda_learns_the_tenant_from_what_the_authorizer_said_alone() {
     assert_eq!(tenant(forged(on.signed(Method::GET, "/admin/tenants", now))).await, "");
     // Whom nobody has named is served by nobody, whatever the client says.
     let nameless = forged(on.request(Method::POST, "/v1/search").header("authorization", "Bearer nameless"));
-    assert_eq!(code(nameless.send().await.unwrap(), 500).await, "unavailable");
+    assert_eq!(code(nameless.send().await.unwrap(), 503).await, "unavailable");
     on.lambda.shutdown().await;
 
     let off = Stack::with("off", |_| {}).await;
@@ -295,7 +295,7 @@ async fn a_function_that_fails_is_not_the_clients_fault() {
         r#"raw {"statusCode":42}"#,
         r#"raw {"statusCode":200,"headers":{"a":[]}}"#,
     ] {
-        assert_eq!(code(answer(command).await, 502).await, "unavailable", "{command}");
+        assert_eq!(code(answer(command).await, 503).await, "unavailable", "{command}");
     }
     let ok = answer(r#"raw {"statusCode":"204"}"#).await;
     assert_eq!(ok.status(), 204);
@@ -321,12 +321,12 @@ async fn a_streamed_route_passes_on_what_comes() {
     assert!(chunks.next().await.is_none());
 
     // What the route and the function do must go together, as in API Gateway.
-    assert_eq!(code(stack.tenant("/v1/chat", "proxy").send().await.unwrap(), 500).await, "unavailable");
+    assert_eq!(code(stack.tenant("/v1/chat", "proxy").send().await.unwrap(), 503).await, "unavailable");
     let bodiless = stack.tenant("/v1/search", "stream").send().await.unwrap();
     assert_eq!(bodiless.status(), 200);
     assert_eq!(bodiless.headers()["content-type"], "text/event-stream");
     assert_eq!(bodiless.text().await.unwrap(), "");
-    assert_eq!(code(stack.tenant("/v1/chat", "crash").send().await.unwrap(), 502).await, "unavailable");
+    assert_eq!(code(stack.tenant("/v1/chat", "crash").send().await.unwrap(), 503).await, "unavailable");
 
     let mut cut = stack.tenant("/v1/chat", "stream crash").send().await.unwrap().bytes_stream();
     assert_eq!(cut.next().await.unwrap().unwrap(), "one");
@@ -360,15 +360,15 @@ async fn operator_routes_take_signed_requests_alone() {
     let unsigned = stack.request(Method::GET, "/admin/tenants").send().await.unwrap();
     assert_eq!(code(unsigned, 404).await, "not_found");
     let key = stack.request(Method::GET, "/admin/tenants").header("authorization", "Bearer good");
-    let (code, message) = refused(key.send().await.unwrap(), 403).await;
+    let (code, message) = refused(key.send().await.unwrap(), 401).await;
     assert_eq!(code, "invalid_key");
     assert!(message.contains("not a complete"), "{message}");
     let late =
         stack.signed(Method::GET, "/admin/tenants", now - time::Duration::minutes(6)).send().await.unwrap();
-    let (code, message) = refused(late, 403).await;
+    let (code, message) = refused(late, 401).await;
     assert!(code == "invalid_key" && message.contains("expired"), "{message}");
     let changed = stack.signed(Method::GET, "/admin/tenants", now).body("other").send().await.unwrap();
-    let (code, message) = refused(changed, 403).await;
+    let (code, message) = refused(changed, 401).await;
     assert!(code == "invalid_key" && message.contains("does not match"), "{message}");
     stack.lambda.shutdown().await;
 }

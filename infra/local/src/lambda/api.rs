@@ -51,7 +51,7 @@ async fn next(State(shared): State<Arc<Shared>>, Path(id): Path<String>) -> Answ
     let instance = instance(&shared, &id)?;
     let invocation = instance.next().await;
     let function = instance.pool.function();
-    let deadline = serving::system_clock() + function.timeout;
+    let deadline = serving::system_clock() + instance.pool.timeout();
     let deadline_ms = deadline.unix_timestamp_nanos() / 1_000_000;
     let trace = invocation.id.replace('-', "");
     let (time, unique) = trace.split_at_checked(8).unwrap_or_default();

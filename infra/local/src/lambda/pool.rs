@@ -30,6 +30,8 @@ pub(super) struct Pool {
     permits: Arc<Semaphore>,
     state: Mutex<State>,
     log: Mutex<Log>,
+    /// How long an invocation may take.
+    timeout: Mutex<Duration>,
 }
 
 #[derive(Debug, Default)]
@@ -56,6 +58,7 @@ impl Pool {
         let bearable = shared.options.default_concurrency;
         let most = function.reserved_concurrency.map_or(bearable, |reserved| reserved.min(bearable));
         Ok(Self {
+            timeout: Mutex::new(function.timeout),
             function,
             shared,
             permits: Arc::new(Semaphore::new(most)),
@@ -66,6 +69,16 @@ impl Pool {
 
     pub(super) fn function(&self) -> &Function {
         &self.function
+    }
+
+    /// How long an invocation may take: what the template says, unless it was set to something else.
+    pub(super) fn timeout(&self) -> Duration {
+        *lock(&self.timeout)
+    }
+
+    /// Sets how long invocations may take that begin from now on.
+    pub(super) fn set_timeout(&self, timeout: Duration) {
+        *lock(&self.timeout) = timeout;
     }
 
     /// Takes one invocation from the queue to its end.
@@ -87,7 +100,7 @@ impl Pool {
                 // It ended before it had the invocation: another takes it.
                 _ = instance.gone() => if instance.withdraw() { continue },
                 // It has answered its last invocation but does not ask for the next.
-                () = tokio::time::sleep(self.function.timeout) => if instance.withdraw() {
+                () = tokio::time::sleep(self.timeout()) => if instance.withdraw() {
                     self.shared.idle.remove(&instance);
                     instance.kill();
                     continue;
@@ -101,7 +114,7 @@ impl Pool {
 
     /// Waits until the process has answered, has ended, or has used up its time.
     async fn watch(&self, instance: &Arc<Instance>, invocation: &Arc<Invocation>) {
-        let limit = self.function.timeout;
+        let limit = self.timeout();
         tokio::select! {
             biased;
             () = invocation.reached(Stage::Done) => {}

@@ -40,7 +40,7 @@ pub struct Events {
 /// The changes of a table, in batches.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StreamEvent {
-    /// Its name in the template, within the function.
+    /// The mapping's name in the template.
     pub name: String,
     /// The table's name in the account.
     pub table: String,
@@ -106,11 +106,10 @@ pub struct ScheduleEvent {
 }
 
 /// The events of a function.
-pub(super) fn events(
-    resource: &Resource,
-    tables: &[Table],
-    queues: &[Queue],
-) -> Result<Events, TemplateError> {
+///
+/// SAM's own events of types `DynamoDB` and `SQS` are not known here: they let the function read every stream, or every
+/// queue, of the account. Mappings do for both.
+pub(super) fn events(resource: &Resource) -> Result<Events, TemplateError> {
     let mut events = Events::default();
     let declared = match resource.get("/Events") {
         None => return Ok(events),
@@ -120,7 +119,6 @@ pub(super) fn events(
     for name in declared.keys() {
         let event = Event { resource, name, pointer: format!("/Events/{name}/Properties") };
         match resource.text(&format!("/Events/{name}/Type"))?.as_str() {
-            "DynamoDB" => events.streams.extend(event.stream(tables, queues)?),
             "ScheduleV2" => events.schedules.extend(event.schedule(&V2)?),
             "Schedule" => events.schedules.extend(event.schedule(&V1)?),
             other => {
@@ -162,7 +160,7 @@ const V2: Dialect = Dialect {
     arn: "scheduler",
 };
 
-/// One event of a function.
+/// One event of a function, or a mapping.
 struct Event<'a> {
     resource: &'a Resource,
     name: &'a str,
@@ -222,21 +220,23 @@ impl Event<'_> {
             "BisectBatchOnFunctionError",
             "DestinationConfig",
             "Enabled",
+            "EventSourceArn",
             "FilterCriteria",
+            "FunctionName",
             "FunctionResponseTypes",
             "MaximumBatchingWindowInSeconds",
             "MaximumRecordAgeInSeconds",
             "MaximumRetryAttempts",
             "ParallelizationFactor",
             "StartingPosition",
-            "Stream",
         ])?;
-        let stream_arn = self.text("Stream")?;
+        let stream_arn = self.text("EventSourceArn")?;
         let table = tables
             .iter()
             .find(|table| table.stream_view.is_some() && self::stream_arn(&table.name) == stream_arn)
             .ok_or_else(|| {
-                invalid(self.at("Stream"), format!("`{stream_arn}` is no stream of a table of the template"))
+                let problem = format!("`{stream_arn}` is no stream of a table of the template");
+                invalid(self.at("EventSourceArn"), problem)
             })?;
         let starting_position = match self.text("StartingPosition")?.as_str() {
             "TRIM_HORIZON" => StartingPosition::TrimHorizon,
@@ -350,9 +350,23 @@ impl Event<'_> {
     }
 }
 
+/// Whether a mapping is of a stream; otherwise it is of a queue.
+pub(super) fn is_of_stream(mapping: &Resource) -> Result<bool, TemplateError> {
+    Ok(mapping.text("/EventSourceArn")?.starts_with("arn:aws:dynamodb:"))
+}
+
+/// A mapping of a table's stream to a function, if it is on: the function's name, and what it is invoked with.
+pub(super) fn stream_mapping(
+    mapping: &Resource,
+    tables: &[Table],
+    queues: &[Queue],
+) -> Result<Option<(String, StreamEvent)>, TemplateError> {
+    let event = Event { resource: mapping, name: &mapping.id, pointer: String::new() };
+    let function = event.text("FunctionName")?;
+    Ok(event.stream(tables, queues)?.map(|read| (function, read)))
+}
+
 /// A mapping of a queue to a function, if it is on: the function's name, and what it is invoked with.
-///
-/// SAM's own events of type `SQS` are not known here: they let the function read every queue of the account.
 pub(super) fn queue_mapping(
     mapping: &Resource,
     queues: &[Queue],

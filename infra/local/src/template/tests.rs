@@ -358,13 +358,6 @@ fn with_event(event: &str) -> Result<Events, TemplateError> {
         r#"
 Resources:
   Failed: {{Type: AWS::SQS::Queue, Properties: {{QueueName: !Sub "${{AWS::StackName}}-failed"}}}}
-  Plain: {{Type: AWS::DynamoDB::Table, Properties: {{AttributeDefinitions: [{{AttributeName: pk, AttributeType: S}}], KeySchema: [{{AttributeName: pk, KeyType: HASH}}]}}}}
-  Notes:
-    Type: AWS::DynamoDB::Table
-    Properties:
-      AttributeDefinitions: [{{AttributeName: pk, AttributeType: S}}]
-      KeySchema: [{{AttributeName: pk, KeyType: HASH}}]
-      StreamSpecification: {{StreamViewType: NEW_IMAGE}}
   Logs: {{Type: AWS::Logs::LogGroup, Properties: {{LogGroupName: /x}}}}
   Metric:
     Type: AWS::Logs::MetricFilter
@@ -384,29 +377,42 @@ Resources:
     Ok(small(&yaml)?.functions[0].events.clone())
 }
 
+/// A function and a mapping with these properties, and what they may refer to.
+fn with_stream(function: &str, properties: &str) -> Result<Events, TemplateError> {
+    let template = small(&format!(
+        r#"
+Resources:
+  Failed: {{Type: AWS::SQS::Queue, Properties: {{QueueName: failed}}}}
+  Plain: {{Type: AWS::DynamoDB::Table, Properties: {{AttributeDefinitions: [{{AttributeName: pk, AttributeType: S}}], KeySchema: [{{AttributeName: pk, KeyType: HASH}}]}}}}
+  Notes:
+    Type: AWS::DynamoDB::Table
+    Properties:
+      AttributeDefinitions: [{{AttributeName: pk, AttributeType: S}}]
+      KeySchema: [{{AttributeName: pk, KeyType: HASH}}]
+      StreamSpecification: {{StreamViewType: NEW_IMAGE}}
+  Function:
+    Type: AWS::Serverless::Function
+    Metadata: {{BuildProperties: {{Binary: b}}}}
+    Properties: {{{function}}}
+  Mapping:
+    Type: AWS::Lambda::EventSourceMapping
+    Properties: {{FunctionName: !Ref Function, {properties}}}
+"#
+    ))?;
+    Ok(template.functions[0].events.clone())
+}
+
 #[test]
 fn a_functions_stream_is_read_as_declared() {
-    let events = with_event(
-        r#"
-          Type: DynamoDB
-          Properties:
-            Stream: !GetAtt Notes.StreamArn
-            StartingPosition: LATEST
-            BatchSize: 10
-            MaximumBatchingWindowInSeconds: 5
-            MaximumRetryAttempts: 3
-            MaximumRecordAgeInSeconds: 60
-            BisectBatchOnFunctionError: true
-            ParallelizationFactor: 1
-            FunctionResponseTypes: [ReportBatchItemFailures]
-            DestinationConfig: {OnFailure: {Type: SQS, Destination: !GetAtt Failed.Arn}}
-            FilterCriteria: {Filters: [{Pattern: '{"eventName":["INSERT"]}'}]}
-"#,
-    )
-    .unwrap();
+    let declared = "EventSourceArn: !GetAtt Notes.StreamArn, StartingPosition: LATEST, BatchSize: 10, \
+        MaximumBatchingWindowInSeconds: 5, MaximumRetryAttempts: 3, MaximumRecordAgeInSeconds: 60, \
+        BisectBatchOnFunctionError: true, ParallelizationFactor: 1, \
+        FunctionResponseTypes: [ReportBatchItemFailures], \
+        DestinationConfig: {OnFailure: {Destination: !GetAtt Failed.Arn}}, \
+        FilterCriteria: {Filters: [{Pattern: '{\"eventName\":[\"INSERT\"]}'}]}";
     let filter = crate::event_pattern::Pattern::parse(&serde_json::json!({"eventName": ["INSERT"]})).unwrap();
     let stream = StreamEvent {
-        name: "It".into(),
+        name: "Mapping".into(),
         table: "bulkhead-Notes".into(),
         stream_arn:
             "arn:aws:dynamodb:us-east-1:000000000000:table/bulkhead-Notes/stream/2026-01-01T00:00:00.000"
@@ -418,19 +424,55 @@ fn a_functions_stream_is_read_as_declared() {
         max_age: Some(Duration::from_secs(60)),
         bisect: true,
         reports_item_failures: true,
-        on_failure: Some("bulkhead-failed".into()),
+        on_failure: Some("failed".into()),
         filters: vec![filter],
     };
-    assert_eq!(events, Events { streams: vec![stream], ..Events::default() });
+    assert_eq!(with_stream("", declared).unwrap(), Events { streams: vec![stream], ..Events::default() });
 
-    let short =
-        "{Type: DynamoDB, Properties: {Stream: !GetAtt Notes.StreamArn, StartingPosition: TRIM_HORIZON}}";
-    let stream = &with_event(short).unwrap().streams[0];
+    let short = "EventSourceArn: !GetAtt Notes.StreamArn, StartingPosition: TRIM_HORIZON";
+    let stream = &with_stream("", short).unwrap().streams[0];
     assert_eq!((stream.batch_size, stream.max_retries, stream.max_age), (100, None, None));
     assert!(stream.on_failure.is_none() && stream.filters.is_empty() && !stream.reports_item_failures);
     assert_eq!(stream.starting_position, StartingPosition::TrimHorizon);
-    let off = short.replace("Properties: {", "Properties: {Enabled: false, ");
-    assert_eq!(with_event(&off).unwrap(), Events::default());
+    assert_eq!(with_stream("", &format!("{short}, Enabled: false")).unwrap(), Events::default());
+}
+
+#[test]
+fn a_stream_that_cannot_be_read_is_named() {
+    for (function, properties, says) in [
+        ("", "TumblingWindowInSeconds: 9", "TumblingWindowInSeconds: is not known"),
+        ("", "EventSourceArn: !GetAtt Plain.StreamArn", "EventSourceArn: `arn:"),
+        ("", "BatchSize: 0", "BatchSize: `0` is not between"),
+        ("", "MaximumRetryAttempts: -2", "MaximumRetryAttempts: `-2` is out of range"),
+        ("", "ParallelizationFactor: 2", "ParallelizationFactor: is known"),
+        ("", "FunctionResponseTypes: [Other]", "FunctionResponseTypes: is known"),
+        (
+            "",
+            "DestinationConfig: {OnFailure: {Destination: 'arn:aws:sqs:x:0:other'}}",
+            "DestinationConfig.OnFailure.Destination: `arn:aws:sqs:x:0:other` is no queue",
+        ),
+        (
+            "",
+            "FilterCriteria: {Filters: [{Pattern: '{}'}, {Pattern: '{\"eventName\":[{\"suffix\":\"T\"}]}'}]}",
+            "FilterCriteria.Filters.1.Pattern: `eventName`: the rule",
+        ),
+        ("", "FilterCriteria: {Filters: [{Pattern: 'x'}]}", "FilterCriteria.Filters.0.Pattern: is not JSON"),
+        (
+            "TenancyConfig: {TenantIsolationMode: PER_TENANT}",
+            "BatchSize: 1",
+            "FunctionName: does not go together",
+        ),
+    ] {
+        let own = if properties.contains("EventSourceArn") {
+            ""
+        } else {
+            "EventSourceArn: !GetAtt Notes.StreamArn, "
+        };
+        let properties = format!("StartingPosition: LATEST, {own}{properties}");
+        let problem = with_stream(function, &properties).unwrap_err().to_string();
+        let problem = problem.strip_prefix("Resources.Mapping.Properties.").unwrap_or(&problem);
+        assert!(problem.starts_with(says), "{problem}");
+    }
 }
 
 /// A function, a queue, and a mapping of the one to the other with these properties besides.
@@ -564,33 +606,9 @@ fn an_event_that_cannot_be_run_is_named() {
         let problem = with_event(event).unwrap_err().to_string();
         problem.strip_prefix(AT).unwrap_or_else(|| panic!("{problem}")).to_owned()
     };
-    assert_eq!(problem("{Type: SQS}"), "Type: events of type `SQS` are not known to the local stack");
-    let stream = |properties: &str| {
-        let own = if properties.contains("Stream:") { "" } else { "Stream: !GetAtt Notes.StreamArn, " };
-        problem(&format!("{{Type: DynamoDB, Properties: {{StartingPosition: LATEST, {own}{properties}}}}}"))
-    };
-    for (properties, says) in [
-        ("TumblingWindowInSeconds: 9", "Properties.TumblingWindowInSeconds: is not known"),
-        ("Stream: !GetAtt Plain.StreamArn", "Properties.Stream: `arn:"),
-        ("BatchSize: 0", "Properties.BatchSize: `0` is not between"),
-        ("MaximumRetryAttempts: -2", "Properties.MaximumRetryAttempts: `-2` is out of range"),
-        ("ParallelizationFactor: 2", "Properties.ParallelizationFactor: is known"),
-        ("FunctionResponseTypes: [Other]", "Properties.FunctionResponseTypes: is known"),
-        (
-            "DestinationConfig: {OnFailure: {Destination: 'arn:aws:sqs:x:0:other'}}",
-            "Properties.DestinationConfig.OnFailure.Destination: `arn:aws:sqs:x:0:other` is no queue",
-        ),
-        (
-            "FilterCriteria: {Filters: [{Pattern: '{}'}, {Pattern: '{\"eventName\":[{\"suffix\":\"T\"}]}'}]}",
-            "Properties.FilterCriteria.Filters.1.Pattern: `eventName`: the rule",
-        ),
-        (
-            "FilterCriteria: {Filters: [{Pattern: 'x'}]}",
-            "Properties.FilterCriteria.Filters.0.Pattern: is not JSON",
-        ),
-    ] {
-        let problem = stream(properties);
-        assert!(problem.starts_with(says), "{problem}");
+    for kind in ["SQS", "DynamoDB"] {
+        let says = format!("Type: events of type `{kind}` are not known to the local stack");
+        assert_eq!(problem(&format!("{{Type: {kind}}}")), says);
     }
 }
 

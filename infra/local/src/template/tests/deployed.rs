@@ -79,6 +79,10 @@ fn buckets_are_private_versioned_and_reached_by_tls_alone() {
         }
     }
     let audit = named(&resources, "AuditBucket");
+    // Nothing of the log goes by its age: the chain is verified from its beginning.
+    let rules = audit.get("/LifecycleConfiguration/Rules").and_then(Value::as_array).unwrap();
+    let expires = |rule: &Value| rule.as_object().unwrap().keys().any(|name| name.contains("Expiration"));
+    assert!(!rules.iter().any(expires), "{rules:?}");
     let lock = "/ObjectLockConfiguration/Rule/DefaultRetention";
     assert_eq!(audit.text(&format!("{lock}/Mode")).unwrap(), "COMPLIANCE");
     assert_eq!(audit.text(&format!("{lock}/Days")).unwrap(), "2557");
@@ -128,6 +132,64 @@ fn a_queues_reader_knows_when_it_is_the_last_time() {
     let mapping = named(&resources, "UploadIngestionMapping");
     let at_once = mapping.text("/ScalingConfig/MaximumConcurrency").unwrap();
     assert_eq!(reader.text("/ReservedConcurrentExecutions").unwrap(), at_once);
+}
+
+/// What no retry can do does not hold up what comes after it, and ends where somebody looks.
+#[test]
+fn a_streams_failures_are_bounded_and_kept() {
+    let resources = resources(&[]);
+    let mut streams = BTreeSet::new();
+    for mapping in kind(&resources, "AWS::Lambda::EventSourceMapping") {
+        let id = mapping.id.as_str();
+        if !mapping.text("/EventSourceArn").unwrap().contains(":dynamodb:") {
+            continue;
+        }
+        streams.insert(id);
+        let retries = mapping.number::<i64>("/MaximumRetryAttempts").unwrap();
+        assert!(retries.is_some_and(|most| (0..=1_000).contains(&most)), "{id}: {retries:?}");
+        // The eraser's schedule goes on each minute with whatever is in its list. So nothing of this stream is ever
+        // lost, nor is anything to be tried again, halved or told by it.
+        if id == "Begun" {
+            assert_eq!(retries, Some(0));
+            let schedules = named(&resources, "Eraser").get("/Events").unwrap();
+            assert_eq!(schedules["Deprovision"]["Properties"]["ScheduleExpression"], "rate(1 minute)");
+            continue;
+        }
+        assert!(is_true(mapping.get("/BisectBatchOnFunctionError")), "{id}");
+        let reports = serde_json::json!(["ReportBatchItemFailures"]);
+        assert_eq!(mapping.get("/FunctionResponseTypes"), Some(&reports), "{id}");
+        let queue = mapping.text("/DestinationConfig/OnFailure/Destination").unwrap();
+        assert_eq!(queue, queue_arn("bulkhead-ledger-failures"), "{id}");
+    }
+    assert_eq!(streams, BTreeSet::from(["Begun", "Ledger"]));
+}
+
+/// Whoever crashes, runs out of time or is turned away is seen, also the function that is added next.
+#[test]
+fn every_function_is_in_the_alarms() {
+    let resources = resources(&[]);
+    let mut watched: BTreeMap<&str, BTreeSet<String>> = BTreeMap::new();
+    for alarm in kind(&resources, "AWS::CloudWatch::Alarm") {
+        let queries = alarm.get("/Metrics").and_then(Value::as_array).into_iter().flatten();
+        let nested: Vec<&Value> = queries.filter_map(|query| query.pointer("/MetricStat/Metric")).collect();
+        // CloudWatch takes no more in one alarm.
+        assert!(nested.len() <= 10, "{}", alarm.id);
+        for metric in nested.into_iter().chain([&alarm.properties]) {
+            let name = match (metric["Namespace"].as_str(), metric["MetricName"].as_str()) {
+                (Some("AWS/Lambda"), Some(name)) => name,
+                _ => continue,
+            };
+            let function = scalar(&metric["Dimensions"][0]["Value"]).unwrap();
+            watched.entry(name).or_default().insert(function);
+        }
+    }
+    let all: BTreeSet<String> =
+        kind(&resources, "AWS::Serverless::Function").into_iter().map(physical_name).collect();
+    assert_eq!(watched["Throttles"], all);
+    // It says "no" by failing. What it fails at otherwise is answered 503, and counted among the API's errors.
+    let mut but_one = all;
+    assert!(but_one.remove("bulkhead-authorizer"));
+    assert_eq!(watched["Errors"], but_one);
 }
 
 #[test]
@@ -214,6 +276,8 @@ fn what_is_optional_is_there_when_it_is_asked_for() {
         ("WebAclArn", "acl"),
         ("AlarmTopicArn", "alarms"),
         ("RunbookUrl", "https://x/#ops"),
+        ("RunbookUrl", "docs/operations.md"),
+        ("RunbookUrl", "http://x/ops"),
         ("VpcSubnetIds", "subnet-12345678, subnet-12345679"),
         ("VpcSecurityGroupIds", "sg-1"),
         ("ReservedConcurrency", "yes"),
