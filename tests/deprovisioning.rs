@@ -792,9 +792,7 @@ async fn ten_thousand_documents_and_five_thousand_conversations_go_in_bounded_me
 // ---- retention
 
 async fn retention_days(stack: &Stack, id: &str, days: u32) {
-    let body = json!({"limits": {"data_retention_days": days}});
-    let answer = stack.admin(Method::PATCH, &format!("/admin/tenants/{id}"), Some(&body)).await;
-    answer.expect_status(StatusCode::OK);
+    stack.change_tenant(id, json!({"limits": {"data_retention_days": days}})).await;
 }
 
 /// The documents that a search finds.

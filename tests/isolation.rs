@@ -42,18 +42,6 @@ async fn new_process(stack: &Stack, tenant: &Tenant) -> u32 {
     new[0]
 }
 
-/// A function's own key, as whoever broke into it would use it.
-fn own_key(stack: &Stack, function: &str) -> Key {
-    let environment = environment(stack, function);
-    let credentials = Credentials {
-        access_key_id: environment["AWS_ACCESS_KEY_ID"].clone(),
-        secret_access_key: environment["AWS_SECRET_ACCESS_KEY"].clone(),
-        region: environment["AWS_REGION"].clone(),
-        user_arn: String::new(),
-    };
-    Key { credentials, token: None }
-}
-
 /// What a call is about, by the tenant that it names.
 type Input<'a> = &'a dyn Fn(&str) -> Value;
 
@@ -198,13 +186,12 @@ async fn a_functions_key_opens_what_its_role_allows_and_nothing_else() {
         ("reconciler", "DeleteItem", get("audit", "globex"), false),
     ];
     for (function, operation, input, may) in cases {
-        let refused = call(&stack, &own_key(&stack, function), operation, &input).await;
+        let refused = call(&stack, &stack.own_key(function), operation, &input).await;
         let expected = (!may).then(|| DENIED.to_owned());
         assert_eq!(refused, expected, "{function}: {operation} {input}");
     }
     let bucket = stack.audit_bucket();
-    let listed =
-        stack.s3_as(&own_key(&stack, "audit-log")).list_object_versions().bucket(bucket).send().await;
+    let listed = stack.s3_as(&stack.own_key("audit-log")).list_object_versions().bucket(bucket).send().await;
     assert!(format!("{:?}", listed.unwrap_err()).contains("AccessDenied"));
 }
 
@@ -215,7 +202,7 @@ async fn a_session_opens_its_own_tenant_and_no_other() {
     let others =
         ["globex", "acme1", "acm", "ACME", "acme#", "*", "a?me", "${aws:PrincipalTag/tenant_id}", ""];
     let session = async |function: &str, role: &str| {
-        stack.assume(&own_key(&stack, function), role, &[("tenant_id", "acme")]).await.unwrap()
+        stack.assume(&stack.own_key(function), role, &[("tenant_id", "acme")]).await.unwrap()
     };
     let transaction = |parts: &[(&str, Value)]| {
         let parts: Vec<Value> = parts.iter().map(|(part, fields)| json!({*part: fields})).collect();
@@ -360,7 +347,7 @@ async fn a_session_opens_its_own_tenant_and_no_other() {
 async fn a_session_is_given_to_the_right_function_for_one_tenant_and_ends() {
     let stack = Stack::start().await;
     everything_runs(&stack).await;
-    let chat = own_key(&stack, "chat");
+    let chat = stack.own_key("chat");
     let acme = ("tenant_id", "acme");
     assert!(stack.assume(&chat, "ChatTenantRole", &[acme]).await.is_ok());
     for (function, role, tags) in [
@@ -373,7 +360,7 @@ async fn a_session_is_given_to_the_right_function_for_one_tenant_and_ends() {
         ("authorizer", "ChatTenantRole", &[acme]),
         ("reconciler", "AuditLogTenantRole", &[acme]),
     ] {
-        let refused = stack.assume(&own_key(&stack, function), role, tags).await.unwrap_err();
+        let refused = stack.assume(&stack.own_key(function), role, tags).await.unwrap_err();
         assert_eq!(refused, "AccessDenied", "{function} {role} {tags:?}");
     }
     // A session does not open another one.

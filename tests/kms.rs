@@ -33,10 +33,6 @@ async fn with_key(stack: &Stack, id: &str, arn: &str) -> Tenant {
     stack.provision(body).await
 }
 
-async fn patch(stack: &Stack, id: &str, change: Value) -> Answer {
-    stack.admin(Method::PATCH, &format!("/admin/tenants/{id}"), Some(&change)).await
-}
-
 async fn store(tenant: &Tenant) {
     let document = json!({"id": "d", "title": format!("{TITLE} handbook"), "source": format!("{NOTE}.txt"),
         "metadata": {"note": NOTE}, "content": format!("Every {PASSAGE} has 25 days of paid annual leave.")});
@@ -266,7 +262,7 @@ async fn a_key_that_is_set_later_seals_what_is_written_from_then_on() {
         (json!(two), "The third question?"),
         (Value::Null, "The fourth?"),
     ] {
-        patch(&stack, "acme", json!({"kms_key_arn": change})).await.expect_status(StatusCode::OK);
+        stack.change_tenant("acme", json!({"kms_key_arn": change})).await;
         // The very next request, whatever API Gateway remembers.
         acme.chat(next(message)).await.expect_status(StatusCode::OK);
         assert!(stack.last_model_request().await.to_string().contains("The first question?"));
@@ -286,7 +282,7 @@ async fn a_key_that_is_set_later_seals_what_is_written_from_then_on() {
     refused(&acme.chat(next("The sixth?")).await);
     acme.ask("Another?").await;
     // A document that was stored before has its name sealed once it is stored again.
-    patch(&stack, "acme", json!({"kms_key_arn": two})).await.expect_status(StatusCode::OK);
+    stack.change_tenant("acme", json!({"kms_key_arn": two})).await;
     acme.store("d", TITLE, "Something else altogether.").await;
     assert!(!stack.items("documents", "acme", "DOC#").await[0].to_string().contains(TITLE));
     assert!(acme.get("/v1/documents/d").await.text.contains(TITLE));
@@ -310,7 +306,7 @@ async fn what_a_lost_key_has_sealed_is_deleted_all_the_same() {
     acme.delete("/v1/documents/d").await.expect_status(StatusCode::NO_CONTENT);
     acme.delete("/v1/documents/d").await.expect_error(404, "not_found");
 
-    patch(&stack, "acme", json!({"limits": {"data_retention_days": 0}})).await.expect_status(StatusCode::OK);
+    stack.change_tenant("acme", json!({"limits": {"data_retention_days": 0}})).await;
     let report = stack.invoke("eraser", json!({"job": "retain"})).await;
     let counted = (&report["documents"], &report["turns"], &report["left"]);
     assert_eq!(counted, (&json!(1), &json!(1), &json!(0)), "{report}");
@@ -363,38 +359,26 @@ async fn a_key_that_cannot_be_used_is_refused_and_nothing_is_half_made() {
     let acme = stack.provision(new).await;
     let record = stack.items("tenants", "acme", "CONFIG").await;
     for arn in [json!(off), json!(unknown), json!("alias/acme"), json!(7)] {
-        let answer = patch(&stack, "acme", json!({"kms_key_arn": arn, "company_name": "Other"})).await;
+        let answer = stack.patch_tenant("acme", json!({"kms_key_arn": arn, "company_name": "Other"})).await;
         assert_eq!(answer.expect_error(400, "invalid_request")["param"], "kms_key_arn", "{arn}");
     }
     let other = stack.create_kms_key().await;
     stack.kms_outage(true).await;
-    refused(&patch(&stack, "acme", json!({"kms_key_arn": other})).await);
+    refused(&stack.patch_tenant("acme", json!({"kms_key_arn": other})).await);
     stack.kms_outage(false).await;
     // The key does not stay without the tier, and goes along with it.
-    let lower = patch(&stack, "acme", json!({"tier": "professional"})).await;
+    let lower = stack.patch_tenant("acme", json!({"tier": "professional"})).await;
     assert_eq!(lower.expect_error(400, "invalid_request")["param"], "kms_key_arn");
     assert_eq!(stack.items("tenants", "acme", "CONFIG").await, record);
     // The same again is no change, and is not tried.
     stack.take_kms_calls().await;
-    patch(&stack, "acme", json!({"kms_key_arn": good})).await.expect_status(StatusCode::OK);
+    stack.change_tenant("acme", json!({"kms_key_arn": good})).await;
     assert_eq!(stack.take_kms_calls().await, Vec::<Value>::new());
     let both = json!({"tier": "professional", "kms_key_arn": null});
-    let now = patch(&stack, "acme", both).await.expect_status(StatusCode::OK).json();
+    let now = stack.patch_tenant("acme", both).await.expect_status(StatusCode::OK).json();
     assert_eq!((now.get("kms_key_arn"), &now["tier"]), (None, &json!("professional")));
     acme.ask(&question()).await;
     assert_eq!(of_turns(&turns(&stack, "acme").await), [false]);
-}
-
-/// A function's own key, as whoever broke into it would use it.
-fn own_key(stack: &Stack, function: &str) -> Key {
-    let environment = stack.processes(function).into_values().next().unwrap();
-    let credentials = Credentials {
-        access_key_id: environment["AWS_ACCESS_KEY_ID"].clone(),
-        secret_access_key: environment["AWS_SECRET_ACCESS_KEY"].clone(),
-        region: environment["AWS_REGION"].clone(),
-        user_arn: String::new(),
-    };
-    Key { credentials, token: None }
 }
 
 /// What an item's text lies under, as it is stored.
@@ -432,7 +416,7 @@ async fn a_session_opens_no_other_tenants_data_keys() {
     let context = |id: &str| json!({"tenant_id": id});
     let denied = Some("AccessDeniedException".to_owned());
     for (function, role) in [("chat", "ChatTenantRole"), ("ingestion", "IngestionTenantRole")] {
-        let own = own_key(&stack, function);
+        let own = stack.own_key(function);
         let session = stack.assume(&own, role, &[("tenant_id", "acme")]).await.unwrap();
         assert_eq!(decrypt(&session, &mine, context("acme")).await, None, "{function}");
         assert_eq!(generate(&session, context("acme")).await, None, "{function}");
@@ -445,10 +429,10 @@ async fn a_session_opens_no_other_tenants_data_keys() {
         }
         assert_eq!(decrypt(&own, &mine, context("acme")).await, denied, "{function} without a session");
     }
-    let usage = stack.assume(&own_key(&stack, "usage"), "UsageTenantRole", &[("tenant_id", "acme")]).await;
+    let usage = stack.assume(&stack.own_key("usage"), "UsageTenantRole", &[("tenant_id", "acme")]).await;
     assert_eq!(decrypt(&usage.unwrap(), &mine, context("acme")).await, denied);
     for function in ["authorizer", "provisioning"] {
-        assert_eq!(decrypt(&own_key(&stack, function), &mine, context("acme")).await, denied, "{function}");
+        assert_eq!(decrypt(&stack.own_key(function), &mine, context("acme")).await, denied, "{function}");
     }
 
     // Brought into another tenant's partition, or into another place of the same, a text does not open there.

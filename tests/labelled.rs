@@ -18,7 +18,7 @@ use reqwest::StatusCode;
 use serde_json::{Value, json};
 use shared::env;
 use shared::ranking::{MOST_OF_ONE, diverse};
-use tests::{Stack, Tenant};
+use tests::{Embeddings, Options, Stack, Tenant};
 
 /// Passages that are looked at.
 const DEPTH: u32 = 10;
@@ -80,6 +80,15 @@ impl Library {
     }
 }
 
+/// The embeddings that the environment names: EMBEDDINGS_URL, EMBEDDINGS_API_KEY, EMBEDDINGS_MODEL and
+/// EMBEDDINGS_DIMENSIONS; without an address there, the offline ones.
+fn embeddings() -> Option<Embeddings> {
+    let url = env::text("EMBEDDINGS_URL").ok()?;
+    let text = |name| env::text(name).unwrap();
+    let dimensions = env::parsed("EMBEDDINGS_DIMENSIONS").unwrap();
+    Some(Embeddings { url, key: text("EMBEDDINGS_API_KEY"), model: text("EMBEDDINGS_MODEL"), dimensions })
+}
+
 /// A tenant whom no limit hinders.
 async fn unhindered(stack: &Stack) -> Tenant {
     let limits = json!({"requests_per_minute": 20_000, "tokens_per_day": 100_000_000, "monthly_token_budget": 1_000_000_000});
@@ -99,15 +108,17 @@ struct Passage {
 /// The vector store, asked directly: what the methods find by themselves.
 struct Bench {
     http: reqwest::Client,
-    embeddings_url: String,
+    embeddings: Embeddings,
     store: qdrant_client::Qdrant,
     collection: String,
 }
 
 impl Bench {
     async fn vector(&self, text: &str) -> Vec<f32> {
-        let body = json!({"input": [text], "model": "offline-embeddings", "dimensions": 512, "encoding_format": "float"});
-        let request = self.http.post(format!("{}/v1/embeddings", self.embeddings_url)).bearer_auth("offline");
+        let Embeddings { url, key, model, dimensions } = &self.embeddings;
+        let body =
+            json!({"input": [text], "model": model, "dimensions": dimensions, "encoding_format": "float"});
+        let request = self.http.post(format!("{url}/v1/embeddings")).bearer_auth(key);
         let answer: Value = request.json(&body).send().await.unwrap().json().await.unwrap();
         let vector = answer["data"][0]["embedding"].as_array().unwrap().iter();
         vector.map(|number| number.as_f64().unwrap() as f32).collect()
@@ -218,13 +229,19 @@ fn every_question_has_its_answer_in_its_document() {
 
 #[tokio::test]
 async fn passages_are_found_by_each_method() {
-    let library = Library::read();
-    let stack = Stack::start().await;
+    let (library, own) = (Library::read(), embeddings());
+    let stack = Stack::start_with(Options { embeddings: own.clone(), ..Options::default() }).await;
     let kestrel = unhindered(&stack).await;
     library.ingest(&kestrel).await;
+    let offline = || Embeddings {
+        url: stack.ready()["embeddings_url"].as_str().unwrap().to_owned(),
+        key: "offline".to_owned(),
+        model: "offline-embeddings".to_owned(),
+        dimensions: 512,
+    };
     let bench = Bench {
         http: tests::client(),
-        embeddings_url: stack.ready()["embeddings_url"].as_str().unwrap().to_owned(),
+        embeddings: own.unwrap_or_else(offline),
         store: stack.qdrant(),
         collection: "tenant_kestrel".to_owned(),
     };

@@ -27,9 +27,6 @@ use tests::{Answer, Options, Stack, Tenant, next_event, put_file};
 use tokio::net::TcpListener;
 use tokio::time::{Instant, sleep};
 
-/// How long something that a stream or a schedule does may take. Generous: this is no measurement.
-const PATIENCE: Duration = Duration::from_secs(90);
-
 /// Grants that no call of the walk needs, each with the reason why it is there all the same.
 const NOT_WALKED: [(&str, &str, &str, &str); 5] = [
     (
@@ -313,22 +310,6 @@ async fn receiver() -> String {
     url
 }
 
-async fn until<T>(what: &str, look: impl AsyncFn() -> Option<T>) -> T {
-    let began = Instant::now();
-    loop {
-        if let Some(found) = look().await {
-            return found;
-        }
-        assert!(began.elapsed() < PATIENCE, "{what} does not come about");
-        sleep(Duration::from_millis(200)).await;
-    }
-}
-
-async fn change(stack: &Stack, id: &str, changes: Value) {
-    let path = format!("/admin/tenants/{id}");
-    stack.admin(Method::PATCH, &path, Some(&changes)).await.expect_status(StatusCode::OK);
-}
-
 /// Everything that a tenant's application does, once.
 async fn application(stack: &Stack, tenant: &Tenant) {
     for document in ["handbook", "lease"] {
@@ -415,11 +396,11 @@ async fn walked(template: &Template) -> Vec<Deed> {
     acme.with_key(&forged.expose()).get("/v1/usage").await.expect_error(401, "invalid_key");
 
     // Decisions from before a change are made anew, by each function.
-    change(&stack, "acme", json!({"assistant_name": "Ada"})).await;
+    stack.change_tenant("acme", json!({"assistant_name": "Ada"})).await;
     application_again(&acme).await;
 
     // Limits that refuse, with keys that are given back.
-    change(&stack, "acme", json!({"limits": {"tokens_per_day": 0}})).await;
+    stack.change_tenant("acme", json!({"limits": {"tokens_per_day": 0}})).await;
     for (path, body) in [
         ("/v1/chat", json!({"message": "How many?"})),
         ("/v1/search", json!({"query": "days"})),
@@ -427,19 +408,19 @@ async fn walked(template: &Template) -> Vec<Deed> {
     ] {
         with_key(&acme, path, "refused", body).await.expect_error(429, "token_budget_exceeded");
     }
-    change(&stack, "acme", json!({"limits": {"tokens_per_day": 1_000_000_000_u64}})).await;
+    stack.change_tenant("acme", json!({"limits": {"tokens_per_day": 1_000_000_000_u64}})).await;
 
     // A tenant with an account of its own.
     stack.create_secret("bulkhead/model/tenants/acme", "offline").await;
-    change(&stack, "acme", json!({"model_account": "own"})).await;
+    stack.change_tenant("acme", json!({"model_account": "own"})).await;
     acme.chat(json!({"message": "How many?"})).await.expect_status(StatusCode::OK);
 
     operators(&stack, &acme).await;
     expired_keys(&stack, &acme).await;
     torn(&stack, &acme).await;
     sealed(&stack, &acme).await;
-    change(&stack, "acme", json!({"status": "suspended"})).await;
-    change(&stack, "acme", json!({"status": "active"})).await;
+    stack.change_tenant("acme", json!({"status": "suspended"})).await;
+    stack.change_tenant("acme", json!({"status": "active"})).await;
 
     // Budgets.
     let url = receiver().await;
@@ -596,7 +577,7 @@ async fn torn(stack: &Stack, tenant: &Tenant) {
 async fn sealed(stack: &Stack, tenant: &Tenant) {
     let file = json!({"id": "late", "title": "late", "content_type": "text/plain", "size_bytes": 5});
     let begun = tenant.begin_upload(&file).await;
-    change(stack, &tenant.id, json!({"kms_key_arn": stack.create_kms_key().await})).await;
+    stack.change_tenant(&tenant.id, json!({"kms_key_arn": stack.create_kms_key().await})).await;
     // Begun before there was a key, its file is stored with one.
     assert_eq!(put_file(&begun, "Late.").await.0, StatusCode::OK);
     tenant.read_upload("late").await;
@@ -608,7 +589,7 @@ async fn sealed(stack: &Stack, tenant: &Tenant) {
     let conversation = format!("/v1/conversations/{}", asked["conversation_id"].as_str().unwrap());
     tenant.get(&conversation).await.expect_status(StatusCode::OK);
     tenant.get("/v1/documents/sealed").await.expect_status(StatusCode::OK);
-    change(stack, &tenant.id, json!({"kms_key_arn": null})).await;
+    stack.change_tenant(&tenant.id, json!({"kms_key_arn": null})).await;
     // What was sealed before is opened to be replaced.
     tenant.upload("sealed", "text/plain", b"The sealed says 8 days.".to_vec()).await;
 }
@@ -642,7 +623,7 @@ async fn expired_keys(stack: &Stack, tenant: &Tenant) {
 
 /// What is past its retention goes.
 async fn retention(stack: &Stack) {
-    change(stack, "acme", json!({"limits": {"data_retention_days": 0}})).await;
+    stack.change_tenant("acme", json!({"limits": {"data_retention_days": 0}})).await;
     stack.invoke("eraser", json!({"job": "retain"})).await;
-    change(stack, "acme", json!({"limits": {"data_retention_days": null}})).await;
+    stack.change_tenant("acme", json!({"limits": {"data_retention_days": null}})).await;
 }

@@ -71,10 +71,6 @@ async fn create(stack: &Stack, body: &Value) -> Answer {
     stack.admin(Method::POST, "/admin/tenants", Some(body)).await
 }
 
-async fn patch(stack: &Stack, id: &str, body: Value) -> Answer {
-    stack.admin(Method::PATCH, &format!("/admin/tenants/{id}"), Some(&body)).await
-}
-
 /// What the tables hold of a tenant.
 async fn items(stack: &Stack, id: &str) -> Vec<String> {
     let items = stack.items("tenants", id, "").await;
@@ -252,7 +248,7 @@ async fn a_suspended_tenant_is_admitted_to_nothing_and_a_restored_one_to_everyth
     while before.load(Ordering::SeqCst) < 40 {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    patch(&stack, "acme", json!({"status": "suspended"})).await.expect_status(StatusCode::OK);
+    stack.change_tenant("acme", json!({"status": "suspended"})).await;
     suspended.store(true, Ordering::SeqCst);
     while after.load(Ordering::SeqCst) < 80 {
         tokio::time::sleep(Duration::from_millis(20)).await;
@@ -265,7 +261,7 @@ async fn a_suspended_tenant_is_admitted_to_nothing_and_a_restored_one_to_everyth
         .await
         .expect_error(403, "tenant_suspended");
 
-    patch(&stack, "acme", json!({"status": "active"})).await.expect_status(StatusCode::OK);
+    stack.change_tenant("acme", json!({"status": "active"})).await;
     // What is cached says otherwise; it is looked at again.
     acme.ask("What is the answer?").await;
     acme.store("e", "E", "The question is not known.").await;
@@ -273,9 +269,9 @@ async fn a_suspended_tenant_is_admitted_to_nothing_and_a_restored_one_to_everyth
 
     // A decision that was first made while the tenant was off, too.
     let globex = stack.provision(body("globex")).await;
-    patch(&stack, "globex", json!({"status": "suspended"})).await.expect_status(StatusCode::OK);
+    stack.change_tenant("globex", json!({"status": "suspended"})).await;
     globex.get("/v1/documents").await.expect_error(403, "tenant_suspended");
-    patch(&stack, "globex", json!({"status": "active"})).await.expect_status(StatusCode::OK);
+    stack.change_tenant("globex", json!({"status": "active"})).await;
     globex.store("d", "D", "The answer is 42.").await;
 
     let events = actions(&stack, "acme").await;
@@ -294,29 +290,30 @@ async fn a_change_holds_from_the_next_request_on() {
     let acme = stack.provision(json!({"tenant_id": "acme", "tier": "free", "company_name": "Acme"})).await;
     let opus = || json!({"message": "x", "model": "claude-opus-4-6"});
     acme.chat(opus()).await.expect_error(403, "model_not_allowed");
-    let now = patch(&stack, "acme", json!({"tier": "enterprise", "limits": {"max_concurrent": 3}})).await;
+    let now =
+        stack.patch_tenant("acme", json!({"tier": "enterprise", "limits": {"max_concurrent": 3}})).await;
     let now = now.expect_status(StatusCode::OK).json();
     assert_eq!((&now["tier"], &now["overrides"]), (&json!("enterprise"), &json!({"max_concurrent": 3})));
     acme.chat(opus()).await.expect_status(StatusCode::OK);
-    patch(&stack, "acme", json!({"limits": {"requests_per_minute": 0}})).await.expect_status(StatusCode::OK);
+    stack.change_tenant("acme", json!({"limits": {"requests_per_minute": 0}})).await;
     let refused = acme.get("/v1/documents").await.expect_error(429, "rate_limit_exceeded");
     assert_eq!(refused["limit"], "requests_per_minute");
     let taken_back = json!({"limits": {"requests_per_minute": null}, "tier": "professional"});
-    let now = patch(&stack, "acme", taken_back).await.expect_status(StatusCode::OK).json();
+    let now = stack.patch_tenant("acme", taken_back).await.expect_status(StatusCode::OK).json();
     assert_eq!(now["overrides"], json!({"max_concurrent": 3}));
     assert_eq!(now["limits"]["max_concurrent"], 3);
     acme.get("/v1/documents").await.expect_status(StatusCode::OK);
 
     // Own accounts need their secret, in a change as at the beginning.
     let own = json!({"model_account": "own"});
-    let error = patch(&stack, "acme", own.clone()).await.expect_error(400, "invalid_request");
+    let error = stack.patch_tenant("acme", own.clone()).await.expect_error(400, "invalid_request");
     assert_eq!(error["param"], "model_account");
     stack.create_secret("bulkhead/model/tenants/acme", "offline").await;
-    patch(&stack, "acme", own).await.expect_status(StatusCode::OK);
+    stack.change_tenant("acme", own).await;
 
     // The same again changes nothing.
     let epoch = stack.meter_item("acme").await["epoch"].clone();
-    patch(&stack, "acme", json!({"tier": "professional"})).await.expect_status(StatusCode::OK);
+    stack.change_tenant("acme", json!({"tier": "professional"})).await;
     assert_eq!(stack.meter_item("acme").await["epoch"], epoch);
 }
 
@@ -336,7 +333,7 @@ async fn changes_at_the_same_time_are_all_made() {
     let mut running = JoinSet::new();
     for change in changes.clone() {
         let stack = Arc::clone(&stack);
-        running.spawn(async move { patch(&stack, "acme", change).await.expect_status(StatusCode::OK) });
+        running.spawn(async move { stack.patch_tenant("acme", change).await.expect_status(StatusCode::OK) });
     }
     running.join_all().await;
     let now = stack.admin(Method::GET, "/admin/tenants/acme", None).await.json();
@@ -359,12 +356,12 @@ async fn a_change_that_was_cut_off_is_mended_by_the_same_again() {
     let cut_off = json!({"mode": "kill_before", "operation": "UpdateItem", "table": "meters",
         "contains": "#e <= :e", "times": 1, "function": "provisioning"});
     stack.dynamodb_faults(json!({"rules": [cut_off]})).await;
-    let answer = patch(&stack, "acme", json!({"status": "suspended"})).await;
+    let answer = stack.patch_tenant("acme", json!({"status": "suspended"})).await;
     assert!(answer.status.is_server_error(), "{}", answer.text);
     stack.clear_dynamodb_faults().await;
     assert_eq!(stack.meter_item("acme").await["epoch"]["N"], "1");
     let began = tokio::time::Instant::now();
-    while patch(&stack, "acme", json!({"status": "suspended"})).await.status != StatusCode::OK {
+    while stack.patch_tenant("acme", json!({"status": "suspended"})).await.status != StatusCode::OK {
         assert!(began.elapsed() < Duration::from_secs(60));
     }
     acme.get("/v1/documents").await.expect_error(403, "tenant_suspended");
@@ -450,15 +447,15 @@ async fn tenants_are_placed_where_there_is_room_and_nowhere_else() {
     // A move: of a tenant that is at rest and has no passages.
     acme.store("d", "D", "The answer is 42.").await;
     let to_closed = || json!({"cell": "closed"});
-    let error = patch(&stack, "acme", json!({"cell": "small"})).await.expect_error(409, "conflict");
+    let error = stack.patch_tenant("acme", json!({"cell": "small"})).await.expect_error(409, "conflict");
     assert!(error["message"].as_str().unwrap().contains("1 passages"), "{error}");
     acme.delete("/v1/documents/d").await.expect_status(StatusCode::NO_CONTENT);
-    let error = patch(&stack, "acme", json!({"cell": "small"})).await.expect_error(409, "conflict");
+    let error = stack.patch_tenant("acme", json!({"cell": "small"})).await.expect_error(409, "conflict");
     assert!(error["message"].as_str().unwrap().contains("suspend"), "{error}");
-    patch(&stack, "acme", json!({"status": "suspended"})).await.expect_status(StatusCode::OK);
-    let error = patch(&stack, "acme", json!({"cell": "small"})).await.expect_error(409, "conflict");
+    stack.change_tenant("acme", json!({"status": "suspended"})).await;
+    let error = stack.patch_tenant("acme", json!({"cell": "small"})).await.expect_error(409, "conflict");
     assert!(error["message"].as_str().unwrap().contains("full"), "{error}");
-    patch(&stack, "acme", to_closed()).await.expect_error(409, "conflict");
+    stack.patch_tenant("acme", to_closed()).await.expect_error(409, "conflict");
     assert_eq!(large.collections().await.len(), 6);
 }
 
@@ -477,8 +474,8 @@ async fn an_empty_tenant_moves_and_leaves_nothing_behind() {
     let acme = stack.provision(body("acme")).await;
     acme.get("/v1/documents").await.expect_status(StatusCode::OK);
     assert_eq!(a.collections().await, ["tenant_acme"]);
-    patch(&stack, "acme", json!({"status": "suspended"})).await.expect_status(StatusCode::OK);
-    let moved = patch(&stack, "acme", json!({"cell": "b", "status": "active"})).await;
+    stack.change_tenant("acme", json!({"status": "suspended"})).await;
+    let moved = stack.patch_tenant("acme", json!({"cell": "b", "status": "active"})).await;
     assert_eq!(moved.expect_status(StatusCode::OK).json()["cell"], "b");
     assert!(a.collections().await.is_empty());
     acme.store("d", "D", "The answer is 42.").await;
@@ -626,7 +623,7 @@ async fn bad_changes_name_the_field_and_change_nothing() {
         (json!({"epoch": 99}), "epoch"),
         (json!({"status": "suspended", "tier": "gold"}), "tier"),
     ] {
-        let error = patch(&stack, "acme1", change.clone()).await.expect_error(400, "invalid_request");
+        let error = stack.patch_tenant("acme1", change.clone()).await.expect_error(400, "invalid_request");
         assert_eq!(error["param"], param, "{change}: {error}");
     }
     for raw in [

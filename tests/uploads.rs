@@ -13,19 +13,6 @@ use serde_json::{Value, json};
 use tests::{Answer, Key, Stack, Tenant, client, put_file};
 use tokio::time::{Instant, sleep};
 
-const PATIENCE: Duration = Duration::from_secs(60);
-
-async fn until<T>(what: &str, look: impl AsyncFn() -> Option<T>) -> T {
-    let began = Instant::now();
-    loop {
-        if let Some(found) = look().await {
-            return found;
-        }
-        assert!(began.elapsed() < PATIENCE, "{what} does not come about");
-        sleep(Duration::from_millis(50)).await;
-    }
-}
-
 fn new(id: &str, file: &[u8]) -> Value {
     json!({"id": id, "title": format!("The {id}"), "content_type": "text/plain", "size_bytes": file.len()})
 }
@@ -61,11 +48,6 @@ async fn records(stack: &Stack, tenant: &Tenant, action: &str) -> Vec<Value> {
     let mut records = stack.items("audit", &tenant.id, "").await;
     records.retain(|record| record["action"] == action);
     records
-}
-
-async fn change(stack: &Stack, tenant: &Tenant, changes: Value) {
-    let path = format!("/admin/tenants/{}", tenant.id);
-    stack.admin(Method::PATCH, &path, Some(&changes)).await.expect_status(StatusCode::OK);
 }
 
 /// Lets messages come again, and claims of those who were cut off be over.
@@ -179,17 +161,6 @@ async fn a_file_is_uploaded_read_and_found() {
     stack.stop().await;
 }
 
-fn own_key(stack: &Stack, function: &str) -> Key {
-    let environment = stack.processes(function).into_values().next().unwrap();
-    let credentials = Credentials {
-        access_key_id: environment["AWS_ACCESS_KEY_ID"].clone(),
-        secret_access_key: environment["AWS_SECRET_ACCESS_KEY"].clone(),
-        region: environment["AWS_REGION"].clone(),
-        user_arn: String::new(),
-    };
-    Key { credentials, token: None }
-}
-
 #[tokio::test]
 async fn a_link_takes_one_file_once_as_it_was_announced() {
     let stack = Stack::start().await;
@@ -244,7 +215,7 @@ async fn a_link_takes_one_file_once_as_it_was_announced() {
     assert_eq!(acme.get("/v1/documents/file").await.json()["version"], 1);
 
     // Late, and for another tenant: what the very session that signs links can sign.
-    let ingestion = own_key(&stack, "ingestion");
+    let ingestion = stack.own_key("ingestion");
     let session = stack.assume(&ingestion, "IngestionTenantRole", &[("tenant_id", "acme")]);
     let session = session.await.unwrap();
     let signed = async |ago: u64, key: &str| {
@@ -308,7 +279,7 @@ async fn what_cannot_be_uploaded_is_refused_by_name_and_changes_nothing() {
     reader.post("/v1/uploads", &base).await.expect_error(403, "insufficient_scope");
     // A tenant with a key of its own: its file would lie unsealed.
     let globex = stack.tenant("globex");
-    change(&stack, &globex, json!({"kms_key_arn": stack.create_kms_key().await})).await;
+    stack.change_tenant(&globex.id, json!({"kms_key_arn": stack.create_kms_key().await})).await;
     let refused = globex.post("/v1/uploads", &base).await.expect_error(400, "invalid_request");
     assert!(refused["message"].as_str().unwrap().contains("KMS"), "{refused}");
     assert_eq!(acme.get("/v1/documents").await.json()["documents"], json!([]));
@@ -366,7 +337,7 @@ async fn files_of_every_kind_are_read_or_say_why_not() {
 async fn an_upload_counts_as_a_document_from_the_beginning_on() {
     let stack = Stack::start().await;
     let acme = stack.tenant("acme");
-    change(&stack, &acme, json!({"limits": {"max_documents": 2}})).await;
+    stack.change_tenant(&acme.id, json!({"limits": {"max_documents": 2}})).await;
     acme.store("first", "First", "The first.").await;
     acme.begin_upload(&new("second", b"Second.")).await;
     let third = acme.post("/v1/uploads", &new("third", b"Third.")).await.expect_error(409, "conflict");
@@ -424,7 +395,7 @@ async fn a_file_that_cannot_be_read_says_why_and_hinders_no_other() {
 async fn whoever_dies_at_whatever_step_a_file_is_read_once() {
     let stack = Stack::start().await;
     let acme = stack.tenant("acme");
-    change(&stack, &acme, json!({"limits": {"requests_per_minute": 20_000}})).await;
+    stack.change_tenant(&acme.id, json!({"limits": {"requests_per_minute": 20_000}})).await;
     let (function, documents) = ("upload_ingestion", "documents");
     let rule = |mode: &str, operation: &str, table: &str, skip: u32| {
         json!({"rules": [{"mode": mode, "function": function, "operation": operation, "table": table,
@@ -513,12 +484,12 @@ async fn a_message_that_comes_again_changes_nothing() {
     let stack = Stack::start().await;
     let acme = stack.tenant("acme");
     // The file waits in the queue, as its message does.
-    change(&stack, &acme, json!({"limits": {"tokens_per_day": 0}})).await;
+    stack.change_tenant(&acme.id, json!({"limits": {"tokens_per_day": 0}})).await;
     let begun = acme.begin_upload(&new("twice", b"Twice told.")).await;
     assert_eq!(put_file(&begun, "Twice told.").await.0, StatusCode::OK);
     received(&stack, 1).await;
     let body = stack.queue("uploads").await[0]["body"].as_str().unwrap().to_owned();
-    change(&stack, &acme, json!({"limits": {"tokens_per_day": 1_000_000}})).await;
+    stack.change_tenant(&acme.id, json!({"limits": {"tokens_per_day": 1_000_000}})).await;
     for _ in 0..5 {
         stack.send_message("uploads", &body).await;
     }
@@ -546,7 +517,7 @@ async fn a_limit_lets_a_file_wait_and_fail_in_the_end() {
     let stack = Stack::start().await;
     let acme = stack.tenant("acme");
     let limit = async |tokens: u64| {
-        change(&stack, &acme, json!({"limits": {"tokens_per_day": tokens}})).await;
+        stack.change_tenant(&acme.id, json!({"limits": {"tokens_per_day": tokens}})).await;
     };
     limit(0).await;
     let begun = acme.begin_upload(&new("waits", b"It waits.")).await;
@@ -579,18 +550,18 @@ async fn a_tenant_that_is_suspended_meanwhile_gets_nothing_read() {
     let stack = Stack::start().await;
     let acme = stack.tenant("acme");
     let begun = acme.begin_upload(&new("late", b"Late.")).await;
-    change(&stack, &acme, json!({"status": "suspended"})).await;
+    stack.change_tenant(&acme.id, json!({"status": "suspended"})).await;
     assert_eq!(put_file(&begun, "Late.").await.0, StatusCode::OK);
     received(&stack, 1).await;
     assert_eq!(stack.items("documents", "acme", "DOC#").await[0]["status"], "pending");
-    change(&stack, &acme, json!({"status": "active"})).await;
+    stack.change_tenant(&acme.id, json!({"status": "active"})).await;
     stack.unhide_messages("uploads").await;
     assert_eq!(acme.read_upload("late").await["status"], "ready");
     over(&stack, &acme).await;
 
     // One that stays so: the message ends among the dead letters, and the document says that its file was not read.
     let begun = acme.begin_upload(&new("never", b"Never.")).await;
-    change(&stack, &acme, json!({"status": "suspended"})).await;
+    stack.change_tenant(&acme.id, json!({"status": "suspended"})).await;
     assert_eq!(put_file(&begun, "Never.").await.0, StatusCode::OK);
     for times in 1..=8 {
         received(&stack, times).await;
@@ -598,7 +569,7 @@ async fn a_tenant_that_is_suspended_meanwhile_gets_nothing_read() {
     }
     until("the dead letter", async || (stack.queue_messages("upload-failures").len() == 1).then_some(()))
         .await;
-    change(&stack, &acme, json!({"status": "active"})).await;
+    stack.change_tenant(&acme.id, json!({"status": "active"})).await;
     assert_eq!(status(&acme, "never").await, "pending");
     long_ago(&stack, &acme, "never").await;
     stack.invoke("eraser", json!({"job": "uploads"})).await;
@@ -668,14 +639,14 @@ async fn a_document_that_is_deleted_leaves_nothing_of_its_file() {
     over(&stack, &acme).await;
     acme.delete("/v1/documents/anew").await.expect_status(StatusCode::NO_CONTENT);
     // While its file waits to be read.
-    change(&stack, &acme, json!({"limits": {"tokens_per_day": 0}})).await;
+    stack.change_tenant(&acme.id, json!({"limits": {"tokens_per_day": 0}})).await;
     let begun = acme.begin_upload(&new("waiting", b"Waiting.")).await;
     assert_eq!(put_file(&begun, "Waiting.").await.0, StatusCode::OK);
     received(&stack, 1).await;
     assert!(objects(&stack, &acme).await.contains(&8));
     acme.delete("/v1/documents/waiting").await.expect_status(StatusCode::NO_CONTENT);
     assert!(objects(&stack, &acme).await.iter().all(|size| *size == 0));
-    change(&stack, &acme, json!({"limits": {"tokens_per_day": 1_000_000}})).await;
+    stack.change_tenant(&acme.id, json!({"limits": {"tokens_per_day": 1_000_000}})).await;
     stack.unhide_messages("uploads").await;
     until("the message's end", async || stack.queue("uploads").await.is_empty().then_some(())).await;
     acme.get("/v1/documents/waiting").await.expect_error(404, "not_found");

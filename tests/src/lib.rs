@@ -31,6 +31,8 @@ use crate::contract::{Asked, Asking};
 
 /// How long a stack may take to answer. Generous: machines differ, and this is no measurement.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// How long something may take that comes about by itself; generous too.
+const COMES_ABOUT: Duration = Duration::from_secs(90);
 
 /// How a stack is started.
 #[derive(Clone, Debug, Default)]
@@ -43,10 +45,25 @@ pub struct Options {
     pub no_seed: bool,
     /// A data directory to use; its own otherwise.
     pub data: Option<PathBuf>,
-    /// Services elsewhere to call instead of the offline ones: the model's and the embeddings'.
-    pub services: Option<(String, String)>,
+    /// The address of a model's service to call instead of the offline one.
+    pub model_url: Option<String>,
+    /// Embeddings to use instead of the offline ones.
+    pub embeddings: Option<Embeddings>,
     /// A folder with the functions' programs; those that are built with the tests otherwise.
     pub functions: Option<PathBuf>,
+}
+
+/// An embeddings service of OpenAI's protocol, and what is asked of it.
+#[derive(Clone, Debug)]
+pub struct Embeddings {
+    /// Its address.
+    pub url: String,
+    /// Its key.
+    pub key: String,
+    /// Its model, which must have a price.
+    pub model: String,
+    /// The length of its vectors.
+    pub dimensions: u32,
 }
 
 /// A running stack.
@@ -181,9 +198,13 @@ impl Stack {
         if options.no_seed {
             command.arg("--no-seed");
         }
-        if let Some((model, embeddings)) = &options.services {
-            command.args(["--model-url", model, "--embeddings-url", embeddings]);
-            command.env("ANTHROPIC_API_KEY", "offline").env("EMBEDDINGS_API_KEY", "some-key");
+        if let Some(url) = &options.model_url {
+            command.args(["--model-url", url]).env("ANTHROPIC_API_KEY", "offline");
+        }
+        if let Some(Embeddings { url, key, model, dimensions }) = &options.embeddings {
+            command.args(["--embeddings-url", url, "--embeddings-model", model]);
+            command.args(["--embeddings-dimensions", &dimensions.to_string()]);
+            command.env("EMBEDDINGS_API_KEY", key);
         }
         let mut child = command.spawn().expect("the stack starts");
         let waiting = async {
@@ -330,6 +351,16 @@ impl Stack {
         self.admin_raw(method, path, body.into_bytes()).await
     }
 
+    /// An operator's change of a tenant, which must be made.
+    pub async fn change_tenant(&self, id: &str, change: Value) {
+        self.patch_tenant(id, change).await.expect_status(StatusCode::OK);
+    }
+
+    /// An operator's change of a tenant.
+    pub async fn patch_tenant(&self, id: &str, change: Value) -> Answer {
+        self.admin(Method::PATCH, &format!("/admin/tenants/{id}"), Some(&change)).await
+    }
+
     /// Sends an operator's request, signed, with any bytes as its body.
     pub async fn admin_raw(&self, method: Method, path: &str, body: Vec<u8>) -> Answer {
         let url = format!("{}{path}", self.url());
@@ -364,6 +395,22 @@ impl Stack {
             access_key_id: text(admin, "access_key_id").to_owned(),
             secret_access_key: text(admin, "secret_access_key").to_owned(),
             region: text(admin, "region").to_owned(),
+            user_arn: String::new(),
+        };
+        Key { credentials, token: None }
+    }
+
+    /// A function's own key, as whoever broke into it would use it.
+    ///
+    /// # Panics
+    /// If no process of the function runs.
+    pub fn own_key(&self, function: &str) -> Key {
+        let processes = self.processes(function);
+        let environment = processes.values().next().expect("a process of the function");
+        let credentials = Credentials {
+            access_key_id: environment["AWS_ACCESS_KEY_ID"].clone(),
+            secret_access_key: environment["AWS_SECRET_ACCESS_KEY"].clone(),
+            region: environment["AWS_REGION"].clone(),
             user_arn: String::new(),
         };
         Key { credentials, token: None }
@@ -778,6 +825,21 @@ impl Stack {
         let kill = std::process::Command::new("kill").args(["-TERM", &pid]).status().expect("kill runs");
         assert!(kill.success());
         tokio::time::timeout(PATIENCE, self.child.wait()).await.expect("the stack ends").expect("its status")
+    }
+}
+
+/// Waits for what comes about by itself.
+///
+/// # Panics
+/// If it does not, in a time that is no measurement; `what` says what.
+pub async fn until<T>(what: &str, look: impl AsyncFn() -> Option<T>) -> T {
+    let began = Instant::now();
+    loop {
+        if let Some(found) = look().await {
+            return found;
+        }
+        assert!(began.elapsed() < COMES_ABOUT, "{what} does not come about");
+        tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }
 

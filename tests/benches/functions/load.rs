@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use local::template::Template;
 use reqwest::StatusCode;
 use serde_json::{Value, json};
-use tests::{Options, Stack, Tenant};
+use tests::{Embeddings, Options, Stack, Tenant};
 
 use crate::{services, setting};
 
@@ -30,10 +30,16 @@ const TICK_MS: u64 = 10;
 const BATCH: usize = 25;
 
 async fn stack(programs: &Path) -> Stack {
-    let services = services::start().await;
-    let functions = Some(programs.to_owned());
-    let services = Some((services.clone(), services));
-    Stack::start_with(Options { no_seed: true, services, functions, ..Options::default() }).await
+    let url = services::start().await;
+    let (key, model) = ("some-key".to_owned(), "text-embedding-3-small".to_owned());
+    Stack::start_with(Options {
+        no_seed: true,
+        functions: Some(programs.to_owned()),
+        model_url: Some(url.clone()),
+        embeddings: Some(Embeddings { url, key, model, dimensions: services::DIMENSIONS }),
+        ..Options::default()
+    })
+    .await
 }
 
 /// A tenant whose limits do not bind, with a document.

@@ -14,7 +14,7 @@ use tokio::net::TcpListener;
 /// Pieces of an answer, of about three tokens each.
 const DELTAS: usize = 60;
 /// The length of a vector: that of `text-embedding-3-small`.
-const DIMENSIONS: usize = 1_536;
+pub const DIMENSIONS: u32 = 1_536;
 
 struct Made {
     stream: Bytes,
