@@ -23,9 +23,14 @@ pub enum EnvError {
 /// # Errors
 /// If it is unset, empty or not UTF-8.
 pub fn text(name: &'static str) -> Result<String, EnvError> {
+    optional(name).ok_or(EnvError::Missing(name))
+}
+
+/// The value of `name`, if it is set, not empty and UTF-8.
+pub fn optional(name: &str) -> Option<String> {
     #[expect(clippy::disallowed_methods, reason = "the one place where the environment is read")]
     let value = std::env::var(name);
-    value.ok().filter(|v| !v.is_empty()).ok_or(EnvError::Missing(name))
+    value.ok().filter(|v| !v.is_empty())
 }
 
 /// The value of `name`, parsed.

@@ -1,12 +1,11 @@
 //! From a question and its vector to the passages that are shown for it: found by both methods, put in order by a
 //! reranker where there is one, and not all of one document.
 
-use aws_config::SdkConfig;
 use reqwest::Url;
 use tokio::time::Instant;
 
 use crate::aws::documents::DocumentStore;
-use crate::aws::secrets;
+use crate::aws::{Access, secrets};
 use crate::clock::Timestamp;
 use crate::error::ApiError;
 use crate::ranking::{MOST_OF_ONE, diverse};
@@ -66,7 +65,7 @@ impl Retrieval {
     /// If only some are there, if one or the secret is malformed, or if the model has no price; the error names the
     /// variable.
     pub async fn from_env(
-        config: &SdkConfig,
+        access: &Access,
         http: reqwest::Client,
     ) -> Result<Self, Box<dyn std::error::Error + Send + Sync>> {
         if ["RERANK_URL", "RERANK_MODEL", "RERANK_KEY_SECRET"]
@@ -79,7 +78,7 @@ impl Retrieval {
         let model = env::model("RERANK_MODEL")?;
         let prices = pricing::rerank_model(&model)
             .ok_or_else(|| format!("RERANK_MODEL names {model}, which has no price"))?;
-        let key = secrets::read(config, "RERANK_KEY_SECRET").await?;
+        let key = secrets::read(access, "RERANK_KEY_SECRET").await?;
         Ok(Self { reranker: Some(Reranker::new(http, &base, key, model, prices)) })
     }
 

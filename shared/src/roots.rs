@@ -9,12 +9,14 @@
 use std::sync::Arc;
 
 #[cfg(feature = "outbound")]
-use rustls::pki_types::CertificateDer;
-#[cfg(feature = "outbound")]
+use rustls::ClientConfig;
+#[cfg(feature = "roots")]
+use rustls::RootCertStore;
+#[cfg(feature = "roots")]
 use rustls::pki_types::pem::PemObject;
-#[cfg(feature = "outbound")]
-use rustls::{ClientConfig, RootCertStore};
-#[cfg(feature = "outbound")]
+#[cfg(feature = "roots")]
+use rustls::pki_types::{CertificateDer, TrustAnchor};
+#[cfg(feature = "roots")]
 use webpki_roots::TLS_SERVER_ROOTS;
 
 /// The roots of the authorities that sign for AWS's services, as PEM, the one form that the AWS clients take.
@@ -25,14 +27,14 @@ pub(crate) const AMAZON: &str = include_str!("amazon_roots.pem");
 #[cfg(feature = "outbound")]
 const PROTOCOLS: [&[u8]; 2] = [b"h2", b"http/1.1"];
 
-/// What outbound calls ask of a server: all roots, and those of `SSL_CERT_FILE`.
+/// All roots, and those of `SSL_CERT_FILE`.
 ///
 /// # Errors
 /// If the file cannot be read, or holds something else.
-#[cfg(feature = "outbound")]
-pub fn tls() -> Result<ClientConfig, RootsError> {
+#[cfg(feature = "roots")]
+pub(crate) fn anchors() -> Result<Vec<TrustAnchor<'static>>, RootsError> {
     let mut roots = RootCertStore { roots: TLS_SERVER_ROOTS.to_vec() };
-    if let Ok(path) = crate::env::text("SSL_CERT_FILE") {
+    if let Some(path) = crate::env::optional("SSL_CERT_FILE") {
         let own = std::fs::read(path).map_err(RootsError::Unreadable)?;
         for certificate in CertificateDer::pem_slice_iter(&own) {
             roots.add(certificate.map_err(|_| RootsError::Malformed)?).map_err(RootsError::Unusable)?;
@@ -41,16 +43,26 @@ pub fn tls() -> Result<ClientConfig, RootsError> {
             return Err(RootsError::Malformed);
         }
     }
+    Ok(roots.roots)
+}
+
+/// What outbound calls ask of a server.
+///
+/// # Errors
+/// As of [`anchors`].
+#[cfg(feature = "outbound")]
+pub fn tls() -> Result<ClientConfig, RootsError> {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let builder = ClientConfig::builder_with_provider(provider);
     let builder = builder.with_safe_default_protocol_versions().map_err(RootsError::Unusable)?;
+    let roots = RootCertStore { roots: anchors()? };
     let mut tls = builder.with_root_certificates(roots).with_no_client_auth();
     tls.alpn_protocols = PROTOCOLS.map(<[u8]>::to_vec).into();
     Ok(tls)
 }
 
 /// Why calls cannot be made.
-#[cfg(feature = "outbound")]
+#[cfg(feature = "roots")]
 #[derive(Debug, thiserror::Error)]
 pub enum RootsError {
     /// The file cannot be read.
@@ -63,6 +75,7 @@ pub enum RootsError {
     #[error("the certificates, those of SSL_CERT_FILE among them, cannot be used")]
     Unusable(#[source] rustls::Error),
     /// The HTTP client does not start.
+    #[cfg(feature = "outbound")]
     #[error("outbound calls cannot be made")]
     Client(#[from] reqwest::Error),
 }

@@ -34,6 +34,7 @@ use crate::ids::DocumentId;
 use crate::placement::{Offer, Terms};
 use crate::random;
 use crate::retry::Backoff;
+use crate::roots::{self, RootsError};
 use crate::scope::{Erasure, Expired, ForeignRecord, Operator, Subject, TenantScope, VectorToken};
 use crate::secret::Secret;
 use crate::tenant::{EmbeddingModel, TenantId};
@@ -135,12 +136,18 @@ struct Cell {
     terms: Terms,
 }
 
-/// A text that names no clusters.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "wanted name=url or name=url;capacity=900;state=closed;tenant=id, separated by commas; `{0}` is not that"
-)]
-pub struct InvalidCells(String);
+/// Why there are no clusters.
+#[derive(Debug, thiserror::Error)]
+pub enum InvalidCells {
+    /// The text names none.
+    #[error(
+        "wanted name=url or name=url;capacity=900;state=closed;tenant=id, separated by commas; `{0}` is not that"
+    )]
+    Malformed(String),
+    /// Whom to trust is not known.
+    #[error(transparent)]
+    Roots(#[from] RootsError),
+}
 
 impl FromStr for Cells {
     type Err = InvalidCells;
@@ -149,7 +156,7 @@ impl FromStr for Cells {
     fn from_str(text: &str) -> Result<Self, InvalidCells> {
         let mut cells = BTreeMap::new();
         for entry in text.split(',') {
-            let invalid = || InvalidCells(entry.to_owned());
+            let invalid = || InvalidCells::Malformed(entry.to_owned());
             let (place, terms) = match entry.trim().split_once(';') {
                 Some((place, terms)) => (place, terms.parse().map_err(|_| invalid())?),
                 None => (entry.trim(), Terms::default()),
@@ -160,9 +167,8 @@ impl FromStr for Cells {
                 return Err(invalid());
             }
             if endpoint.uri().scheme_str() == Some("https") {
-                endpoint = endpoint
-                    .tls_config(ClientTlsConfig::new().with_enabled_roots())
-                    .map_err(|_| invalid())?;
+                let tls = ClientTlsConfig::new().trust_anchors(roots::anchors()?);
+                endpoint = endpoint.tls_config(tls).map_err(|_| invalid())?;
             }
             let channel = endpoint
                 .connect_timeout(Duration::from_secs(2))

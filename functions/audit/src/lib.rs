@@ -43,7 +43,7 @@ impl Context {
     /// # Errors
     /// If a variable is absent; the error names it.
     pub async fn from_env() -> Result<Self, Error> {
-        let config = aws::config().await?;
+        let config = aws::config()?;
         let access = aws::Access::from_env(&config)?;
         let clock = Clock::system();
         let ledger = Ledger::new(&access, env::table("AUDIT_TABLE")?);

@@ -47,7 +47,7 @@ impl Context {
     /// # Errors
     /// If a variable is absent; the error names it.
     pub async fn from_env() -> Result<Self, Error> {
-        let config = aws::config().await?;
+        let config = aws::config()?;
         let access = aws::Access::own(&config);
         #[expect(clippy::disallowed_methods, reason = "the table's stream drives this function")]
         let bookkeeper = Bookkeeper::driven_by_events();

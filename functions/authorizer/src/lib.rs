@@ -54,15 +54,14 @@ impl Context {
     /// # Errors
     /// If a variable or secret is absent or malformed; the error names it.
     pub async fn from_env() -> Result<Self, Error> {
-        let config = aws::config().await?;
-        let access = aws::Access::own(&config);
+        let access = aws::Access::own(&aws::config()?);
         let clock = Clock::system();
         Ok(Self {
             tenants: TenantStore::new(&access, env::table("TENANTS_TABLE")?),
             keys: KeyStore::new(&access, env::table("TENANTS_TABLE")?),
             denials: Denials::new(Ledger::new(&access, env::table("AUDIT_TABLE")?), clock.clone()),
             key_sets: KeySets::new(env::parsed("ISSUER_REACH")?, clock.clone()),
-            vector_root_key: secrets::read(&config, "QDRANT_ROOT_KEY_SECRET").await?,
+            vector_root_key: secrets::read(&access, "QDRANT_ROOT_KEY_SECRET").await?,
             clock,
         })
     }

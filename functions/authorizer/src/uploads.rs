@@ -33,12 +33,11 @@ impl Context {
     /// # Errors
     /// If a variable or secret is absent or malformed; the error names it.
     pub async fn from_env() -> Result<Self, Error> {
-        let config = aws::config().await?;
-        let access = aws::Access::own(&config);
+        let access = aws::Access::own(&aws::config()?);
         Ok(Self {
             tenants: TenantStore::new(&access, env::table("TENANTS_TABLE")?),
             uploads: UploadRecords::new(&access, env::table("DOCUMENTS_TABLE")?),
-            vector_root_key: secrets::read(&config, "QDRANT_ROOT_KEY_SECRET").await?,
+            vector_root_key: secrets::read(&access, "QDRANT_ROOT_KEY_SECRET").await?,
             clock: Clock::system(),
         })
     }

@@ -73,8 +73,7 @@ impl Context {
     /// # Errors
     /// If a variable or secret is absent or malformed; the error names it.
     pub async fn from_env() -> Result<Self, Error> {
-        let config = aws::config().await?;
-        let access = aws::Access::per_tenant(&config)?;
+        let access = aws::Access::per_tenant(&aws::config()?)?;
         let http = outbound::client()?;
         let embedding = EmbeddingModel {
             name: env::model("EMBEDDINGS_MODEL")?,
@@ -85,8 +84,8 @@ impl Context {
         let model_url: Url = env::parsed("MODEL_URL")?;
         let embeddings_url: Url = env::parsed("EMBEDDINGS_URL")?;
         let (model_key, embeddings_key) = tokio::try_join!(
-            secrets::read(&config, "MODEL_KEY_SECRET"),
-            secrets::read(&config, "EMBEDDINGS_KEY_SECRET")
+            secrets::read(&access, "MODEL_KEY_SECRET"),
+            secrets::read(&access, "EMBEDDINGS_KEY_SECRET")
         )?;
         let clock = Clock::system();
         let conversations = env::table("CONVERSATIONS_TABLE")?;
@@ -101,7 +100,7 @@ impl Context {
             cells: env::parsed("QDRANT_CELLS")?,
             embeddings: EmbeddingsClient::new(http.clone(), &embeddings_url, embeddings_key, embedding),
             embedding_prices,
-            retrieval: Retrieval::from_env(&config, http.clone()).await?,
+            retrieval: Retrieval::from_env(&access, http.clone()).await?,
             model: ModelClient::new(http, &model_url, model_key),
             model_keys: TenantKeys::from_env(&access, "TENANT_MODEL_KEYS")?,
             clock,

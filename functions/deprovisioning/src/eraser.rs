@@ -60,8 +60,7 @@ impl Context {
     /// # Errors
     /// If a variable or secret is absent or malformed; the error names it.
     pub async fn from_env() -> Result<Self, Error> {
-        let config = aws::config().await?;
-        let access = aws::Access::own(&config);
+        let access = aws::Access::own(&aws::config()?);
         #[expect(clippy::disallowed_methods, reason = "a schedule and a table's stream drive this function")]
         let bookkeeper = Bookkeeper::driven_by_events();
         let clock = Clock::system();
@@ -84,7 +83,7 @@ impl Context {
             uploads: Uploads::new(&access, env::bucket("DOCUMENTS_BUCKET")?),
             secrets: TenantSecrets::from_env(&access, "TENANT_SECRETS", "TENANT_MODEL_KEYS")?,
             cells: env::parsed("QDRANT_CELLS")?,
-            vector_root_key: secrets::read(&config, "QDRANT_ROOT_KEY_SECRET").await?,
+            vector_root_key: secrets::read(&access, "QDRANT_ROOT_KEY_SECRET").await?,
             audit_retention_days: env::parsed("AUDIT_RETENTION_DAYS")?,
             authorizer_cache_s: env::parsed("AUTHORIZER_CACHE_SECONDS")?,
             bookkeeper,

@@ -37,7 +37,7 @@ impl Context {
     /// # Errors
     /// If a variable is absent; the error names it.
     pub async fn from_env() -> Result<Self, Error> {
-        let config = aws::config().await?;
+        let config = aws::config()?;
         let access = aws::Access::own(&config);
         let tenants = env::table("TENANTS_TABLE")?;
         Ok(Self {

@@ -59,7 +59,7 @@ impl Context {
     /// # Errors
     /// If a variable or secret is absent or malformed; the error names it.
     pub async fn from_env() -> Result<Self, Error> {
-        Self::of(&aws::config().await?).await
+        Self::of(&aws::config()?).await
     }
 
     /// As [`Context::from_env`], over connections that there are already.
@@ -72,7 +72,7 @@ impl Context {
         let embedding_prices = pricing::embedding_model(&embedding.name)
             .ok_or_else(|| format!("EMBEDDINGS_MODEL names {}, which has no price", embedding.name))?;
         let url: Url = env::parsed("EMBEDDINGS_URL")?;
-        let key = secrets::read(config, "EMBEDDINGS_KEY_SECRET").await?;
+        let key = secrets::read(&access, "EMBEDDINGS_KEY_SECRET").await?;
         let (clock, http) = (Clock::system(), outbound::client()?);
         Ok(Self {
             gate: Gate::from_env(&access, clock.clone())?,
@@ -85,7 +85,7 @@ impl Context {
             cells: env::parsed("QDRANT_CELLS")?,
             embeddings: EmbeddingsClient::new(http.clone(), &url, key, embedding),
             embedding_prices,
-            retrieval: Retrieval::from_env(config, http).await?,
+            retrieval: Retrieval::from_env(&access, http).await?,
             clock,
         })
     }

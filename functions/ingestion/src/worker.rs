@@ -62,7 +62,7 @@ impl Context {
     /// # Errors
     /// If a variable or secret is absent or malformed; the error names it.
     pub async fn from_env() -> Result<Self, Error> {
-        let config = aws::config().await?;
+        let config = aws::config()?;
         Ok(Self {
             ingestion: crate::Context::of(&config).await?,
             authorizer: UploadAuthorizer::from_env(&config)?,

@@ -52,7 +52,7 @@ impl Context {
     /// # Errors
     /// If a variable is absent; the error names it.
     pub async fn from_env() -> Result<Self, Error> {
-        let access = aws::Access::per_tenant(&aws::config().await?)?;
+        let access = aws::Access::per_tenant(&aws::config()?)?;
         let clock = Clock::system();
         Ok(Self {
             gate: Gate::from_env(&access, clock.clone())?,

@@ -60,10 +60,9 @@ impl Context {
     /// # Errors
     /// If a variable or secret is absent or malformed; the error names it.
     pub async fn from_env() -> Result<Self, Error> {
-        let config = aws::config().await?;
-        let access = aws::Access::own(&config);
+        let access = aws::Access::own(&aws::config()?);
         let (vector_root_key, webhook_root) = tokio::try_join!(
-            secrets::read(&config, "QDRANT_ROOT_KEY_SECRET"),
+            secrets::read(&access, "QDRANT_ROOT_KEY_SECRET"),
             WebhookRoot::from_env(&access, "WEBHOOK_KEY_SECRET")
         )?;
         Ok(Self {

@@ -50,7 +50,7 @@ impl Context {
     /// # Errors
     /// If a variable is absent or malformed; the error names it.
     pub async fn from_env() -> Result<Self, Error> {
-        let config = aws::config().await?;
+        let config = aws::config()?;
         let access = aws::Access::own(&config);
         #[expect(clippy::disallowed_methods, reason = "a schedule drives this function")]
         let bookkeeper = Bookkeeper::driven_by_events();

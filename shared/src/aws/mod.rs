@@ -1,14 +1,7 @@
 //! The stores on AWS. The only importers of `aws_sdk_*`.
 
-use std::time::Duration;
-
-use aws_config::BehaviorVersion;
-use aws_config::environment::{EnvironmentVariableCredentialsProvider, EnvironmentVariableRegionProvider};
-use aws_config::retry::RetryConfig;
-use aws_config::timeout::TimeoutConfig;
 #[cfg(any(feature = "dynamodb", feature = "invoke", feature = "objects"))]
 use aws_sdk_sts::error::{ProvideErrorMetadata, SdkError};
-use connections::Connections;
 
 #[cfg(feature = "dynamodb")]
 pub mod accounts;
@@ -16,6 +9,7 @@ pub mod accounts;
 pub mod audit_objects;
 #[cfg(all(feature = "dynamodb", feature = "audit-log"))]
 pub mod chains;
+mod config;
 mod connections;
 #[cfg(feature = "dynamodb")]
 pub mod conversations;
@@ -56,8 +50,8 @@ pub mod usage;
 #[cfg(all(feature = "dynamodb", feature = "webhooks"))]
 pub mod webhooks;
 
-pub use aws_config::SdkConfig;
-pub use connections::NoConnections;
+pub use aws_types::SdkConfig;
+pub use config::{NoConfig, config};
 pub use session::{Access, LINKS_HOLD};
 #[cfg(feature = "dynamodb")]
 pub use table::StoreError;
@@ -71,30 +65,4 @@ fn failure_code<E: ProvideErrorMetadata, R>(error: &SdkError<E, R>) -> String {
         other => other.code().unwrap_or("unknown"),
     }
     .to_owned()
-}
-
-/// The configuration of every AWS client: credentials, region and endpoints from the environment, and
-/// a bound on each call. DynamoDB answers in milliseconds; one that takes a second is better asked
-/// again.
-///
-/// All clients, whosever credentials they use, have one pool of connections: a connection belongs to
-/// nobody, since each call is signed by itself. Credentials and region are looked for in the environment
-/// alone: to ask profiles, containers and machines as well takes clients of its own.
-///
-/// # Errors
-/// [`NoConnections`].
-pub async fn config() -> Result<SdkConfig, NoConnections> {
-    let config = aws_config::defaults(BehaviorVersion::latest())
-        .http_client(Connections::new()?)
-        .credentials_provider(EnvironmentVariableCredentialsProvider::new())
-        .region(EnvironmentVariableRegionProvider::new())
-        .retry_config(RetryConfig::standard().with_max_attempts(3))
-        .timeout_config(
-            TimeoutConfig::builder()
-                .connect_timeout(Duration::from_secs(1))
-                .operation_attempt_timeout(Duration::from_secs(2))
-                .operation_timeout(Duration::from_secs(5))
-                .build(),
-        );
-    Ok(config.load().await)
 }

@@ -5,8 +5,6 @@ use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use aws_config::SdkConfig;
-use aws_sdk_secretsmanager::Client;
 use aws_sdk_secretsmanager::types::{Filter, FilterNameStringType};
 use tokio::time::Instant;
 
@@ -263,13 +261,13 @@ pub enum KeyError {
     Unreadable(#[source] Box<dyn std::error::Error + Send + Sync>),
 }
 
-/// The secret whose id stands in the environment variable `variable`.
+/// The secret whose id stands in the environment variable `variable`, read in the function's own role.
 ///
 /// # Errors
 /// [`SecretError`] says which variable and secret are at fault.
-pub async fn read(config: &SdkConfig, variable: &'static str) -> Result<Secret, SecretError> {
+pub async fn read(access: &Access, variable: &'static str) -> Result<Secret, SecretError> {
     let id = env::secret_name(variable)?;
-    let answer = Client::new(config).get_secret_value().secret_id(&id).send().await;
+    let answer = access.own_role().secrets().get_secret_value().secret_id(&id).send().await;
     let value = answer.map_err(|source| SecretError::Unreadable {
         variable,
         id: id.clone(),

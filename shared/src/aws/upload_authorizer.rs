@@ -1,12 +1,13 @@
 //! The authorizer of uploads, as the function that reads them asks it: a function of its own, since it holds what
 //! the reader of strangers' files must not, the vector store's key.
 
+use std::sync::OnceLock;
 use std::time::Duration;
 
-use aws_config::SdkConfig;
-use aws_config::timeout::TimeoutConfig;
-use aws_sdk_lambda::Client;
+use aws_sdk_lambda::config::timeout::TimeoutConfig;
 use aws_sdk_lambda::primitives::Blob;
+use aws_sdk_lambda::{Client, Config};
+use aws_types::SdkConfig;
 
 use crate::env::{self, EnvError};
 use crate::upload::{Ruling, UploadPlace};
@@ -14,7 +15,9 @@ use crate::upload::{Ruling, UploadPlace};
 /// The function.
 #[derive(Clone, Debug)]
 pub struct UploadAuthorizer {
-    client: Client,
+    config: Config,
+    /// Made with the first call: no function waits for it at its start.
+    client: OnceLock<Client>,
     function: String,
 }
 
@@ -52,7 +55,7 @@ impl UploadAuthorizer {
             .operation_timeout(Duration::from_secs(25))
             .build();
         let config = aws_sdk_lambda::config::Builder::from(config).timeout_config(timeouts).build();
-        Ok(Self { client: Client::from_conf(config), function })
+        Ok(Self { config, client: OnceLock::new(), function })
     }
 
     /// What it says about the upload whose file is at `place`.
@@ -60,7 +63,8 @@ impl UploadAuthorizer {
     /// # Errors
     /// [`NoRuling`].
     pub async fn ask(&self, place: &UploadPlace) -> Result<Ruling, NoRuling> {
-        let call = self.client.invoke().function_name(&self.function);
+        let client = self.client.get_or_init(|| Client::from_conf(self.config.clone()));
+        let call = client.invoke().function_name(&self.function);
         let answer = call.payload(Blob::new(serde_json::to_vec(place)?)).send().await;
         let answer = answer.map_err(|error| NoRuling::Unasked {
             code: super::failure_code(&error),
