@@ -107,10 +107,11 @@ impl From<Unreadable> for ApiError {
     }
 }
 
-/// Reads whatever it is given: what fuzzing calls. Nobody needs what comes out.
+/// Reads whatever it is given, said to be in the charset of that label if it is one: what fuzzing calls. Nobody needs what
+/// comes out.
 #[doc(hidden)]
-pub fn fuzz(content_type: ContentType, content: &[u8]) {
-    if let Ok(blocks) = blocks(content.to_vec(), content_type, None) {
+pub fn fuzz(content_type: ContentType, charset: &str, content: &[u8]) {
+    if let Ok(blocks) = blocks(content.to_vec(), content_type, Charset::parse(charset)) {
         assert!(!blocks.is_empty(), "a document without a block is an error");
     }
 }
