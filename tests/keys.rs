@@ -830,9 +830,7 @@ fn files_that_hold(folder: &Path, texts: &[String], found: &mut Vec<String>) {
 
 #[tokio::test]
 async fn a_secret_is_shown_once_and_is_nowhere_else() {
-    let options =
-        Options { no_seed: true, parameters: vec![("LogLevel", "trace".to_owned())], ..Options::default() };
-    let stack = Stack::start_with(options).await;
+    let stack = Stack::start_with(Options { no_seed: true, ..Options::default() }).await;
     let acme = tenant(&stack, "acme").await;
     let with_key = |key: &Value| acme.with_key(key["api_key"].as_str().unwrap());
     let request = acme.request(Method::POST, "/v1/keys").header("idempotency-key", "k").json(&json!({}));

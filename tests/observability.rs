@@ -338,9 +338,8 @@ fn canary(what: &str) -> String {
 
 #[tokio::test]
 async fn nothing_that_anybody_wrote_is_in_a_log_or_a_metric() {
-    // As loud as it can be.
-    let parameters = vec![("LogLevel", "trace".to_owned())];
-    let stack = Stack::start_with(Options { parameters, ..Options::default() }).await;
+    // As loud as it can be, which it is by default.
+    let stack = Stack::start().await;
     let mut canaries: Vec<String> = Vec::new();
     let mut word = |what: &str| {
         let word = canary(what);

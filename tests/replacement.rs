@@ -282,6 +282,17 @@ async fn a_writer_that_comes_late_puts_nothing_back() {
         .await;
     put(&busy, "Third", &handbook(3)).await.expect_status(StatusCode::CREATED);
     assert_eq!(versions(&busy.search("harbour rules", 50).await), ([3].into(), PASSAGES));
+
+    // One that is never answered may be done too: what it made current is there.
+    let unanswered = json!({"mode": "lost_answer", "operation": "PutItem", "table": "documents",
+        "contains": "\"current\"", "skip": 1, "times": 20});
+    stack.dynamodb_faults(json!({"rules": [unanswered]})).await;
+    put(&busy, "Fourth", &handbook(4)).await.expect_error(503, "unavailable");
+    stack.clear_dynamodb_faults().await;
+    assert_eq!(versions(&busy.search("harbour rules", 50).await), ([4].into(), PASSAGES));
+    put(&busy, "Fourth", &handbook(4)).await.expect_status(StatusCode::CREATED);
+    assert_eq!(versions(&busy.search("harbour rules", 50).await), ([4].into(), PASSAGES));
+    assert_eq!(points(&stack).await, PASSAGES as u64);
     stack.stop().await;
 }
 

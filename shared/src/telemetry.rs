@@ -4,30 +4,10 @@ use std::io::Write;
 use std::sync::OnceLock;
 
 use tracing::Level;
-use tracing_subscriber::filter::Targets;
 use tracing_subscriber::fmt::format::FmtSpan;
-use tracing_subscriber::layer::SubscriberExt;
-use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::env;
 use crate::metrics::Line;
-
-/// Our own crates.
-const OWN: [&str; 13] = [
-    "audit",
-    "audit_export",
-    "authorizer",
-    "chat",
-    "deprovisioning",
-    "eraser",
-    "ingestion",
-    "keys",
-    "provisioning",
-    "reconciler",
-    "shared",
-    "usage",
-    "webhooks",
-];
 
 /// Where this process's metrics belong.
 static NAMESPACE: OnceLock<String> = OnceLock::new();
@@ -77,18 +57,15 @@ impl std::error::Error for CannotStart {}
 pub fn init() -> Result<(), CannotStart> {
     let level = env::parsed::<Level>("LOG_LEVEL").map_err(CannotStart::new)?;
     let namespace = env::namespace("METRICS_NAMESPACE").map_err(CannotStart::new)?;
-    let others = level.min(Level::INFO);
-    let targets = Targets::new().with_default(others).with_targets(OWN.map(|own| (own, level)));
     tracing_subscriber::fmt()
         .json()
         .flatten_event(true)
         .with_current_span(true)
         .with_span_list(false)
         .with_span_events(FmtSpan::NONE)
-        .with_max_level(level)
+        // Below that other people's crates write down what they send and receive.
+        .with_max_level(level.min(Level::INFO))
         .with_target(false)
-        .finish()
-        .with(targets)
         .init();
     NAMESPACE.get_or_init(|| namespace);
     Ok(())

@@ -100,7 +100,7 @@ impl<'a> Metered<'a> {
         ends_by(&self.context.clock, self.deadline)
     }
 
-    /// Reserves what a document's texts are estimated to take, so that one that does not fit into what is left is
+    /// Reserves the least that a document's texts are likely to take, so that one that cannot fit into what is left is
     /// refused before any of it is paid for.
     ///
     /// # Errors

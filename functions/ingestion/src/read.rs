@@ -6,7 +6,7 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 use shared::clock::Timestamp;
 use shared::document::{ContentType, Document, DocumentStatus};
-use shared::error::ApiError;
+use shared::error::{ApiError, Code};
 use shared::groups::Groups;
 use shared::ids::DocumentId;
 use shared::ledger::Action;
@@ -58,6 +58,11 @@ impl View {
     }
 }
 
+/// Documents that are looked at at once, at least.
+const LEAST_PAGE: u16 = 500;
+/// How long documents are looked for, in milliseconds: API Gateway waits for 29 seconds.
+const MOST_TIME_MS: i64 = 20_000;
+
 #[derive(Serialize)]
 struct List {
     documents: Vec<View>,
@@ -91,10 +96,17 @@ async fn readable(
     now: Timestamp,
 ) -> Result<(Vec<Document>, Option<DocumentId>), ApiError> {
     let most = usize::from(limit);
+    let deadline = now.plus_millis(MOST_TIME_MS);
+    // One more than is shown tells whether there are more; of many that the caller may not read, many at once.
+    let page_size = (limit + 1).max(LEAST_PAGE);
     let mut readable: Vec<Document> = Vec::new();
     loop {
-        // One more than is shown tells whether there are more.
-        let (page, next) = context.documents.list(scope, limit + 1, after.as_deref(), now).await?;
+        if context.clock.now() >= deadline {
+            let message =
+                "the documents that you may read are too far apart among others; ask for each by its id";
+            return Err(ApiError::new(Code::DeadlineExceeded, message));
+        }
+        let (page, next) = context.documents.list(scope, page_size, after.as_deref(), now).await?;
         readable.extend(page.into_iter().filter(|document| scope.may_read(&document.groups)));
         if readable.len() > most {
             readable.truncate(most);

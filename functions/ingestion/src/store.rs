@@ -9,6 +9,7 @@ use shared::document::{Awaited, ContentType, Document, DocumentStatus, fingerpri
 use shared::error::ApiError;
 use shared::groups::Groups;
 use shared::ids::{DocumentId, UploadId};
+use shared::scope::TenantScope;
 use shared::units::Tokens;
 use shared::vectors::{Collection, NewPoint, VectorError};
 
@@ -143,9 +144,11 @@ pub(crate) async fn store(
     match index(context, metered, &mut document, chunks).await {
         Ok(()) => Ok(document),
         Err(Lost::Overtaken) => {
-            forget(context, metered, &document).await;
+            forget(context, scope, &document).await;
             Err(StoreError::Conflict.into())
         }
+        // Whether it is found shows by itself: its sender is told to try again.
+        Err(Lost::Unanswered(error)) => Err(error.into()),
         Err(Lost::Failed(error)) => {
             // What is found is not said to have failed: to store it again ends what is left to do.
             if document.current != Some(document.updated_at) {
@@ -207,19 +210,22 @@ async fn fail(context: &Context, metered: &Metered<'_>, document: Document, fail
         tracing::warn!(document.id = %document.id, "Document stays marked as processing: {error}");
     }
     if failed == DocumentStatus::Failed || matches!(stored, Err(StoreError::Conflict)) {
-        forget(context, metered, &document).await;
+        forget(context, metered.scope(), &document).await;
     }
 }
 
-/// Takes away what was stored of an edition that nobody will find.
-async fn forget(context: &Context, metered: &Metered<'_>, document: &Document) {
-    let collection = match context.cells.write(metered.scope(), context.embeddings.model()) {
-        Ok(collection) => collection,
-        Err(error) => {
-            return tracing::warn!(document.id = %document.id, "Passages stay behind unseen: {error}");
+/// Takes away what was stored of a document's edition that nobody is to find. One that its record calls the current one
+/// stays: the write that made it so may have been done and not answered.
+pub(crate) async fn forget(context: &Context, scope: &TenantScope, document: &Document) {
+    let forgotten = async {
+        let current = context.documents.editions(scope, [document.id.clone()].into()).await?;
+        if current.get(&document.id) == Some(&Some(document.updated_at)) {
+            return Ok(());
         }
+        let collection = context.cells.write(scope, context.embeddings.model())?;
+        Ok::<_, ApiError>(collection.delete_edition(&document.id, document.updated_at).await?)
     };
-    if let Err(error) = collection.delete_edition(&document.id, document.updated_at).await {
+    if let Err(error) = forgotten.await {
         tracing::warn!(document.id = %document.id, "Passages stay behind unseen: {error}");
     }
 }
@@ -246,6 +252,8 @@ fn digest(valid: &Valid) -> [u8; 32] {
 enum Lost {
     /// Somebody else has replaced or deleted it meanwhile.
     Overtaken,
+    /// The write that makes it found was not answered: it may be done.
+    Unanswered(ApiError),
     /// Something failed.
     Failed(ApiError),
 }
@@ -286,8 +294,11 @@ async fn index(
     collection.supersede(&document.id, edition).await?;
     let processing = document.clone();
     let mut found = Document { current: Some(edition), ..processing.clone() };
-    context.documents.put(scope, &mut found, &processing, metered.seal()).await?;
-    *document = found;
+    match context.documents.put(scope, &mut found, &processing, metered.seal()).await {
+        Ok(()) => *document = found,
+        Err(StoreError::Conflict) => return Err(Lost::Overtaken),
+        Err(error) => return Err(Lost::Unanswered(error.into())),
+    }
     collection.delete_before(&document.id, edition).await?;
     collection.settle(&document.id, edition).await?;
     let mut ready = Document { status: DocumentStatus::Ready, at_work_until: None, ..document.clone() };
@@ -315,7 +326,7 @@ async fn upsert(
     // Earlier attempts count too: what they have paid for is not paid for again.
     let stored = collection.stored(&document.id).await?;
     let unknown = chunks.iter().map(|chunk| searchable(document, chunk)).filter(|text| !stored.has(text));
-    metered.plan(unknown.map(|text| Tokens::estimate(&text))).await?;
+    metered.plan(unknown.map(|text| Tokens::least(&text))).await?;
     let mut chunks = chunks.into_iter().peekable();
     while chunks.peek().is_some() {
         let batch: Vec<Chunk> = chunks.by_ref().take(AT_ONCE).collect();

@@ -8,8 +8,9 @@ use http::{Response, StatusCode};
 use lambda_http::{Body, Request};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
-use shared::aws::LINKS_HOLD;
 use shared::aws::audit_objects::ObjectError;
+use shared::aws::documents::NotCreated;
+use shared::aws::{LINKS_HOLD, StoreError};
 use shared::clock::Timestamp;
 use shared::document::{ContentType, Document, DocumentStatus};
 use shared::error::{ApiError, Code};
@@ -199,14 +200,18 @@ async fn begin(
     let document = awaiting(known.as_ref().filter(|d| d.is_kept(scope.limits(), now)), &upload, now);
     let mut document = Document { version: known.as_ref().map_or(0, |known| known.version), ..document };
     let awaited = match &known {
-        Some(known) => context.documents.put(scope, &mut document, known, None).await.map_err(ApiError::from),
-        None => context.documents.create(scope, &mut document, None).await.map_err(ApiError::from),
+        Some(known) => {
+            context.documents.put(scope, &mut document, known, None).await.map_err(NotCreated::Store)
+        }
+        None => context.documents.create(scope, &mut document, None).await,
     };
     if let Err(error) = awaited {
-        if let Err(second) = context.upload_records.end(scope, &upload.upload_id).await {
+        // What was not answered may have been done: then its record finds it.
+        let undone = matches!(error, NotCreated::Full | NotCreated::Store(StoreError::Conflict));
+        if undone && let Err(second) = context.upload_records.end(scope, &upload.upload_id).await {
             tracing::warn!(upload.id = %upload.upload_id, "An upload that was not begun is left for later: {second}");
         }
-        return Err(error);
+        return Err(error.into());
     }
     supersede(context, scope, known.as_ref()).await;
     let first = First {

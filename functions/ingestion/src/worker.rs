@@ -38,7 +38,7 @@ use tokio::time::Instant;
 
 use crate::extract::Charset;
 use crate::metered::{Metered, Shown};
-use crate::store::{NotStored, Valid, store};
+use crate::store::{NotStored, Valid, forget, store};
 use crate::upload::{close, unavailable};
 
 /// What is kept of an invocation's time, to settle and to give back what could not be done.
@@ -348,7 +348,13 @@ impl Reading<'_> {
         };
         let seal = Box::pin(ingestion.data_keys.of(&self.scope)).await?;
         match ingestion.documents.put(&self.scope, &mut failed, &document, seal.as_deref()).await {
-            Ok(()) => self.end(upload).await,
+            Ok(()) => {
+                // What attempts have left for a next one, which there is none of.
+                if document.upload.is_some_and(|awaited| awaited.taken) {
+                    forget(ingestion, &self.scope, &failed).await;
+                }
+                self.end(upload).await
+            }
             // It was deleted, or sent again: by another file, or by this one's link anew.
             Err(aws::StoreError::Conflict) => match self.awaiting(upload).await? {
                 Some(_) => Ok(Came::Again),

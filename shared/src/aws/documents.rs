@@ -282,7 +282,9 @@ impl DocumentStore {
             .set_item(Some(self.0.sealed_item(scope, &*document, &sort, &TEXT, seal)?))
             // Or as it is to be: the client repeats a write that was done and not answered.
             .condition_expression(match expected.revision {
-                0 => "attribute_not_exists(revision) OR revision = :written",
+                0 => {
+                    "(attribute_exists(updated_at) AND attribute_not_exists(revision)) OR revision = :written"
+                }
                 _ => "revision IN (:expected, :written)",
             })
             .expression_attribute_values(":written", AttributeValue::N(document.revision.to_string()));

@@ -149,7 +149,7 @@ fn a_streams_failures_are_bounded_and_kept() {
         assert!(retries.is_some_and(|most| (0..=1_000).contains(&most)), "{id}: {retries:?}");
         // The eraser's schedule goes on each minute with whatever is in its list. So nothing of this stream is ever
         // lost, nor is anything to be tried again, halved or told by it.
-        if id == "Begun" {
+        if id == "EraserBegun" {
             assert_eq!(retries, Some(0));
             let schedules = named(&resources, "Eraser").get("/Events").unwrap();
             assert_eq!(schedules["Deprovision"]["Properties"]["ScheduleExpression"], "rate(1 minute)");
@@ -161,7 +161,7 @@ fn a_streams_failures_are_bounded_and_kept() {
         let queue = mapping.text("/DestinationConfig/OnFailure/Destination").unwrap();
         assert_eq!(queue, queue_arn("bulkhead-ledger-failures"), "{id}");
     }
-    assert_eq!(streams, BTreeSet::from(["Begun", "Ledger"]));
+    assert_eq!(streams, BTreeSet::from(["AuditExportLedger", "EraserBegun"]));
 }
 
 /// Whoever crashes, runs out of time or is turned away is seen, also the function that is added next.
