@@ -11,7 +11,7 @@ use shared::groups::Groups;
 use shared::ids::{DocumentId, UploadId};
 use shared::scope::TenantScope;
 use shared::units::Tokens;
-use shared::vectors::{Collection, NewPoint, VectorError};
+use shared::vectors::{Collection, NewPoint, Stored, VectorError};
 
 use crate::Context;
 use crate::extract::apart::{self, Failed};
@@ -323,8 +323,11 @@ async fn upsert(
     document: &Document,
     chunks: Vec<Chunk>,
 ) -> Result<(), ApiError> {
-    // Earlier attempts count too: what they have paid for is not paid for again.
-    let stored = collection.stored(&document.id).await?;
+    // Earlier attempts count too: what they have paid for is not paid for again. A new document had none.
+    let stored = match document.created_at == document.updated_at {
+        true => Stored::default(),
+        false => collection.stored(&document.id).await?,
+    };
     let unknown = chunks.iter().map(|chunk| searchable(document, chunk)).filter(|text| !stored.has(text));
     metered.plan(unknown.map(|text| Tokens::least(&text))).await?;
     let mut chunks = chunks.into_iter().peekable();

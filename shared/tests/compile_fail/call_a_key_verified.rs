@@ -7,7 +7,7 @@ fn verified(record: KeyRecord) -> VerifiedKey {
 }
 
 fn operator(arn: String, request_id: RequestId) -> Operator {
-    Operator { arn, request_id }
+    Operator { arn, request_id, trace: None }
 }
 
 fn main() {}
