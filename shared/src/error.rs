@@ -131,6 +131,12 @@ impl ApiError {
         Self { param: Some(param.into()), ..Self::new(Code::InvalidRequest, message) }
     }
 
+    /// Another request has the idempotency key by now, which this one had: what that says holds.
+    pub fn superseded() -> Self {
+        let message = "another request with this Idempotency-Key has taken over";
+        Self::new(Code::Conflict, message).with_param("Idempotency-Key")
+    }
+
     /// 404, always in the same words, whether the thing is another's or nobody's.
     pub fn not_found() -> Self {
         Self::new(Code::NotFound, "no such thing, or it is not yours")

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use shared::audit_log::{self, Head, ObjectHash, WireRecord};
 use shared::aws::LINKS_HOLD;
 use shared::clock::Timestamp;
-use shared::error::{ApiError, Code};
+use shared::error::ApiError;
 use shared::idempotency::{IdempotencyKey, Stored};
 use shared::item_key;
 use shared::ledger::{Action, Record};
@@ -127,15 +127,8 @@ async fn make_first(
     let now = context.clock.now();
     let record = Record::event(scope, Action::AuditExported, Vec::new(), now);
     let stored = Stored { status: StatusCode::CREATED.as_u16(), body: bundle.export_id.clone() };
-    let Some(key) = key else {
-        context.ledger.note(&record).await?;
-        return Ok(bundle);
-    };
-    let finished = context.idempotency.finished(key, &stored, now);
-    if !context.ledger.note_finished(scope, &record, finished).await? {
-        let message = "another request with this Idempotency-Key has taken over";
-        return Err(ApiError::new(Code::Conflict, message).with_param("Idempotency-Key"));
-    }
+    let finished = key.map(|key| context.idempotency.finished(key, &stored, now));
+    context.ledger.note_finished(scope, &record, finished).await?;
     Ok(bundle)
 }
 

@@ -95,10 +95,7 @@ async fn keep(
             let given = context.conversations.given(scope, id, now).await?.ok_or_else(ApiError::not_found)?;
             same(&given.feedback.ok_or_else(ApiError::not_found)?, feedback, stored)
         }
-        Rated::Superseded => {
-            let message = "another request with this Idempotency-Key has taken over";
-            Err(ApiError::new(Code::Conflict, message).with_param("Idempotency-Key"))
-        }
+        Rated::Superseded => Err(ApiError::superseded()),
     }
 }
 

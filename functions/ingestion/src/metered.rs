@@ -109,6 +109,11 @@ impl<'a> Metered<'a> {
         let planned: Tokens = texts.sum();
         let mut held = self.held.lock().await;
         let total = held.spent + held.under_way + planned;
+        self.extend(&mut held, total).await
+    }
+
+    /// Has at least so much reserved.
+    async fn extend(&self, held: &mut Held, total: Tokens) -> Result<(), ApiError> {
         if total > held.admission.reserved() {
             let need = Need { tokens: total, cost: self.cost(total) };
             self.context.gate.extend(self.scope, &mut held.admission, need).await?;
@@ -163,11 +168,7 @@ impl<'a> Metered<'a> {
         let left = self.scope.note().standing().map_or(Tokens(0), |s| s.day_remaining.min(s.month_remaining));
         let count = EmbeddingsClient::fitting(texts, left + slack);
         let bound = texts.get(..count).map_or(Tokens(0), most);
-        let total = needed + bound;
-        if total > held.admission.reserved() {
-            let need = Need { tokens: total, cost: self.cost(total) };
-            self.context.gate.extend(self.scope, &mut held.admission, need).await?;
-        }
+        self.extend(&mut held, needed + bound).await?;
         held.under_way = held.under_way + bound;
         Ok(count)
     }

@@ -222,20 +222,13 @@ async fn begin(
         expires_at: upload.expires_at,
     };
     let record = Record::event(scope, Action::UploadBegun, vec![first.document_id.clone()], now);
-    let Some(key) = key else {
-        context.ledger.note(&record).await?;
-        return Ok(first);
-    };
     let body = serde_json::to_string(&first).map_err(|error| {
         tracing::error!("An upload does not serialise: {error}");
         ApiError::unavailable("the answer")
     })?;
     let stored = Stored { status: StatusCode::CREATED.as_u16(), body };
-    let finished = context.idempotency.finished(key, &stored, now);
-    if !context.ledger.note_finished(scope, &record, finished).await? {
-        let message = "another request with this Idempotency-Key has taken over";
-        return Err(ApiError::new(Code::Conflict, message).with_param("Idempotency-Key"));
-    }
+    let finished = key.map(|key| context.idempotency.finished(key, &stored, now));
+    context.ledger.note_finished(scope, &record, finished).await?;
     Ok(first)
 }
 

@@ -196,10 +196,7 @@ impl Context {
                 Added::Full => return Err(full()),
                 Added::Nothing => return Err(ApiError::not_found()),
                 Added::Replaced => return Err(replaced()),
-                Added::Superseded | Added::Before(_) => {
-                    let message = "another request with this Idempotency-Key has taken over";
-                    return Err(ApiError::new(Code::Conflict, message).with_param("Idempotency-Key"));
-                }
+                Added::Superseded | Added::Before(_) => return Err(ApiError::superseded()),
             }
         }
         Err(ApiError::unavailable("the tenant's present state"))

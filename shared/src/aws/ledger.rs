@@ -17,6 +17,7 @@ use super::session::Access;
 use super::table::{Cancelled, Item, Page, StoreError, Table};
 use crate::clock::Timestamp;
 use crate::conversation::{Given, Turn};
+use crate::error::ApiError;
 use crate::item_key::{self, PARTITION, SORT};
 use crate::ledger::{Outcome, Record};
 use crate::meter::Ticket;
@@ -229,24 +230,26 @@ impl Ledger {
         }
     }
 
-    /// Enters an event, and the first result of its request under an idempotency key: both or neither. False if the key
-    /// has been given to another request meanwhile.
+    /// Enters an event, and the first result of its request if that has an idempotency key: both or neither.
     ///
     /// # Errors
-    /// If the table does not answer however often it is asked: then both may be there or not.
+    /// [`ApiError::superseded`] if the key has been given to another request meanwhile; otherwise if the table does not
+    /// answer however often it is asked: then both may be there or not.
     pub async fn note_finished(
         &self,
         scope: &TenantScope,
         record: &Record,
-        (store, finished): (&IdempotencyStore, Finished<'_>),
-    ) -> Result<bool, StoreError> {
+        finished: Option<(&IdempotencyStore, Finished<'_>)>,
+    ) -> Result<(), ApiError> {
+        let Some((store, finished)) = finished else { return Ok(self.note(record).await?) };
         let mut failed = 0;
         loop {
             let parts = vec![self.event_part(record)?, store.finished_part(scope, &finished, None)?];
             match self.0.transact(scope.tenant_id(), parts).await {
-                Ok(()) => return Ok(true),
+                Ok(()) => return Ok(()),
                 // The event was there, and the key still this request's: an answer to it was lost.
-                Err(Cancelled::Conditions(found)) => return Ok(matches!(found.get(1), Some(None))),
+                Err(Cancelled::Conditions(found)) if matches!(found.get(1), Some(None)) => return Ok(()),
+                Err(Cancelled::Conditions(_)) => return Err(ApiError::superseded()),
                 Err(Cancelled::Failed(error)) => failed = self.pause(failed, error).await?,
             }
         }

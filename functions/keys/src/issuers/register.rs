@@ -109,10 +109,7 @@ async fn register(
                 let message = format!("a tenant has at most {MOST_ISSUERS} issuers; remove one first");
                 return Err(ApiError::new(Code::Conflict, message));
             }
-            Registered::Superseded => {
-                let message = "another request with this Idempotency-Key has taken over";
-                return Err(ApiError::new(Code::Conflict, message).with_param("Idempotency-Key"));
-            }
+            Registered::Superseded => return Err(ApiError::superseded()),
             // Whose they are is nobody's business.
             Registered::Taken => {
                 let message = "tokens of this issuer for this audience are registered already";

@@ -378,11 +378,12 @@ Resources:
 }
 
 /// A function and a mapping with these properties, and what they may refer to.
-fn with_stream(function: &str, properties: &str) -> Result<Events, TemplateError> {
+fn with_mapping(function: &str, properties: &str) -> Result<Events, TemplateError> {
     let template = small(&format!(
         r#"
 Resources:
   Failed: {{Type: AWS::SQS::Queue, Properties: {{QueueName: failed}}}}
+  Work: {{Type: AWS::SQS::Queue, Properties: {{QueueName: work}}}}
   Plain: {{Type: AWS::DynamoDB::Table, Properties: {{AttributeDefinitions: [{{AttributeName: pk, AttributeType: S}}], KeySchema: [{{AttributeName: pk, KeyType: HASH}}]}}}}
   Notes:
     Type: AWS::DynamoDB::Table
@@ -427,14 +428,14 @@ fn a_functions_stream_is_read_as_declared() {
         on_failure: Some("failed".into()),
         filters: vec![filter],
     };
-    assert_eq!(with_stream("", declared).unwrap(), Events { streams: vec![stream], ..Events::default() });
+    assert_eq!(with_mapping("", declared).unwrap(), Events { streams: vec![stream], ..Events::default() });
 
     let short = "EventSourceArn: !GetAtt Notes.StreamArn, StartingPosition: TRIM_HORIZON";
-    let stream = &with_stream("", short).unwrap().streams[0];
+    let stream = &with_mapping("", short).unwrap().streams[0];
     assert_eq!((stream.batch_size, stream.max_retries, stream.max_age), (100, None, None));
     assert!(stream.on_failure.is_none() && stream.filters.is_empty() && !stream.reports_item_failures);
     assert_eq!(stream.starting_position, StartingPosition::TrimHorizon);
-    assert_eq!(with_stream("", &format!("{short}, Enabled: false")).unwrap(), Events::default());
+    assert_eq!(with_mapping("", &format!("{short}, Enabled: false")).unwrap(), Events::default());
 }
 
 #[test]
@@ -469,40 +470,27 @@ fn a_stream_that_cannot_be_read_is_named() {
             "EventSourceArn: !GetAtt Notes.StreamArn, "
         };
         let properties = format!("StartingPosition: LATEST, {own}{properties}");
-        let problem = with_stream(function, &properties).unwrap_err().to_string();
+        let problem = with_mapping(function, &properties).unwrap_err().to_string();
         let problem = problem.strip_prefix("Resources.Mapping.Properties.").unwrap_or(&problem);
         assert!(problem.starts_with(says), "{problem}");
     }
 }
 
-/// A function, a queue, and a mapping of the one to the other with these properties besides.
-fn with_mapping(function: &str, properties: &str) -> Result<Events, TemplateError> {
-    let template = small(&format!(
-        r#"
-Resources:
-  Work: {{Type: AWS::SQS::Queue, Properties: {{QueueName: work}}}}
-  Function:
-    Type: AWS::Serverless::Function
-    Metadata: {{BuildProperties: {{Binary: b}}}}
-    Properties: {{{function}}}
-  Mapping:
-    Type: AWS::Lambda::EventSourceMapping
-    Properties: {{FunctionName: !Ref Function, EventSourceArn: !GetAtt Work.Arn, {properties}}}
-"#
-    ))?;
-    Ok(template.functions[0].events.clone())
+/// A function, and a mapping of a queue to it with these properties besides.
+fn with_queue(function: &str, properties: &str) -> Result<Events, TemplateError> {
+    with_mapping(function, &format!("EventSourceArn: !GetAtt Work.Arn, {properties}"))
 }
 
 #[test]
 fn a_functions_queue_is_read_as_declared() {
     let declared = "BatchSize: 2, FunctionResponseTypes: [ReportBatchItemFailures], \
         ScalingConfig: {MaximumConcurrency: 5}";
-    let events = with_mapping("Timeout: 30", declared).unwrap();
+    let events = with_queue("Timeout: 30", declared).unwrap();
     let queue = &events.queues[0];
     assert_eq!((queue.queue.name.as_str(), queue.batch_size, queue.concurrency), ("work", 2, 5));
     assert!(queue.reports_item_failures);
     assert_eq!((queue.queue.visibility, queue.queue.redrive.is_none()), (Duration::from_secs(30), true));
-    assert_eq!(with_mapping("Timeout: 30", "Enabled: false").unwrap(), Events::default());
+    assert_eq!(with_queue("Timeout: 30", "Enabled: false").unwrap(), Events::default());
     for (function, properties, says) in [
         ("Timeout: 30", "BatchSize: 11", "BatchSize: `11` is not between 1 and 10"),
         (
@@ -518,7 +506,7 @@ fn a_functions_queue_is_read_as_declared() {
             "FunctionName: does not go together with TenancyConfig",
         ),
     ] {
-        let problem = with_mapping(function, properties).unwrap_err().to_string();
+        let problem = with_queue(function, properties).unwrap_err().to_string();
         assert!(problem.contains(says), "{problem}");
     }
 }
