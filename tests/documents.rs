@@ -241,7 +241,8 @@ async fn a_reader_cannot_look_into_its_function() {
     let built = std::env::current_exe().unwrap().ancestors().nth(2).unwrap().to_owned();
     // Root looks wherever it likes, so nobody is who runs the function and looks.
     let root = Path::new("/proc/self").metadata().unwrap().uid() == 0;
-    let folder = tempfile::tempdir().unwrap();
+    // Where nobody gets to, too: the folder that TMPDIR names may be its owner's alone.
+    let folder = tempfile::tempdir_in("/tmp").unwrap();
     std::fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).unwrap();
     let nobody = |command: &mut Command| {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
