@@ -5,7 +5,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-use std::time::{Duration, Instant};
 
 use local::template::Template;
 use rand::RngExt;
@@ -16,10 +15,7 @@ use shared::metrics::{Dimension, Metric};
 use shared::random::entropy;
 use tests::reranker::Reranker;
 use tests::tokens::Signer;
-use tests::{Answer, Options, Stack, Tenant, all_events, put_file};
-
-/// How long a line may take from a function to its log.
-const PATIENCE: Duration = Duration::from_secs(30);
+use tests::{Answer, Options, Stack, Tenant, all_events, put_file, until};
 
 /// The lines of the functions' logs that are JSON.
 fn lines(stack: &Stack) -> Vec<Value> {
@@ -31,16 +27,13 @@ async fn line_of(stack: &Stack, request_id: &str) -> Value {
     let is_its = |line: &Value| {
         line["request.id"] == request_id && line["message"].as_str().unwrap().starts_with("Request ")
     };
-    let began = Instant::now();
-    loop {
+    until(&format!("a line of {request_id}"), async || {
         let mut found: Vec<Value> = lines(stack).into_iter().filter(is_its).collect();
-        if let Some(line) = found.pop() {
-            assert_eq!(found, Vec::<Value>::new(), "one line for each request");
-            return line;
-        }
-        assert!(began.elapsed() < PATIENCE, "no line of {request_id}:\n{}", stack.logs());
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+        let line = found.pop()?;
+        assert_eq!(found, Vec::<Value>::new(), "one line for each request");
+        Some(line)
+    })
+    .await
 }
 
 fn id_of(answer: &Answer) -> &str {
@@ -184,40 +177,28 @@ async fn refusals_alerts_open_tickets_and_the_exports_lag_are_measured() {
     // A request that is at work is an open ticket.
     let at_work = async { globex.chat(json!({"message": "Are you there?"})).await };
     stack.model_fault(json!({"mode": "hang"})).await;
-    let counted = async {
-        let began = Instant::now();
-        loop {
-            stack.invoke("reconciler", json!({"job": "collect"})).await;
-            let looked = lines(&stack).into_iter().filter(|line| line["message"] == "Books looked after");
-            let open = looked.filter_map(|line| value(&line, Metric::OpenTickets)).max();
-            if open > Some(0) {
-                return;
-            }
-            assert!(began.elapsed() < PATIENCE, "no open ticket is counted");
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
-    };
+    let counted = until("an open ticket that is counted", async || {
+        stack.invoke("reconciler", json!({"job": "collect"})).await;
+        let looked = lines(&stack).into_iter().filter(|line| line["message"] == "Books looked after");
+        looked.filter_map(|line| value(&line, Metric::OpenTickets)).find(|open| *open > 0)
+    });
     tokio::select! {
-        () = counted => {}
+        _ = counted => {}
         answer = at_work => panic!("it was not to end: {}", answer.text),
     }
 
     // The export says how long records waited, and its schedule that none does.
     stack.invoke("audit_export", json!({"job": "catch_up"})).await;
-    let began = Instant::now();
-    loop {
-        let lags = |message: &str| -> Vec<u64> {
-            let lines = lines(&stack)
-                .into_iter()
-                .filter(|line| line["message"] == message && line["_aws"].is_object());
-            lines.filter_map(|line| value(&line, Metric::ExportLag)).collect()
-        };
-        if lags("Caught up").contains(&0) && lags("Records exported").iter().any(|ms| *ms > 0) {
-            break;
-        }
-        assert!(began.elapsed() < PATIENCE, "no lag is reported");
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
+    let lags = |message: &str| -> Vec<u64> {
+        let lines =
+            lines(&stack).into_iter().filter(|line| line["message"] == message && line["_aws"].is_object());
+        lines.filter_map(|line| value(&line, Metric::ExportLag)).collect()
+    };
+    until("a lag that is reported", async || {
+        let caught_up = lags("Caught up").contains(&0);
+        (caught_up && lags("Records exported").iter().any(|ms| *ms > 0)).then_some(())
+    })
+    .await;
 
     // A file by a link, which is read when no request waits for it.
     globex.upload("leave", "text/plain", b"Leave is 25 days.".to_vec()).await;
@@ -233,8 +214,7 @@ async fn refusals_alerts_open_tickets_and_the_exports_lag_are_measured() {
         (Dimension::Route.name(), routes.chain(OTHERS.map(str::to_owned)).collect::<BTreeSet<_>>()),
         (Dimension::Limit.name(), Limit::ALL.map(|limit| limit.name().to_owned()).into()),
     ]);
-    let began = Instant::now();
-    loop {
+    until("what is measured of all", async || {
         let (mut seen, mut values) = (BTreeSet::new(), BTreeSet::new());
         for line in lines(&stack).into_iter().filter(|line| line.get("_aws").is_some()) {
             for (name, (_, sets)) in metrics(&line) {
@@ -246,14 +226,13 @@ async fn refusals_alerts_open_tickets_and_the_exports_lag_are_measured() {
                 seen.insert(name);
             }
         }
-        let unseen: Vec<&str> = OTHERS.into_iter().filter(|name| !values.contains(*name)).collect();
-        if unseen.is_empty() {
-            assert!(seen.len() >= 7, "{seen:?}");
-            break;
+        if !OTHERS.iter().all(|name| values.contains(*name)) {
+            return None;
         }
-        assert!(began.elapsed() < PATIENCE, "nothing is measured of {unseen:?}");
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
+        assert!(seen.len() >= 7, "{seen:?}");
+        Some(())
+    })
+    .await;
     stack.kill("chat").await;
     stack.stop().await;
 }
