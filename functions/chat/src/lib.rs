@@ -83,10 +83,10 @@ impl Context {
             .ok_or_else(|| format!("EMBEDDINGS_MODEL names {}, which has no price", embedding.name))?;
         let model_url: Url = env::parsed("MODEL_URL")?;
         let embeddings_url: Url = env::parsed("EMBEDDINGS_URL")?;
-        let (model_key, embeddings_key) = tokio::try_join!(
-            secrets::read(&access, "MODEL_KEY_SECRET"),
-            secrets::read(&access, "EMBEDDINGS_KEY_SECRET")
-        )?;
+        let model_key = async { Ok(secrets::read(&access, "MODEL_KEY_SECRET").await?) };
+        let embeddings_key = async { Ok(secrets::read(&access, "EMBEDDINGS_KEY_SECRET").await?) };
+        let retrieval = Retrieval::from_env(&access, http.clone());
+        let (model_key, embeddings_key, retrieval) = tokio::try_join!(model_key, embeddings_key, retrieval)?;
         let clock = Clock::system();
         let conversations = env::table("CONVERSATIONS_TABLE")?;
         Ok(Self {
@@ -100,7 +100,7 @@ impl Context {
             cells: env::parsed("QDRANT_CELLS")?,
             embeddings: EmbeddingsClient::new(http.clone(), &embeddings_url, embeddings_key, embedding),
             embedding_prices,
-            retrieval: Retrieval::from_env(&access, http.clone()).await?,
+            retrieval,
             model: ModelClient::new(http, &model_url, model_key),
             model_keys: TenantKeys::from_env(&access, "TENANT_MODEL_KEYS")?,
             clock,

@@ -72,8 +72,9 @@ impl Context {
         let embedding_prices = pricing::embedding_model(&embedding.name)
             .ok_or_else(|| format!("EMBEDDINGS_MODEL names {}, which has no price", embedding.name))?;
         let url: Url = env::parsed("EMBEDDINGS_URL")?;
-        let key = secrets::read(&access, "EMBEDDINGS_KEY_SECRET").await?;
         let (clock, http) = (Clock::system(), outbound::client()?);
+        let key = async { Ok(secrets::read(&access, "EMBEDDINGS_KEY_SECRET").await?) };
+        let (key, retrieval) = tokio::try_join!(key, Retrieval::from_env(&access, http.clone()))?;
         Ok(Self {
             gate: Gate::from_env(&access, clock.clone())?,
             ledger: Ledger::new(&access, env::table("AUDIT_TABLE")?),
@@ -83,9 +84,9 @@ impl Context {
             uploads: Uploads::new(&access, env::bucket("DOCUMENTS_BUCKET")?),
             data_keys: DataKeys::new(&access),
             cells: env::parsed("QDRANT_CELLS")?,
-            embeddings: EmbeddingsClient::new(http.clone(), &url, key, embedding),
+            embeddings: EmbeddingsClient::new(http, &url, key, embedding),
             embedding_prices,
-            retrieval: Retrieval::from_env(&access, http).await?,
+            retrieval,
             clock,
         })
     }
