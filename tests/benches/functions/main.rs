@@ -24,10 +24,10 @@ mod services;
 mod sizes;
 mod starts;
 
-use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use local::template::Template;
+use serde_json::Value;
 
 /// The parts, in the order in which they are measured.
 const PARTS: [&str; 4] = ["starts", "sizes", "memory", "load"];
@@ -54,18 +54,26 @@ fn template(services: &str) -> Template {
     Template::load(&root().join("infra/template.yaml"), &parameters).unwrap()
 }
 
+/// The packages that are deployed, and the empty function's: where cargo-lambda finds them. Which are built together
+/// decides on what is compiled in of the libraries that they share.
+fn packages() -> Vec<String> {
+    let mut cargo = local::cargo::command();
+    cargo.args(["metadata", "--no-deps", "--format-version", "1"]).current_dir(root());
+    let said: Value = serde_json::from_slice(&cargo.output().unwrap().stdout).unwrap();
+    let packages = &said["metadata"]["lambda"]["build"]["packages"];
+    packages.as_array().unwrap().iter().map(|name| name.as_str().unwrap().to_owned()).collect()
+}
+
 /// Builds the functions' programs as they are deployed, and says where they are.
-fn build(template: &Template) -> PathBuf {
+fn build() -> PathBuf {
     if let Some(folder) = std::env::var_os("FUNCTIONS") {
         return std::path::absolute(folder).unwrap();
     }
-    let programs: BTreeSet<&str> = template.functions.iter().map(|function| &*function.binary).collect();
-    println!("Building {} programs with --release, which takes a while …", programs.len() + 1);
+    println!("Building the functions with --release, which takes a while …");
     let mut cargo = local::cargo::command();
-    // The whole workspace is selected, as SAM does: its selection decides on the features of what is shared.
-    cargo.args(["build", "--quiet", "--release", "--workspace", "--bin", EMPTY]).current_dir(root());
-    for program in programs {
-        cargo.args(["--bin", program]);
+    cargo.args(["build", "--quiet", "--release", "--bins"]).current_dir(root());
+    for package in packages() {
+        cargo.args(["--package", &package]);
     }
     assert!(cargo.status().unwrap().success(), "the functions do not build");
     // target/<profile>/deps/<benchmark>
@@ -82,7 +90,7 @@ async fn main() {
     let named: Vec<&str> = PARTS.into_iter().filter(|part| arguments.iter().any(|a| a == part)).collect();
     let wanted = |part: &str| named.is_empty() || named.contains(&part);
     let template = template("http://127.0.0.1:1");
-    let programs = build(&template);
+    let programs = build();
     if wanted("starts") {
         starts::measure(&programs).await;
     }
