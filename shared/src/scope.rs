@@ -21,7 +21,7 @@
 //! }
 //! ```
 //!
-//! The usual mistakes do not: `tests/compile_fail/`.
+//! The usual mistakes do not: `tests/compile_fail`.
 
 use std::collections::HashMap;
 use std::fmt;

@@ -2,6 +2,7 @@
 use shared::scope::TenantScope;
 
 fn keep(scope: &TenantScope) -> TenantScope {
+    //~ E0308: mismatched types
     scope.clone()
 }
 

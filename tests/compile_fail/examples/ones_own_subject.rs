@@ -4,6 +4,7 @@ use shared::tenant::TenantId;
 
 struct Mine(TenantId);
 
+//~ E0277: the trait bound `Mine: scope::sealed::Sealed` is not satisfied
 impl Subject for Mine {
     fn tenant_id(&self) -> &TenantId {
         &self.0
