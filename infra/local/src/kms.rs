@@ -24,7 +24,7 @@ use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
 use crate::aws_json::{self, Input, Refusal, refuse};
-use crate::iam::{Callers, Intent};
+use crate::iam::{Caller, Callers, Intent};
 use crate::serving::{replace_file, system_clock, unique_id};
 use crate::template::{ACCOUNT, REGION};
 
@@ -166,6 +166,11 @@ impl Kms {
         let caller = caller.map_err(|refusal| refuse(refusal.code(), refusal.to_string()))?;
         let target = headers.get("x-amz-target").and_then(|value| value.to_str().ok());
         let operation = target.and_then(|target| target.strip_prefix("TrentService.")).unwrap_or_default();
+        self.ask(&caller, operation, body)
+    }
+
+    /// Answers a call of somebody who is known: its own, or that of a service that acts for it.
+    pub(crate) fn ask(&self, caller: &Caller, operation: &str, body: &[u8]) -> Result<Value, Refusal> {
         let mut input = Input::parse(body)?;
         let context: BTreeMap<String, String> = input.take("EncryptionContext")?.unwrap_or_default();
         let blob = input.take::<String>("CiphertextBlob")?;
@@ -187,7 +192,7 @@ impl Kms {
         let mut inner = self.inner();
         let answered = if inner.steering.outage {
             Err(refuse("KMSInternalException", "The service is steered to be unavailable."))
-        } else if let Some(message) = self.callers.refused(&caller, &[intent]) {
+        } else if let Some(message) = self.callers.refused(caller, &[intent]) {
             tracing::warn!("KMS refused {operation}: {message}");
             Err(refuse("AccessDeniedException", message))
         } else {

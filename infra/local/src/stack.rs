@@ -339,9 +339,12 @@ impl Stack {
         let stopped = back.stopped();
         let telling = Arc::clone(&messages).tell(template.buckets.clone(), told, system_clock, stopped);
         back.run("S3's notifications", telling);
+        let kms =
+            kms::Kms::open(&in_data("kms.json"), Arc::clone(&callers)).map_err(|e| failed("KMS")(&e))?;
         let s3_options = s3::Options {
             directory: in_data("s3"),
             callers: Arc::clone(&callers),
+            kms: Arc::clone(&kms),
             buckets: template.buckets.clone(),
             events: Some(events),
         };
@@ -357,8 +360,6 @@ impl Stack {
         let sts = sts::Sts::new(template.roles.clone(), Arc::clone(&callers));
         let stopped = back.stopped();
         back.run("STS", sts::serve(sts_listener, Arc::clone(&sts), stopped));
-        let kms =
-            kms::Kms::open(&in_data("kms.json"), Arc::clone(&callers)).map_err(|e| failed("KMS")(&e))?;
         let stopped = back.stopped();
         back.run("KMS", kms::serve(kms_listener, Arc::clone(&kms), stopped));
         let store = secrets::Secrets::open(&in_data("secrets.json"), system_clock)

@@ -40,6 +40,7 @@ impl S3Access for Policies {
             Err(Refusal::Expired) => return Err(s3_error!(ExpiredToken, "The provided token has expired.")),
             Err(refusal) => return Err(s3_error!(InvalidToken, "{refusal}")),
         }
+        check_signed(cx)?;
         let intents = intents(cx);
         if let Some(message) = self.0.refused(&caller, &intents) {
             tracing::warn!("S3 refused {}: {message}", cx.s3_op().name());
@@ -49,6 +50,7 @@ impl S3Access for Policies {
             let shown = self.shown(&caller, read);
             cx.extensions_mut().insert(shown);
         }
+        cx.extensions_mut().insert(caller);
         Ok(())
     }
 }
@@ -61,6 +63,24 @@ fn token(cx: &S3AccessContext<'_>) -> Option<String> {
         let value = query.split('&').find_map(|part| part.strip_prefix("X-Amz-Security-Token="))?;
         Some(percent_encoding::percent_decode_str(value).decode_utf8().ok()?.into_owned())
     })
+}
+
+/// Refuses headers of S3's own that the signature does not cover: whoever has a link adds nothing to it.
+/// <https://docs.aws.amazon.com/AmazonS3/latest/API/sigv4-query-string-auth.html>
+fn check_signed(cx: &S3AccessContext<'_>) -> S3Result<()> {
+    let header = cx.headers().get(http::header::AUTHORIZATION).and_then(|header| header.to_str().ok());
+    let signed = header.and_then(|header| header.split_once("SignedHeaders=")).map(|(_, rest)| rest);
+    let linked = || cx.uri().query()?.split_once("X-Amz-SignedHeaders=").map(|(_, rest)| rest);
+    let signed = signed.or_else(linked).and_then(|rest| rest.split([',', '&']).next()).unwrap_or_default();
+    let signed = percent_encoding::percent_decode_str(signed).decode_utf8_lossy();
+    let own = cx.headers().keys().map(http::HeaderName::as_str).filter(|name| name.starts_with("x-amz-"));
+    match own.into_iter().find(|name| !signed.split(';').any(|signed| signed == *name)) {
+        None => Ok(()),
+        Some(name) => Err(s3_error!(
+            AccessDenied,
+            "There were headers present in the request which were not signed: {name}"
+        )),
+    }
 }
 
 /// What a policy has to allow. An operation that is not known here is an action of its own name, which

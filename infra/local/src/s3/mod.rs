@@ -14,6 +14,7 @@ mod body;
 mod listing;
 mod rules;
 mod service;
+mod sse;
 mod store;
 #[cfg(test)]
 mod tests;
@@ -34,6 +35,7 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use self::access::Policies;
 use crate::iam::Callers;
+use crate::kms::Kms;
 use crate::template;
 
 /// Why the server ended.
@@ -67,6 +69,8 @@ pub struct Options {
     pub directory: PathBuf,
     /// Who may sign requests, and what for.
     pub callers: Arc<Callers>,
+    /// What makes data keys for objects, and opens them.
+    pub kms: Arc<Kms>,
     /// Buckets that are there from the start, set up as the template says.
     pub buckets: Vec<template::Bucket>,
     /// Told of each object written or removed, after it has happened.
@@ -113,7 +117,7 @@ pub async fn serve(
         let set_up = store.set_up(bucket, now());
         set_up.map_err(|error| Error::Bucket { name: bucket.name.clone(), reason: error.to_string() })?;
     }
-    let service = service::Service::new(Arc::new(store), Arc::new(now), options.events);
+    let service = service::Service::new(Arc::new(store), options.kms, Arc::new(now), options.events);
     let mut builder = S3ServiceBuilder::new(service);
     builder.set_auth(Keys(Arc::clone(&options.callers)));
     builder.set_access(Policies(options.callers));

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use bytes::Bytes;
 use http::{HeaderMap, HeaderValue};
 use s3s::dto::*;
 use s3s::{S3, S3Error, S3ErrorCode, S3Request, S3Response, S3Result, s3_error};
@@ -15,10 +16,14 @@ use super::ObjectEvent;
 use super::access::Shown;
 use super::body::{self, Algorithm, Checksum, Expected};
 use super::rules::{self, DefaultRetention, Mode, Period, Retention};
+use super::sse;
 use super::store::{
     self, Attributes, Condition, Found, Missing, Object as StoredObject, RequestedLock, Store, Upload,
     Version, Versioning, Write,
 };
+use crate::iam::Caller;
+use crate::kms::Kms;
+use crate::serving::unique_id;
 
 /// The smallest part that may stand before another, as in S3.
 const MIN_PART: u64 = 5 * 1024 * 1024;
@@ -28,6 +33,7 @@ const MAX_DELETE: usize = 1000;
 
 pub(super) struct Service {
     store: Arc<Store>,
+    kms: Arc<Kms>,
     now: Arc<dyn Fn() -> OffsetDateTime + Send + Sync>,
     events: Option<UnboundedSender<ObjectEvent>>,
 }
@@ -270,10 +276,11 @@ fn check_read(
 impl Service {
     pub(super) fn new(
         store: Arc<Store>,
+        kms: Arc<Kms>,
         now: Arc<dyn Fn() -> OffsetDateTime + Send + Sync>,
         events: Option<UnboundedSender<ObjectEvent>>,
     ) -> Self {
-        Self { store, now, events }
+        Self { store, kms, now, events }
     }
 
     fn now(&self) -> OffsetDateTime {
@@ -490,14 +497,15 @@ impl S3 for Service {
 
     async fn put_object(&self, req: S3Request<PutObjectInput>) -> S3Result<S3Response<PutObjectOutput>> {
         let expected = Expected::from_headers(&req.headers)?;
+        let caller = caller(&req)?;
         let trailers = req.trailing_headers;
         let input = req.input;
         refuse!(input; expires, grant_full_control, grant_read, grant_read_acp, grant_write_acp, sse_customer_algorithm,
-            sse_customer_key, sse_customer_key_md5, ssekms_encryption_context, ssekms_key_id, server_side_encryption,
-            tagging, website_redirect_location, write_offset_bytes);
+            sse_customer_key, sse_customer_key_md5, tagging, website_redirect_location, write_offset_bytes);
         check_acl(input.acl.as_ref())?;
         check_storage_class(input.storage_class.as_ref())?;
-        let write = Write {
+        let encrypted = sse::Asked::of(&input)?;
+        let mut write = Write {
             bucket: input.bucket,
             key: input.key,
             attributes: Attributes {
@@ -517,8 +525,18 @@ impl S3 for Service {
             etag: None,
             checksum: None,
             vouched: expected.vouched(),
+            encryption: None,
         };
         self.store.precheck(&write, self.now())?;
+        let data_key = match encrypted {
+            Some(asked) => {
+                let (key, with) = sse::generate(&self.kms, &caller, asked, (&write.bucket, &write.key))?;
+                // The tag of what is encrypted is no digest of it.
+                (write.encryption, write.etag) = (Some(with), Some(unique_id()));
+                Some(key)
+            }
+            None => None,
+        };
         let staged = body::receive(
             self.store.staging_path(),
             input.body,
@@ -530,13 +548,19 @@ impl S3 for Service {
         // The moment of the write is the end of the body.
         let now = self.now();
         let place = (write.bucket.clone(), write.key.clone());
-        let (outcome, object) = self.store(move |store| store.put(write, &staged, now)).await?;
+        let put = move |store: &Store| {
+            data_key.map_or(Ok(()), |key| key.seal(&staged.path))?;
+            store.put(write, &staged, now)
+        };
+        let (outcome, object) = self.store(put).await?;
         let version_id = outcome.version_id;
         self.announce("ObjectCreated:Put", (&place.0, &place.1), version_id.as_deref(), Some(&object), now);
         let mut output = PutObjectOutput {
             e_tag: etag(&object),
             version_id,
             checksum_type: Some(checksum_type(&object.checksum)),
+            server_side_encryption: encryption(&object),
+            ssekms_key_id: object.encryption.as_ref().map(|with| with.key.clone()),
             ..Default::default()
         };
         put_checksum!(output, object.checksum);
@@ -544,6 +568,7 @@ impl S3 for Service {
     }
 
     async fn get_object(&self, req: S3Request<GetObjectInput>) -> S3Result<S3Response<GetObjectOutput>> {
+        let caller = caller(&req)?;
         let shown = req.extensions.get::<Shown>().copied().unwrap_or_default();
         let input = req.input;
         refuse!(input; part_number, sse_customer_algorithm, sse_customer_key, sse_customer_key_md5);
@@ -564,11 +589,20 @@ impl S3 for Service {
             Some(range) => (range.start, range.end - range.start),
             None => (0, found.object.size),
         };
-        let body = body::send(&found.path, start, length).await.map_err(|error| match error.kind() {
-            // Deleted between the look-up and now.
-            std::io::ErrorKind::NotFound => s3_error!(NoSuchKey, "The specified key does not exist."),
-            _ => S3Error::internal_error(error),
-        })?;
+        let body = match &found.object.encryption {
+            Some(with) => {
+                let (key, path) = (sse::decrypt(&self.kms, &caller, with)?, found.path.clone());
+                let bytes = Bytes::from(self.store(move |_| key.open(&path)).await?);
+                let end = usize::try_from(start + length).unwrap_or(usize::MAX).min(bytes.len());
+                let start = usize::try_from(start).unwrap_or(usize::MAX).min(end);
+                StreamingBlob::from(s3s::Body::from(bytes.slice(start..end)))
+            }
+            None => body::send(&found.path, start, length).await.map_err(|error| match error.kind() {
+                // Deleted between the look-up and now.
+                std::io::ErrorKind::NotFound => s3_error!(NoSuchKey, "The specified key does not exist."),
+                _ => S3Error::internal_error(error),
+            })?,
+        };
         let object = found.object;
         let retention = object.protection.retention.filter(|_| shown.retention);
         let legal_hold = object.protection.legal_hold.filter(|_| shown.legal_hold);
@@ -590,6 +624,8 @@ impl S3 for Service {
             object_lock_legal_hold_status: legal_hold.map(hold_status),
             object_lock_mode: retention.map(|r| ObjectLockMode::from_static(r.mode.as_str())),
             object_lock_retain_until_date: retention.map(|r| r.until.into()),
+            server_side_encryption: encryption(&object),
+            ssekms_key_id: object.encryption.as_ref().map(|with| with.key.clone()),
             version_id: found.version_id,
             ..Default::default()
         };
@@ -630,6 +666,8 @@ impl S3 for Service {
             object_lock_legal_hold_status: legal_hold.map(hold_status),
             object_lock_mode: retention.map(|r| ObjectLockMode::from_static(r.mode.as_str())),
             object_lock_retain_until_date: retention.map(|r| r.until.into()),
+            server_side_encryption: encryption(&object),
+            ssekms_key_id: object.encryption.as_ref().map(|with| with.key.clone()),
             version_id: found.version_id,
             ..Default::default()
         };
@@ -676,6 +714,9 @@ impl S3 for Service {
             }
             other => missing(other),
         })?;
+        if source.object.encryption.is_some() {
+            return Err(s3_error!(NotImplemented, "Copying what a key of KMS encrypts is not implemented"));
+        }
         let attributes = if replace {
             Attributes {
                 content_type: input.content_type,
@@ -702,6 +743,7 @@ impl S3 for Service {
             checksum: None,
             // The bytes do not leave the store.
             vouched: true,
+            encryption: None,
         };
         let now = self.now();
         let place = (write.bucket.clone(), write.key.clone());
@@ -1173,6 +1215,7 @@ impl S3 for Service {
                     checksum,
                     // Each part was checked, and the whole is made of them here.
                     vouched: true,
+                    encryption: None,
                 };
                 store.precheck(&write, now)?;
                 let staged = store.join(&bucket, &id, &parts, algorithm)?;
@@ -1298,6 +1341,18 @@ fn chosen_parts<'a>(
 
 fn no_protection() -> S3Error {
     s3_error!(NoSuchObjectLockConfiguration, "The specified object does not have a ObjectLock configuration")
+}
+
+/// Who makes a request: the policies have let it in.
+fn caller<T>(req: &S3Request<T>) -> S3Result<Arc<Caller>> {
+    let caller = req.extensions.get::<Arc<Caller>>().cloned();
+    caller.ok_or_else(|| s3_error!(AccessDenied, "Access Denied"))
+}
+
+/// What is said of an object's encryption, where it is not the bucket's default.
+fn encryption(object: &StoredObject) -> Option<ServerSideEncryption> {
+    let kms = || ServerSideEncryption::from_static(ServerSideEncryption::AWS_KMS);
+    object.encryption.as_ref().map(|_| kms())
 }
 
 fn content_type(object: &StoredObject) -> Option<String> {

@@ -28,6 +28,7 @@ use time::OffsetDateTime;
 use super::body::{self, Algorithm, Checksum, Staged};
 use super::listing::{self, Page};
 use super::rules::{self, DefaultRetention, Protection, Retention};
+use super::sse::Encryption;
 use crate::serving::{replace_file, unique_id};
 use crate::template;
 
@@ -71,6 +72,9 @@ pub(super) struct Object {
     pub(super) checksum: Checksum,
     pub(super) attributes: Attributes,
     pub(super) protection: Protection,
+    /// What encrypts the body, if a key of KMS does.
+    #[serde(default)]
+    pub(super) encryption: Option<Encryption>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -148,6 +152,8 @@ pub(super) struct Write {
     pub(super) checksum: Option<Checksum>,
     /// Whether the sender gave a digest of the body.
     pub(super) vouched: bool,
+    /// What encrypts the body as it is staged.
+    pub(super) encryption: Option<Encryption>,
 }
 
 /// What became of a write or a deletion: the version, named where the bucket keeps versions.
@@ -444,6 +450,7 @@ impl Store {
                 checksum: write.checksum.unwrap_or_else(|| staged.checksum.clone()),
                 attributes: write.attributes,
                 protection,
+                encryption: write.encryption,
             };
             let outcome = self.push(bucket, &name, &write.key, Some(object.clone()), now)?;
             Ok((outcome, object))

@@ -31,6 +31,8 @@ struct Server {
     base: String,
     seconds: Arc<AtomicI64>,
     events: Mutex<mpsc::UnboundedReceiver<ObjectEvent>>,
+    callers: Arc<Callers>,
+    kms: Arc<Kms>,
     stop: oneshot::Sender<()>,
     task: tokio::task::JoinHandle<Result<(), Error>>,
     key: &'static str,
@@ -95,6 +97,12 @@ fn callers() -> Arc<Callers> {
 
 impl Server {
     async fn start(directory: &Path) -> Self {
+        Self::with(directory, vec![]).await
+    }
+
+    async fn with(directory: &Path, buckets: Vec<template::Bucket>) -> Self {
+        let callers = callers();
+        let kms = Kms::open(&directory.join("kms.json"), Arc::clone(&callers)).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let base = format!("http://{}", listener.local_addr().unwrap());
         let (events, received) = mpsc::unbounded_channel();
@@ -102,8 +110,9 @@ impl Server {
         let seconds = Arc::new(AtomicI64::new(START));
         let options = Options {
             directory: directory.to_owned(),
-            callers: callers(),
-            buckets: vec![],
+            callers: Arc::clone(&callers),
+            kms: Arc::clone(&kms),
+            buckets,
             events: Some(events),
         };
         let clock = Arc::clone(&seconds);
@@ -111,7 +120,8 @@ impl Server {
         let task = tokio::spawn(serve(listener, options, now, async {
             let _ = stopped.await;
         }));
-        Self { base, seconds, events: Mutex::new(received), stop, task, key: KEY, secret: SECRET.to_owned() }
+        let (events, secret) = (Mutex::new(received), SECRET.to_owned());
+        Self { base, seconds, events, callers, kms, stop, task, key: KEY, secret }
     }
 
     async fn stop(self) {
@@ -183,6 +193,12 @@ impl Server {
             request = request.header(name, value);
         }
         reply(request).await
+    }
+
+    /// A call of KMS as an operator.
+    fn kms(&self, operation: &str, input: serde_json::Value) -> serde_json::Value {
+        let operator = self.callers.by_key(KEY).unwrap();
+        self.kms.ask(&operator, operation, input.to_string().as_bytes()).unwrap()
     }
 
     async fn get(&self, path: &str) -> Reply {
@@ -374,6 +390,9 @@ async fn only_known_keys_may_enter() {
         let answer =
             reply(reqwest::Client::new().request(method.clone(), url.clone()).body(body)).await.expect(200);
         assert_eq!(answer.text(), if method == Method::GET { "uploaded" } else { "" });
+        // Whoever has it adds nothing of S3's to it.
+        let more = reqwest::Client::new().request(method.clone(), url.clone()).header("x-amz-meta-a", "b");
+        reply(more.body(body)).await.refused(403, "AccessDenied");
         let broken = url.as_str().replace("signed", "signet");
         reply(reqwest::Client::new().request(method, broken)).await.refused(403, "SignatureDoesNotMatch");
     }
@@ -744,4 +763,92 @@ async fn parts_become_one_object() {
     let copy = [("x-amz-copy-source", "large/key"), ("x-amz-metadata-directive", "COPY")];
     server.put("/large/copy", &copy, "").await.expect(200);
     assert_eq!(server.get("/large/copy").await.expect(200).body.len(), first.len() + 4);
+}
+
+/// Whether a file below a directory holds a text.
+fn rests(directory: &Path, text: &str) -> bool {
+    std::fs::read_dir(directory).unwrap().flatten().any(|entry| {
+        let path = entry.path();
+        if path.is_dir() {
+            return rests(&path, text);
+        }
+        std::fs::read(path).unwrap().windows(text.len()).any(|window| window == text.as_bytes())
+    })
+}
+
+#[tokio::test]
+async fn what_a_key_of_kms_encrypts_is_read_while_the_key_is_on() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut server = Server::start(directory.path()).await;
+    server.put("/notes", &[], "").await.expect(200);
+    let made = server.kms("CreateKey", serde_json::json!({}));
+    let key = made["KeyMetadata"]["Arn"].as_str().unwrap().to_owned();
+    let context = STANDARD.encode(r#"{"colour":"red"}"#);
+    let kms = ("x-amz-server-side-encryption", "aws:kms");
+    let named = ("x-amz-server-side-encryption-aws-kms-key-id", key.as_str());
+    let bound = ("x-amz-server-side-encryption-context", context.as_str());
+    let text = "five words that are secret";
+    let put = server.put("/notes/mine/a", &[kms, named, bound], text).await.expect(200);
+    let said = |reply: &Reply| {
+        assert_eq!(reply.header(kms.0), Some("aws:kms"));
+        assert_eq!(reply.header(named.0), Some(key.as_str()));
+    };
+    said(&put);
+    let plain = server.put("/notes/mine/plain", &[], "as it is").await.expect(200);
+    assert_eq!(plain.header(kms.0), None);
+    assert!(rests(directory.path(), "as it is") && !rests(directory.path(), "words that"));
+    let get = server.get("/notes/mine/a").await.expect(200);
+    assert_eq!((get.text().as_str(), get.header("content-length")), (text, Some("26")));
+    said(&get);
+    let range = server.send("GET", "/notes/mine/a", &[("range", "bytes=5-9")], "").await.expect(206);
+    assert_eq!(range.text(), "words");
+    for call in server.kms.steering().calls.iter().skip(1) {
+        let own = ("aws:s3:arn".to_owned(), "arn:aws:s3:::notes/mine/a".to_owned());
+        assert_eq!(call.context, [own, ("colour".to_owned(), "red".to_owned())].into());
+    }
+    let copy = [("x-amz-copy-source", "notes/mine/a")];
+    server.put("/notes/mine/copy", &copy, "").await.refused(501, "NotImplemented");
+
+    // In the name of whoever asks: one that S3 lets in, and KMS does not.
+    server.key = ROLE;
+    server.get("/notes/mine/plain").await.expect(200);
+    let refused = server.get("/notes/mine/a").await;
+    assert!(refused.text().contains("kms:Decrypt"), "{}", refused.text());
+    refused.refused(403, "AccessDenied");
+    server.put("/notes/mine/b", &[kms, named], text).await.refused(403, "AccessDenied");
+    server.key = KEY;
+
+    let unknown = format!("{key}0");
+    for (headers, status, code) in [
+        (vec![kms, (named.0, unknown.as_str())], 400, "KMS.NotFoundException"),
+        (vec![kms, named, (bound.0, "red")], 400, "InvalidArgument"),
+        (vec![named], 400, "InvalidArgument"),
+        (vec![bound], 400, "InvalidArgument"),
+        (vec![kms], 501, "NotImplemented"),
+        (vec![(kms.0, "AES256")], 501, "NotImplemented"),
+        (
+            vec![kms, named, ("x-amz-server-side-encryption-bucket-key-enabled", "true")],
+            501,
+            "NotImplemented",
+        ),
+    ] {
+        server.put("/notes/mine/b", &headers, text).await.refused(status, code);
+    }
+    for (operation, code) in
+        [("DisableKey", "KMS.DisabledException"), ("ScheduleKeyDeletion", "KMS.KMSInvalidStateException")]
+    {
+        server.kms(operation, serde_json::json!({"KeyId": key}));
+        server.get("/notes/mine/a").await.refused(400, code);
+        server.put("/notes/mine/b", &[kms, named], text).await.refused(400, code);
+        // What says nothing of the content takes no key.
+        said(&server.send("HEAD", "/notes/mine/a", &[], "").await.expect(200));
+    }
+    server.get("/notes/mine/b").await.refused(404, "NoSuchKey");
+    server.kms("CancelKeyDeletion", serde_json::json!({"KeyId": key}));
+    server.kms("EnableKey", serde_json::json!({"KeyId": key}));
+    server.kms.steer(crate::kms::Steering { outage: true, ..Default::default() });
+    server.get("/notes/mine/a").await.refused(503, "ServiceUnavailable");
+    server.kms.steer(crate::kms::Steering::default());
+    assert_eq!(server.get("/notes/mine/a").await.expect(200).text(), text);
+    server.stop().await;
 }
