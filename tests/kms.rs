@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
-use tests::{Answer, Key, Options, Stack, Tenant};
+use tests::{Answer, Key, Options, Stack, Tenant, put_file, until};
 
 /// Words that are in nothing but what users, the model and documents say.
 const ASKED: &str = "quizzacious";
@@ -193,6 +193,282 @@ fn refused(answer: &Answer) {
     assert!(error["message"].as_str().unwrap().contains("the tenant's key service"), "{error}");
 }
 
+/// What is uploaded as a file: its word is in nothing else.
+const FILE: &str = "Every taradiddle has 31 days of unpaid leave.";
+
+fn new_file(id: &str) -> Value {
+    json!({"id": id, "title": format!("{TITLE} {id}"), "source": format!("{NOTE}.txt"), "metadata": {"note": NOTE},
+        "content_type": "text/plain", "size_bytes": FILE.len()})
+}
+
+/// Lets no file be read, or lets them.
+async fn may_read(stack: &Stack, may: bool) {
+    let tokens = if may { 1_000_000 } else { 0 };
+    stack.change_tenant("acme", json!({"limits": {"tokens_per_day": tokens}})).await;
+}
+
+/// Waits until the one message of a file was received so often, and is left.
+async fn received(stack: &Stack, times: u64) {
+    until("the attempt", async || {
+        let messages = stack.queue("uploads").await;
+        messages.iter().any(|m| m["receives"].as_u64() >= Some(times)).then_some(())
+    })
+    .await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+}
+
+/// Begins the upload of [`FILE`], and puts it while nobody may read it.
+async fn left_waiting(stack: &Stack, acme: &Tenant, id: &str) {
+    may_read(stack, false).await;
+    let begun = acme.begin_upload(&new_file(id)).await;
+    assert_eq!(put_file(&begun, FILE).await.0, StatusCode::OK);
+    received(stack, 1).await;
+}
+
+async fn document(stack: &Stack, id: &str) -> Value {
+    stack.items("documents", "acme", &format!("DOC#{id}")).await[0].clone()
+}
+
+#[tokio::test]
+async fn a_file_waits_sealed_and_is_found() {
+    let stack = stack().await;
+    let arn = stack.create_kms_key().await;
+    let acme = with_key(&stack, "acme", &arn).await;
+    stack.take_kms_calls().await;
+    left_waiting(&stack, &acme, "f").await;
+    let head = stack.s3().list_object_versions().bucket(stack.documents_bucket()).send().await.unwrap();
+    let [version] = head.versions() else { panic!("{head:?}") };
+    let key = version.key().unwrap();
+    assert_eq!(version.size(), Some(FILE.len() as i64));
+    let head = stack.s3().head_object().bucket(stack.documents_bucket()).key(key).send().await.unwrap();
+    assert_eq!(head.ssekms_key_id(), Some(&*arn));
+    let records = stack.items("documents", "acme", "").await;
+    let sealed: Vec<_> = records.iter().filter(|item| item["data_key"]["arn"] == *arn).collect();
+    assert_eq!(sealed.len(), 2, "the upload and its document: {records:?}");
+    let data = stack.data();
+    for word in ["taradiddle", TITLE, NOTE] {
+        assert_eq!(holding(&data, word), Vec::<String>::new(), "{word}");
+    }
+    let pending = acme.get("/v1/documents/f").await.json();
+    assert_eq!((&pending["status"], &pending["source"]), (&json!("pending"), &new_file("f")["source"]));
+
+    may_read(&stack, true).await;
+    stack.unhide_messages("uploads").await;
+    let ready = acme.read_upload("f").await;
+    for field in ["title", "source", "metadata"] {
+        assert_eq!((&ready["status"], &ready[field]), (&json!("ready"), &new_file("f")[field]));
+    }
+    assert!(acme.search("taradiddle", 3).await[0]["text"].as_str().unwrap().contains("31 days"));
+    for word in ["taradiddle", TITLE, NOTE] {
+        assert_eq!(holding(&data, word), Vec::<String>::new(), "{word}");
+    }
+    // S3 has asked as the one who has signed the link, and as the one who reads: each time for that file of that tenant.
+    let calls = stack.take_kms_calls().await;
+    let of_the_file = json!({"tenant_id": "acme", "aws:s3:arn": format!("arn:aws:s3:::{}/{key}", stack.documents_bucket())});
+    let of_the_file: Vec<&Value> = calls.iter().filter(|call| call["context"] == of_the_file).collect();
+    let did = |operation: &str, role: &str| {
+        let by = |call: &&&Value| {
+            call["operation"] == operation && call["caller"].as_str().unwrap().contains(role)
+        };
+        of_the_file.iter().filter(by).count()
+    };
+    assert_eq!(did("GenerateDataKey", "bulkhead-IngestionTenantRole"), 1, "{calls:?}");
+    assert!(did("Decrypt", "bulkhead-UploadIngestionTenantRole") > 0, "{calls:?}");
+    // What stands in the file's place until the link ends is empty, and under no key.
+    until("the end of the upload", async || {
+        stack.items("documents", "acme", "UPLOAD#").await.is_empty().then_some(())
+    })
+    .await;
+    let head = stack.s3().head_object().bucket(stack.documents_bucket()).key(key).send().await.unwrap();
+    assert_eq!((head.content_length(), head.ssekms_key_id()), (Some(0), None));
+    stack.stop().await;
+}
+
+#[tokio::test]
+async fn a_link_takes_no_file_that_is_not_sealed_with_the_tenants_key_for_the_tenant() {
+    let stack = stack().await;
+    let (arn, other) = (stack.create_kms_key().await, stack.create_kms_key().await);
+    let (acme, globex) = (with_key(&stack, "acme", &arn).await, with_key(&stack, "globex", &arn).await);
+    let begun = acme.begin_upload(&new_file("f")).await;
+    let sse = "x-amz-server-side-encryption";
+    let (key, context) = (format!("{sse}-aws-kms-key-id"), format!("{sse}-context"));
+    assert_eq!((&begun["headers"][sse], &begun["headers"][&key]), (&json!("aws:kms"), &json!(arn)));
+    for (header, value) in [
+        (sse, None),
+        (sse, Some("AES256")),
+        (&*key, None),
+        (&*key, Some(other.as_str())),
+        (&*context, None),
+        (&*context, Some("eyJ0ZW5hbnRfaWQiOiJnbG9iZXgifQ==")),
+    ] {
+        let mut changed = begun.clone();
+        changed["headers"].as_object_mut().unwrap().remove(header);
+        if let Some(value) = value {
+            changed["headers"][header] = value.into();
+        }
+        let (status, answer) = put_file(&changed, FILE).await;
+        assert_eq!(status, StatusCode::FORBIDDEN, "{header} {value:?}: {answer}");
+    }
+    let mut bare = begun.clone();
+    bare["headers"].as_object_mut().unwrap().retain(|name, _| !name.starts_with(sse));
+    assert_eq!(put_file(&bare, FILE).await.0, StatusCode::FORBIDDEN);
+    // Nor does a link without a key take one: what is not signed is not sent.
+    let plain = stack.provision(body("plain")).await.begin_upload(&new_file("f")).await;
+    assert!(!plain["headers"].to_string().contains(sse), "{plain}");
+    let mut more = plain.clone();
+    more["headers"][sse] = "aws:kms".into();
+    more["headers"][&key] = other.clone().into();
+    assert_eq!(put_file(&more, FILE).await.0, StatusCode::FORBIDDEN);
+    let listed = stack.s3().list_object_versions().bucket(stack.documents_bucket()).send().await.unwrap();
+    assert_eq!(listed.versions().len(), 0);
+
+    // The sessions' own policies: a file's data key is of the session's tenant, or there is none.
+    let own = stack.own_key("ingestion");
+    let session = stack.assume(&own, "IngestionTenantRole", &[("tenant_id", "acme")]);
+    let session = session.await.unwrap();
+    let put = async |context: Option<&str>| {
+        let put = stack.s3_as(&session).put_object().bucket(stack.documents_bucket());
+        let put =
+            put.key("tenant=acme/uploads/x").server_side_encryption("aws:kms".into()).ssekms_key_id(&arn);
+        let put = put
+            .set_ssekms_encryption_context(context.map(str::to_owned))
+            .body(FILE.as_bytes().to_vec().into());
+        put.send().await.map_err(|error| format!("{:?}", error.into_service_error()))
+    };
+    for context in [None, Some("eyJ0ZW5hbnRfaWQiOiJnbG9iZXgifQ==")] {
+        let refused = put(context).await.unwrap_err();
+        assert!(refused.contains("AccessDenied") && refused.contains("kms:GenerateDataKey"), "{refused}");
+    }
+    put(begun["headers"][&context].as_str()).await.unwrap();
+    // Nor does one read what is another's: not where that lies, nor if it lay among its own.
+    globex.upload("g", "text/plain", b"Of globex's own.".to_vec()).await;
+    let reader = stack.own_key("upload-ingestion");
+    let session =
+        stack.assume(&reader, "UploadIngestionTenantRole", &[("tenant_id", "globex")]).await.unwrap();
+    let bucket = stack.documents_bucket();
+    let astray = stack.s3().put_object().bucket(&bucket).key("tenant=globex/uploads/x");
+    let astray = astray.server_side_encryption("aws:kms".into()).ssekms_key_id(&arn);
+    let astray = astray.set_ssekms_encryption_context(begun["headers"][&context].as_str().map(str::to_owned));
+    astray.body(FILE.as_bytes().to_vec().into()).send().await.unwrap();
+    for (key, lacks) in
+        [("tenant=acme/uploads/x", "s3:GetObject"), ("tenant=globex/uploads/x", "kms:Decrypt")]
+    {
+        let read = stack.s3_as(&session).get_object().bucket(&bucket).key(key).send().await;
+        let refused = format!("{:?}", read.unwrap_err().into_service_error());
+        assert!(refused.contains("AccessDenied") && refused.contains(lacks), "{key}: {refused}");
+    }
+}
+
+#[tokio::test]
+async fn a_file_whose_key_is_off_is_tried_and_fails_and_says_so() {
+    let stack = stack().await;
+    let arn = stack.create_kms_key().await;
+    let acme = with_key(&stack, "acme", &arn).await;
+    // With what its reader remembers of the key, S3 refuses; without, KMS does.
+    for (n, warm) in [true, false].into_iter().enumerate() {
+        let id = format!("f{n}");
+        left_waiting(&stack, &acme, &id).await;
+        stack.kms("DisableKey", json!({"KeyId": arn})).await;
+        if !warm {
+            stack.kill("upload_ingestion").await;
+        }
+        may_read(&stack, true).await;
+        for times in 2..=8 {
+            assert_eq!(document(&stack, &id).await["status"], "pending", "{times}");
+            stack.unhide_messages("uploads").await;
+            if times < 8 {
+                received(&stack, times).await;
+            }
+        }
+        let failed = until("the end", async || {
+            Some(document(&stack, &id).await).filter(|document| document["status"] == "failed")
+        })
+        .await;
+        assert!(failed["reason"].as_str().unwrap().contains("KMS key could not be used"), "{failed}");
+        assert_eq!(failed["data_key"]["arn"], *arn);
+        until("the upload's end", async || {
+            stack.items("documents", "acme", "UPLOAD#").await.is_empty().then_some(())
+        })
+        .await;
+        stack.unhide_messages("uploads").await;
+        until("the dead letter", async || {
+            (stack.queue_messages("upload-failures").len() == n + 1).then_some(())
+        })
+        .await;
+        // What it is called opens again with the key, and so does its next file.
+        stack.kms("EnableKey", json!({"KeyId": arn})).await;
+        let shown = acme.get(&format!("/v1/documents/{id}")).await.expect_status(StatusCode::OK).json();
+        assert_eq!((&shown["status"], &shown["reason"]), (&json!("failed"), &failed["reason"]));
+        assert_eq!(shown["title"], new_file(&id)["title"]);
+        let begun = acme.begin_upload(&new_file(&id)).await;
+        assert_eq!(put_file(&begun, FILE).await.0, StatusCode::OK);
+        until("the file", async || {
+            Some(document(&stack, &id).await).filter(|document| document["status"] == "ready")
+        })
+        .await;
+    }
+    assert!(stack.logs().contains("KMS.DisabledException"));
+    // A link whose key goes off takes no file.
+    let begun = acme.begin_upload(&new_file("late")).await;
+    stack.kms("DisableKey", json!({"KeyId": arn})).await;
+    let (status, answer) = put_file(&begun, FILE).await;
+    assert!(status == StatusCode::BAD_REQUEST && answer.contains("KMS.DisabledException"), "{answer}");
+    stack.stop().await;
+}
+
+/// A file is read with the key that it was put with, and its document sealed with what the tenant has by then.
+#[tokio::test]
+async fn a_key_that_changes_while_a_file_waits_is_no_matter() {
+    let stack = stack().await;
+    let (one, two) = (stack.create_kms_key().await, stack.create_kms_key().await);
+    let acme = with_key(&stack, "acme", &one).await;
+    for (n, (then, sealed)) in
+        [(json!(two), json!(two)), (Value::Null, Value::Null), (json!(one), json!(one))]
+            .into_iter()
+            .enumerate()
+    {
+        let id = format!("f{n}");
+        left_waiting(&stack, &acme, &id).await;
+        stack.change_tenant("acme", json!({"kms_key_arn": then})).await;
+        may_read(&stack, true).await;
+        stack.unhide_messages("uploads").await;
+        let ready = acme.read_upload(&id).await;
+        assert_eq!((&ready["status"], &ready["title"]), (&json!("ready"), &new_file(&id)["title"]));
+        assert_eq!(document(&stack, &id).await["data_key"]["arn"], sealed);
+    }
+    stack.stop().await;
+}
+
+/// A repeat of a request answers a link of its own, sealed and opened again from what was kept of the first.
+#[tokio::test]
+async fn a_repeat_of_an_upload_is_the_same_upload() {
+    let stack = stack().await;
+    let acme = with_key(&stack, "acme", &stack.create_kms_key().await).await;
+    let begin = async || {
+        let request = acme.request(Method::POST, "/v1/uploads").header("idempotency-key", "k");
+        let answer = Answer::read(request.json(&new_file("f")).send().await.unwrap()).await;
+        answer.expect_status(StatusCode::CREATED).json()
+    };
+    let (first, again) = (begin().await, begin().await);
+    assert_eq!((&first["document_id"], &first["headers"]), (&again["document_id"], &again["headers"]));
+    assert_eq!(stack.items("documents", "acme", "UPLOAD#").await.len(), 1);
+    assert!(stack.items("conversations", "acme", "IDEM#").await[0]["data_key"].is_object());
+    assert_eq!(put_file(&again, FILE).await.0, StatusCode::OK);
+    assert_eq!(acme.read_upload("f").await["status"], "ready");
+    // Nobody's key is asked to forget what never came.
+    let arn = stack.items("tenants", "acme", "CONFIG").await[0]["kms_key_arn"].clone();
+    acme.begin_upload(&new_file("never")).await;
+    stack.kms("ScheduleKeyDeletion", json!({"KeyId": arn})).await;
+    let upload = stack.items("documents", "acme", "UPLOAD#").await[0]["sk"].clone();
+    let key = |sort: Value| json!({"tenant_id": {"S": "acme"}, "sk": {"S": sort}});
+    stack.edit("documents", key(upload), &["expires_at"], json!({"N": "1"})).await;
+    stack.edit("documents", key(json!("DOC#never")), &["upload", "until"], json!({"N": "1"})).await;
+    assert_eq!(stack.invoke("eraser", json!({"job": "uploads"})).await["unmade"], 1);
+    assert_eq!(stack.items("documents", "acme", "UPLOAD#").await, Vec::<Value>::new());
+    assert_eq!(stack.items("documents", "acme", "DOC#never").await, Vec::<Value>::new());
+    stack.stop().await;
+}
+
 /// I8: without its key nothing of the tenant's is answered, and nothing is stored otherwise.
 #[tokio::test]
 async fn a_key_that_is_off_refuses_and_leaves_nothing_half_written() {
@@ -227,6 +503,19 @@ async fn a_key_that_is_off_refuses_and_leaves_nothing_half_written() {
             let request = acme.request(Method::POST, "/v1/chat").header("idempotency-key", key).json(&again);
             refused(&Answer::read(request.send().await.unwrap()).await);
         }
+        refused(&acme.post("/v1/uploads", &new_file("f")).await);
+        assert_eq!(
+            stack
+                .s3()
+                .list_object_versions()
+                .bucket(stack.documents_bucket())
+                .send()
+                .await
+                .unwrap()
+                .versions()
+                .len(),
+            0
+        );
         assert_eq!(stack.model_calls().await, calls, "nothing is asked of the model that cannot be kept");
         assert_eq!(written().await, before);
         assert_eq!(stack.meter_item("acme").await["leases"]["M"], json!({}));

@@ -171,8 +171,15 @@ impl Document {
 
     /// Whether it waits for that upload, or for what came by it to be stored.
     pub fn awaits(&self, id: &UploadId) -> bool {
-        let over = matches!(self.status, DocumentStatus::Ready | DocumentStatus::Failed);
-        self.upload.as_ref().is_some_and(|awaited| awaited.upload_id == *id && !(awaited.taken && over))
+        self.upload.as_ref().is_some_and(|awaited| awaited.is_of(id, self.status))
+    }
+}
+
+impl Awaited {
+    /// Whether a document of that status waits for that upload, or for what came by it to be stored.
+    pub fn is_of(&self, id: &UploadId, status: DocumentStatus) -> bool {
+        let over = matches!(status, DocumentStatus::Ready | DocumentStatus::Failed);
+        self.upload_id == *id && !(self.taken && over)
     }
 }
 

@@ -25,7 +25,8 @@ pub const MOST_BYTES: u64 = 50 << 20;
 /// How long after its link a file that has come is still tried, in milliseconds: longer than the queue tries it.
 const TRIED_FOR_MS: i64 = 3_600_000;
 
-/// An upload that was begun: an item of table `documents`.
+/// An upload that was begun: an item of table `documents`, but for its [`Description`]. So what decides about an upload
+/// or forgets it needs no key of its tenant's.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Upload {
     /// The tenant.
@@ -34,14 +35,6 @@ pub struct Upload {
     pub upload_id: UploadId,
     /// The document whose content it is to be.
     pub document_id: DocumentId,
-    /// The document's title.
-    pub title: String,
-    /// Where it came from; may be empty.
-    #[serde(default)]
-    pub source: String,
-    /// The tenant's own notes on it.
-    #[serde(default, skip_serializing_if = "Map::is_empty", with = "as_text")]
-    pub metadata: Map<String, Value>,
     /// Who of the tenant's users may find it.
     #[serde(default, skip_serializing_if = "Groups::is_empty")]
     pub groups: Groups,
@@ -90,6 +83,20 @@ impl Upload {
     pub fn is_claimed(&self, now: Timestamp) -> bool {
         self.claimed_until.is_some_and(|until| now < until)
     }
+}
+
+/// What the document of an upload is called, as whoever began it has written: in the same item, and sealed there where
+/// the tenant has a key of its own.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Description {
+    /// The document's title.
+    pub title: String,
+    /// Where it came from; may be empty.
+    #[serde(default)]
+    pub source: String,
+    /// The tenant's own notes on it.
+    #[serde(default, skip_serializing_if = "Map::is_empty", with = "as_text")]
+    pub metadata: Map<String, Value>,
 }
 
 /// The object of an upload: `tenant=<tenant>/uploads/<upload>`. Nothing is proven by one: whoever can put an object

@@ -128,7 +128,7 @@ async fn make_first(
     let record = Record::event(scope, Action::AuditExported, Vec::new(), now);
     let stored = Stored { status: StatusCode::CREATED.as_u16(), body: bundle.export_id.clone() };
     let finished = key.map(|key| context.idempotency.finished(key, &stored, now));
-    context.ledger.note_finished(scope, &record, finished).await?;
+    context.ledger.note_finished(scope, &record, finished, None).await?;
     Ok(bundle)
 }
 

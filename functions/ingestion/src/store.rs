@@ -5,6 +5,7 @@ use serde_json::{Map, Value};
 use shared::aws::StoreError;
 use shared::aws::documents::NotCreated;
 use shared::chunk::{Chunk, chunk};
+use shared::clock::Timestamp;
 use shared::document::{Awaited, ContentType, Document, DocumentStatus, fingerprint};
 use shared::error::ApiError;
 use shared::groups::Groups;
@@ -144,7 +145,7 @@ pub(crate) async fn store(
     match index(context, metered, &mut document, chunks).await {
         Ok(()) => Ok(document),
         Err(Lost::Overtaken) => {
-            forget(context, scope, &document).await;
+            forget(context, scope, &document.id, document.updated_at).await;
             Err(StoreError::Conflict.into())
         }
         // Whether it is found shows by itself: its sender is told to try again.
@@ -210,23 +211,23 @@ async fn fail(context: &Context, metered: &Metered<'_>, document: Document, fail
         tracing::warn!(document.id = %document.id, "Document stays marked as processing: {error}");
     }
     if failed == DocumentStatus::Failed || matches!(stored, Err(StoreError::Conflict)) {
-        forget(context, metered.scope(), &document).await;
+        forget(context, metered.scope(), &document.id, document.updated_at).await;
     }
 }
 
 /// Takes away what was stored of a document's edition that nobody is to find. One that its record calls the current one
 /// stays: the write that made it so may have been done and not answered.
-pub(crate) async fn forget(context: &Context, scope: &TenantScope, document: &Document) {
+pub(crate) async fn forget(context: &Context, scope: &TenantScope, id: &DocumentId, edition: Timestamp) {
     let forgotten = async {
-        let current = context.documents.editions(scope, [document.id.clone()].into()).await?;
-        if current.get(&document.id) == Some(&Some(document.updated_at)) {
+        let current = context.documents.editions(scope, [id.clone()].into()).await?;
+        if current.get(id) == Some(&Some(edition)) {
             return Ok(());
         }
         let collection = context.cells.write(scope, context.embeddings.model())?;
-        Ok::<_, ApiError>(collection.delete_edition(&document.id, document.updated_at).await?)
+        Ok::<_, ApiError>(collection.delete_edition(id, edition).await?)
     };
     if let Err(error) = forgotten.await {
-        tracing::warn!(document.id = %document.id, "Passages stay behind unseen: {error}");
+        tracing::warn!(document.id = %id, "Passages stay behind unseen: {error}");
     }
 }
 

@@ -20,7 +20,7 @@ use shared::ids::{DocumentId, UploadId};
 use shared::ledger::{Action, Record};
 use shared::random::entropy;
 use shared::scope::TenantScope;
-use shared::upload::{MOST_BYTES, Upload, UploadPlace};
+use shared::upload::{Description, MOST_BYTES, Upload, UploadPlace};
 use shared::web;
 
 use crate::Context;
@@ -88,7 +88,6 @@ pub(crate) async fn handle(
             begun?
         }
     };
-    check_unsealed(scope)?;
     Ok(web::reply(StatusCode::CREATED, &linked(context, scope, first).await?))
 }
 
@@ -110,16 +109,6 @@ fn wanted(mut asked: NewUpload) -> Result<Wanted, ApiError> {
         None => DocumentId::new(&mut entropy()),
     };
     Ok(Wanted { document_id, asked, groups, content_type, charset })
-}
-
-/// Its file would lie in the bucket as it is, where all else that such a tenant wrote is sealed.
-fn check_unsealed(scope: &TenantScope) -> Result<(), ApiError> {
-    if scope.kms_key().is_none() {
-        return Ok(());
-    }
-    let message = "files cannot be uploaded for a tenant with a KMS key of its own, since they would not be \
-                   sealed with it; send the content to POST /v1/documents";
-    Err(ApiError::new(Code::InvalidRequest, message))
 }
 
 /// What the first request of a key has begun, as long as its link holds: to begin another would make a second document
@@ -167,16 +156,14 @@ async fn begin(
 ) -> Result<First, ApiError> {
     let Wanted { document_id, asked, groups, content_type, charset } = wanted;
     context.gate.admit_read(scope).await?;
-    check_unsealed(scope)?;
+    // Without it nothing could be stored, nor would S3 take the file.
+    let seal = Box::pin(context.data_keys.of(scope)).await?;
     let now = context.clock.now();
     let who = scope.asked();
     let upload = Upload {
         tenant_id: scope.tenant_id().clone(),
         upload_id: UploadId::new(&mut entropy()),
         document_id,
-        title: asked.title,
-        source: asked.source,
-        metadata: asked.metadata,
         groups,
         content_type,
         charset: charset.map(|charset| charset.name().to_owned()),
@@ -189,6 +176,7 @@ async fn begin(
         attempts: 0,
         claimed_until: None,
     };
+    let description = Description { title: asked.title, source: asked.source, metadata: asked.metadata };
     let known = context.documents.stored(scope, &upload.document_id).await?;
     // Whoever stores it now would lose what it has begun.
     if known.as_ref().is_some_and(|known| known.is_at_work(now)) {
@@ -196,14 +184,16 @@ async fn begin(
         return Err(ApiError::new(Code::Conflict, message).with_param("id"));
     }
     // A crash until the document awaits the file leaves a record that is forgotten by itself.
-    context.upload_records.begin(scope, &upload).await?;
-    let document = awaiting(known.as_ref().filter(|d| d.is_kept(scope.limits(), now)), &upload, now);
+    context.upload_records.begin(scope, &upload, &description, seal.as_deref()).await?;
+    let kept = known.as_ref().filter(|d| d.is_kept(scope.limits(), now));
+    let document = awaiting(kept, &upload, description, now);
     let mut document = Document { version: known.as_ref().map_or(0, |known| known.version), ..document };
     let awaited = match &known {
         Some(known) => {
-            context.documents.put(scope, &mut document, known, None).await.map_err(NotCreated::Store)
+            let put = context.documents.put(scope, &mut document, known, seal.as_deref()).await;
+            put.map_err(NotCreated::Store)
         }
-        None => context.documents.create(scope, &mut document, None).await,
+        None => context.documents.create(scope, &mut document, seal.as_deref()).await,
     };
     if let Err(error) = awaited {
         // What was not answered may have been done: then its record finds it.
@@ -228,7 +218,7 @@ async fn begin(
     })?;
     let stored = Stored { status: StatusCode::CREATED.as_u16(), body };
     let finished = key.map(|key| context.idempotency.finished(key, &stored, now));
-    context.ledger.note_finished(scope, &record, finished).await?;
+    context.ledger.note_finished(scope, &record, finished, seal.as_deref()).await?;
     Ok(first)
 }
 
@@ -259,7 +249,7 @@ pub(crate) async fn supersede(context: &Context, scope: &TenantScope, known: Opt
 }
 
 /// The document as it awaits its file: what it holds until then stays as it is, and is found.
-fn awaiting(known: Option<&Document>, upload: &Upload, now: Timestamp) -> Document {
+fn awaiting(known: Option<&Document>, upload: &Upload, description: Description, now: Timestamp) -> Document {
     let upload_ref = Some(upload.awaited());
     match known {
         Some(known) if known.version > 0 => Document { upload: upload_ref, ..known.clone() },
@@ -270,10 +260,10 @@ fn awaiting(known: Option<&Document>, upload: &Upload, now: Timestamp) -> Docume
             status: DocumentStatus::Pending,
             chunks: 0,
             sha256: String::new(),
-            title: upload.title.clone(),
-            source: upload.source.clone(),
+            title: description.title,
+            source: description.source,
             content_type: upload.content_type,
-            metadata: upload.metadata.clone(),
+            metadata: description.metadata,
             groups: upload.groups.clone(),
             created_at: known.map_or(now, |known| known.created_at),
             updated_at: now,

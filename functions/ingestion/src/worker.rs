@@ -18,12 +18,12 @@ use lambda_http::Error;
 use serde::Deserialize;
 use serde_json::Value;
 use shared::api_key::Permission;
-use shared::aws;
+use shared::aws::documents::Standing;
 use shared::aws::upload_authorizer::UploadAuthorizer;
-use shared::aws::upload_records::Claimed;
+use shared::aws::upload_records::{Claimed, Unopened};
 use shared::aws::uploads::Unread;
+use shared::aws::{self, StoreError};
 use shared::clock::Timestamp;
-use shared::document::{Awaited, Document, DocumentStatus};
 use shared::env;
 use shared::error::{ApiError, Code};
 use shared::gate::Need;
@@ -32,7 +32,7 @@ use shared::metrics::{Arrived, Ending};
 use shared::scope::{Caller, RequestId, RequestNote, TenantScope};
 use shared::trace::Trace;
 use shared::units::{NanoUsd, Tokens};
-use shared::upload::{Ruling, Upload, UploadPlace};
+use shared::upload::{Description, Ruling, Upload, UploadPlace};
 use shared::web;
 use tokio::time::Instant;
 
@@ -47,6 +47,8 @@ const MARGIN: Duration = Duration::from_secs(10);
 const CLAIM_MARGIN_MS: i64 = 5_000;
 /// What its line of the log says instead of a request's method and route.
 const ROUTE: (&str, &str) = ("PUT", "upload");
+/// What a document is told whose tenant's key KMS refused to the last.
+const KEY_UNUSABLE: &str = "the tenant's KMS key could not be used; upload the file again once it can";
 
 /// What the function works with.
 pub struct Context {
@@ -228,12 +230,12 @@ impl Reading<'_> {
         let now = ingestion.clock.now();
         let until = self.deadline.plus_millis(CLAIM_MARGIN_MS);
         let claimed = ingestion.upload_records.claim(&self.scope, &self.place.upload_id, now, until).await?;
-        let (upload, cut_off) = match claimed {
-            Claimed::Ours { upload, cut_off } => (*upload, cut_off),
+        let (upload, unopened, cut_off) = match claimed {
+            Claimed::Ours { upload, unopened, cut_off } => (*upload, unopened, cut_off),
             Claimed::Theirs => return Ok(Came::Again),
             Claimed::Over => return Ok(Came::Over),
         };
-        let came = Box::pin(self.attempt(&upload, cut_off)).await;
+        let came = Box::pin(self.attempt(&upload, unopened, cut_off)).await;
         // A key that has ended has ended for good.
         let again = match &came {
             Ok(came) => matches!(came, Came::Again),
@@ -247,13 +249,15 @@ impl Reading<'_> {
         came
     }
 
-    async fn attempt(&mut self, upload: &Upload, cut_off: bool) -> Result<Came, ApiError> {
+    async fn attempt(
+        &mut self,
+        upload: &Upload,
+        unopened: Unopened,
+        cut_off: bool,
+    ) -> Result<Came, ApiError> {
         let ingestion = &self.context.ingestion;
-        let document = ingestion.documents.stored(&self.scope, &upload.document_id).await?;
         // It was read before, or the document was deleted or sent again since.
-        let Some(document) = document.filter(|document| document.awaits(&upload.upload_id)) else {
-            return self.end(upload).await;
-        };
+        let Some(document) = self.awaiting(upload).await? else { return self.end(upload).await };
         if !self.may_write {
             let reason = "the key by which the upload was begun may not write documents any more";
             self.fail(upload, document, reason.to_owned()).await?;
@@ -265,6 +269,13 @@ impl Reading<'_> {
             tracing::error!(document.id = %upload.document_id, "A file cut off whoever read it; it is given up");
             return Ok(Came::Again);
         }
+        let description = match self.describe(unopened).await {
+            Ok(description) => description,
+            Err(error) => {
+                let why = matches!(error, StoreError::DataKey(_)).then_some(KEY_UNUSABLE);
+                return self.retry(upload, error.into(), why).await;
+            }
+        };
         let left = self.deadline.millis_since(ingestion.clock.now());
         let deadline = Instant::now() + Duration::from_millis(left).saturating_sub(MARGIN);
         let file = match ingestion.uploads.read(&self.scope, upload, deadline).await {
@@ -272,20 +283,40 @@ impl Reading<'_> {
             Err(Unread::NotAnnounced) => {
                 return self.fail(upload, document, Unread::NotAnnounced.to_string()).await;
             }
-            Err(Unread::Bucket(error)) => return self.retry(upload, unavailable(error)).await,
+            Err(Unread::Key(error)) => {
+                let source = std::error::Error::source(&error).map(ToString::to_string);
+                tracing::error!(alert = "tenant_key_unusable", source, "A file cannot be read: {error}");
+                let error = ApiError::unavailable("the tenant's key service");
+                return self.retry(upload, error, Some(KEY_UNUSABLE)).await;
+            }
+            Err(Unread::Bucket(error)) => return self.retry(upload, unavailable(error), None).await,
         };
-        match Box::pin(self.store(upload, file, deadline)).await {
+        match Box::pin(self.store(upload, description, file, deadline)).await {
             Ok(()) | Err(NotStored::NotAwaited) => self.end(upload).await,
             Err(NotStored::Unreadable(reason)) => {
                 let Some(document) = self.awaiting(upload).await? else { return self.end(upload).await };
                 self.fail(upload, document, reason.to_string()).await
             }
-            Err(NotStored::Failed(error)) => self.retry(upload, error).await,
+            Err(NotStored::Failed(error)) => self.retry(upload, error, None).await,
         }
     }
 
+    /// What the document is called; with what seals it at hand from then on, where the tenant has a key of its own.
+    async fn describe(&self, unopened: Unopened) -> Result<Description, StoreError> {
+        let ingestion = &self.context.ingestion;
+        let description = Box::pin(ingestion.upload_records.describe(&self.scope, unopened)).await?;
+        Box::pin(ingestion.data_keys.of(&self.scope)).await?;
+        Ok(description)
+    }
+
     /// Stores the file as the document's content, admitted and settled.
-    async fn store(&mut self, upload: &Upload, file: Vec<u8>, deadline: Instant) -> Result<(), NotStored> {
+    async fn store(
+        &mut self,
+        upload: &Upload,
+        description: Description,
+        file: Vec<u8>,
+        deadline: Instant,
+    ) -> Result<(), NotStored> {
         let ingestion = &self.context.ingestion;
         let started = ingestion.clock.now();
         let need = Need { tokens: Tokens(0), cost: NanoUsd(0) };
@@ -293,7 +324,7 @@ impl Reading<'_> {
         let (admission, _) = admitted.await?;
         let mut metered = Metered::new(ingestion, &self.scope, admission, deadline);
         let stored = match metered.sealed().await {
-            Ok(()) => store(ingestion, &metered, valid(upload, file)).await,
+            Ok(()) => store(ingestion, &metered, valid(upload, description, file)).await,
             Err(error) => Err(error.into()),
         };
         let latency_ms = ingestion.clock.now().millis_since(started);
@@ -318,45 +349,38 @@ impl Reading<'_> {
         }
     }
 
-    /// Something around the file refused or failed: it is tried again, unless it was tried often enough.
-    async fn retry(&self, upload: &Upload, error: ApiError) -> Result<Came, ApiError> {
+    /// Something around the file refused or failed: it is tried again, unless it was tried often enough. Then the document
+    /// says `why`, or what the error says.
+    async fn retry(&self, upload: &Upload, error: ApiError, why: Option<&str>) -> Result<Came, ApiError> {
         if self.last
             && let Some(document) = self.awaiting(upload).await?
         {
-            self.fail(upload, document, error.message.clone()).await?;
+            self.fail(upload, document, why.unwrap_or(&error.message).to_owned()).await?;
             // What a limit refused is the tenant's to see; anything else is ours, and stays in the dead letters.
             return if error.limit.is_some() { Ok(Came::Over) } else { Err(error) };
         }
         Err(error)
     }
 
-    /// The document, if it still awaits this upload.
-    async fn awaiting(&self, upload: &Upload) -> Result<Option<Document>, ApiError> {
-        let document = self.context.ingestion.documents.stored(&self.scope, &upload.document_id).await?;
+    /// Where the document stands, if it still awaits this upload.
+    async fn awaiting(&self, upload: &Upload) -> Result<Option<Standing>, ApiError> {
+        let document = self.context.ingestion.documents.standing(&self.scope, &upload.document_id).await?;
         Ok(document.filter(|document| document.awaits(&upload.upload_id)))
     }
 
-    /// The document has failed, and says why. The file goes.
-    async fn fail(&self, upload: &Upload, document: Document, reason: String) -> Result<Came, ApiError> {
+    /// The document has failed, and says why. The file goes. None of it takes the tenant's key, which may be why.
+    async fn fail(&self, upload: &Upload, document: Standing, reason: String) -> Result<Came, ApiError> {
         let ingestion = &self.context.ingestion;
-        let mut failed = Document {
-            status: DocumentStatus::Failed,
-            at_work_until: None,
-            reason: Some(reason),
-            upload: document.upload.clone().map(|awaited| Awaited { taken: true, ..awaited }),
-            ..document.clone()
-        };
-        let seal = Box::pin(ingestion.data_keys.of(&self.scope)).await?;
-        match ingestion.documents.put(&self.scope, &mut failed, &document, seal.as_deref()).await {
+        match ingestion.documents.fail(&self.scope, &upload.document_id, &document, reason).await {
             Ok(()) => {
                 // What attempts have left for a next one, which there is none of.
                 if document.upload.is_some_and(|awaited| awaited.taken) {
-                    forget(ingestion, &self.scope, &failed).await;
+                    forget(ingestion, &self.scope, &upload.document_id, document.updated_at).await;
                 }
                 self.end(upload).await
             }
             // It was deleted, or sent again: by another file, or by this one's link anew.
-            Err(aws::StoreError::Conflict) => match self.awaiting(upload).await? {
+            Err(StoreError::Conflict) => match self.awaiting(upload).await? {
                 Some(_) => Ok(Came::Again),
                 None => self.end(upload).await,
             },
@@ -372,15 +396,15 @@ impl Reading<'_> {
 }
 
 /// The document as its file makes it.
-fn valid(upload: &Upload, file: Vec<u8>) -> Valid {
+fn valid(upload: &Upload, description: Description, file: Vec<u8>) -> Valid {
     Valid {
         id: upload.document_id.clone(),
-        title: upload.title.clone(),
-        source: upload.source.clone(),
+        title: description.title,
+        source: description.source,
         content: file,
         content_type: upload.content_type,
         charset: upload.charset.as_deref().and_then(Charset::parse),
-        metadata: upload.metadata.clone(),
+        metadata: description.metadata,
         groups: upload.groups.clone(),
         upload: Some(upload.upload_id.clone()),
     }

@@ -11,7 +11,7 @@ use super::ledger::Ledger;
 use super::session::Access;
 use super::table::{Cancelled, Page, StoreError, Table};
 use crate::clock::Timestamp;
-use crate::document::{Awaited, Document, Editions};
+use crate::document::{Awaited, Document, DocumentStatus, Editions};
 use crate::error::{ApiError, Code};
 use crate::ids::{DocumentId, UploadId};
 use crate::item_key;
@@ -43,6 +43,26 @@ pub struct Taken {
     pub upload: Option<UploadId>,
 }
 
+/// Where a document stands, as far as its record says that to whoever does not have its tenant's key.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct Standing {
+    tenant_id: TenantId,
+    status: DocumentStatus,
+    /// When its content last changed.
+    pub updated_at: Timestamp,
+    /// The upload that its content comes by, or came by last.
+    pub upload: Option<Awaited>,
+    #[serde(default)]
+    revision: u64,
+}
+
+impl Standing {
+    /// As [`Document::awaits`].
+    pub fn awaits(&self, id: &UploadId) -> bool {
+        self.upload.as_ref().is_some_and(|awaited| awaited.is_of(id, self.status))
+    }
+}
+
 /// Why a document's first record was not written.
 #[derive(Debug, thiserror::Error)]
 pub enum NotCreated {
@@ -69,6 +89,15 @@ impl From<NotCreated> for ApiError {
 /// A record's next revision.
 pub(super) fn revision() -> u64 {
     entropy().random()
+}
+
+/// The condition that a record is still of that revision, or as it is to be: the client repeats a write that was done and
+/// not answered. Records of earlier builds have none.
+const fn unchanged(revision: u64) -> &'static str {
+    match revision {
+        0 => "(attribute_exists(updated_at) AND attribute_not_exists(revision)) OR revision = :written",
+        _ => "revision IN (:expected, :written)",
+    }
 }
 
 /// A part of a transaction that counts `documents` more, or fewer, of a tenant's.
@@ -142,6 +171,58 @@ impl DocumentStore {
         let item = self.0.item_at(scope.tenant_id(), &item_key::document(id)).await?;
         let document: Option<Document> = self.0.opened(scope, item.into_iter().collect()).await?.pop();
         Ok(document.filter(|document| scope.owns(document.tenant_id.as_str(), "documents").is_ok()))
+    }
+
+    /// As [`DocumentStore::stored`], without what may be sealed: it takes no key.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn standing(
+        &self,
+        scope: &TenantScope,
+        id: &DocumentId,
+    ) -> Result<Option<Standing>, StoreError> {
+        let standing: Option<Standing> = self.0.get(scope.tenant_id(), &item_key::document(id)).await?;
+        Ok(standing.filter(|standing| scope.owns(standing.tenant_id.as_str(), "documents").is_ok()))
+    }
+
+    /// Lets a document fail whose upload came to nothing, where it still stands as `expected`. It says so without the
+    /// tenant's key: what is sealed of it stays as it is.
+    ///
+    /// # Errors
+    /// [`StoreError::Conflict`] if it does not; otherwise if the table does not answer.
+    pub async fn fail(
+        &self,
+        scope: &TenantScope,
+        id: &DocumentId,
+        expected: &Standing,
+        reason: String,
+    ) -> Result<(), StoreError> {
+        let written = revision();
+        let update = self
+            .0
+            .client(scope.tenant_id())
+            .update_item()
+            .table_name(&self.0.name)
+            .set_key(Some(Table::key(scope.tenant_id(), &item_key::document(id))))
+            .update_expression(
+                "SET #s = :failed, #r = :reason, #u.#t = :true, revision = :written REMOVE at_work_until",
+            )
+            .condition_expression(unchanged(expected.revision))
+            .expression_attribute_names("#s", "status")
+            .expression_attribute_names("#r", "reason")
+            .expression_attribute_names("#u", "upload")
+            .expression_attribute_names("#t", "taken")
+            .expression_attribute_values(":failed", AttributeValue::S("failed".to_owned()))
+            .expression_attribute_values(":reason", AttributeValue::S(reason))
+            .expression_attribute_values(":true", AttributeValue::Bool(true))
+            .expression_attribute_values(":written", AttributeValue::N(written.to_string()));
+        let update = match expected.revision {
+            0 => update,
+            known => update.expression_attribute_values(":expected", AttributeValue::N(known.to_string())),
+        };
+        update.send().await.map_err(|e| self.0.failed(e))?;
+        Ok(())
     }
 
     /// The editions in which searches find these documents: one attribute of each record, and of no other moment.
@@ -280,15 +361,8 @@ impl DocumentStore {
             .put_item()
             .table_name(&self.0.name)
             .set_item(Some(self.0.sealed_item(scope, &*document, &sort, &TEXT, seal)?))
-            // Or as it is to be: the client repeats a write that was done and not answered.
-            .condition_expression(match expected.revision {
-                0 => {
-                    "(attribute_exists(updated_at) AND attribute_not_exists(revision)) OR revision = :written"
-                }
-                _ => "revision IN (:expected, :written)",
-            })
+            .condition_expression(unchanged(expected.revision))
             .expression_attribute_values(":written", AttributeValue::N(document.revision.to_string()));
-        // Records of earlier builds have none.
         let expected = Some(expected.revision).filter(|revision| *revision != 0);
         let put = match expected {
             Some(expected) => {

@@ -240,11 +240,12 @@ impl Ledger {
         scope: &TenantScope,
         record: &Record,
         finished: Option<(&IdempotencyStore, Finished<'_>)>,
+        seal: Option<&DataKey>,
     ) -> Result<(), ApiError> {
         let Some((store, finished)) = finished else { return Ok(self.note(record).await?) };
         let mut failed = 0;
         loop {
-            let parts = vec![self.event_part(record)?, store.finished_part(scope, &finished, None)?];
+            let parts = vec![self.event_part(record)?, store.finished_part(scope, &finished, seal)?];
             match self.0.transact(scope.tenant_id(), parts).await {
                 Ok(()) => return Ok(()),
                 // The event was there, and the key still this request's: an answer to it was lost.

@@ -2,14 +2,19 @@
 //! read or given up.
 
 use aws_sdk_dynamodb::types::AttributeValue;
+use serde::Serialize;
 
 use super::session::Access;
-use super::table::{Page, StoreError, Table};
+use super::table::{Item, Page, StoreError, Table};
 use crate::clock::Timestamp;
 use crate::ids::UploadId;
 use crate::item_key;
 use crate::scope::{Expired, ForeignRecord, Subject, TenantScope};
-use crate::upload::{Begun, Upload, UploadPlace};
+use crate::sealing::DataKey;
+use crate::upload::{Begun, Description, Upload, UploadPlace};
+
+/// What of an upload's record its tenant's key seals: what its document is called.
+const TEXT: [&str; 3] = ["title", "source", "metadata"];
 
 /// The attributes of who reads the file, and how often somebody has begun to.
 const CLAIMED: &str = "claimed_until";
@@ -19,6 +24,19 @@ const ATTEMPTS: &str = "attempts";
 #[derive(Clone, Debug)]
 pub struct UploadRecords(Table);
 
+/// An upload's record as it is stored: what it says of its document may be sealed.
+#[derive(Debug)]
+pub struct Unopened(Item);
+
+/// All that a record holds.
+#[derive(Serialize)]
+struct Whole<'a> {
+    #[serde(flatten)]
+    upload: &'a Upload,
+    #[serde(flatten)]
+    description: &'a Description,
+}
+
 /// What comes of taking an upload up.
 #[derive(Debug)]
 pub enum Claimed {
@@ -26,6 +44,8 @@ pub enum Claimed {
     Ours {
         /// As it is now.
         upload: Box<Upload>,
+        /// What its document is called, for [`UploadRecords::describe`].
+        unopened: Unopened,
         /// Whether the attempt before this ended without a word.
         cut_off: bool,
     },
@@ -41,19 +61,26 @@ impl UploadRecords {
         Self(Table::new(access, table))
     }
 
-    /// Adds an upload. One of a tenant whose text is to be sealed is refused: its file would not be.
+    /// Adds an upload; what it says of its document is sealed where the tenant has a key of its own.
     ///
     /// # Errors
     /// If the table does not answer, or the record is another tenant's.
-    pub async fn begin(&self, scope: &TenantScope, upload: &Upload) -> Result<(), StoreError> {
+    pub async fn begin(
+        &self,
+        scope: &TenantScope,
+        upload: &Upload,
+        description: &Description,
+        seal: Option<&DataKey>,
+    ) -> Result<(), StoreError> {
         scope.owns(upload.tenant_id.as_str(), "documents").map_err(|_| StoreError::Conflict)?;
         let sort = item_key::upload(&upload.upload_id);
+        let whole = Whole { upload, description };
         let put = self
             .0
             .client(scope.tenant_id())
             .put_item()
             .table_name(&self.0.name)
-            .set_item(Some(self.0.sealed_item(scope, upload, &sort, &[], None)?))
+            .set_item(Some(self.0.sealed_item(scope, &whole, &sort, &TEXT, seal)?))
             .condition_expression("attribute_not_exists(#p)")
             .expression_attribute_names("#p", item_key::PARTITION);
         put.send().await.map_err(|e| self.0.failed(e))?;
@@ -76,7 +103,8 @@ impl UploadRecords {
         })
     }
 
-    /// Takes an upload up, until `until`: of any number who try at once, one does.
+    /// Takes an upload up, until `until`: of any number who try at once, one does. It takes no key of the tenant's, so
+    /// that of an upload whose key is off somebody can say so.
     ///
     /// # Errors
     /// If the table does not answer or the item does not parse.
@@ -89,7 +117,7 @@ impl UploadRecords {
     ) -> Result<Claimed, StoreError> {
         let sort = item_key::upload(id);
         let Some(item) = self.0.item_at(scope.tenant_id(), &sort).await? else { return Ok(Claimed::Over) };
-        let known: Upload = self.0.own(scope, item)?;
+        let known: Upload = self.0.own(scope, item.clone())?;
         if known.is_claimed(now) {
             return Ok(Claimed::Theirs);
         }
@@ -115,7 +143,19 @@ impl UploadRecords {
         }
         let cut_off = known.claimed_until.is_some();
         let upload = Upload { attempts: known.attempts + 1, claimed_until: Some(until), ..known };
-        Ok(Claimed::Ours { upload: Box::new(upload), cut_off })
+        Ok(Claimed::Ours { upload: Box::new(upload), unopened: Unopened(item), cut_off })
+    }
+
+    /// What an upload that was taken up says of its document.
+    ///
+    /// # Errors
+    /// [`StoreError::DataKey`] if it is sealed and its key cannot be used; otherwise if it does not parse.
+    pub async fn describe(
+        &self,
+        scope: &TenantScope,
+        Unopened(item): Unopened,
+    ) -> Result<Description, StoreError> {
+        self.0.opened_one(scope, item).await
     }
 
     /// Gives an upload back that was taken up and could not be brought to its end: whoever comes next need not wait.

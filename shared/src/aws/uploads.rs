@@ -5,16 +5,20 @@ use std::time::Duration;
 
 use aws_sdk_s3::Client;
 use aws_sdk_s3::config::RequestChecksumCalculation;
-use aws_sdk_s3::error::SdkError;
+use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_s3::operation::delete_object::{DeleteObjectError, DeleteObjectOutput};
 use aws_sdk_s3::presigning::PresigningConfig;
 use aws_sdk_s3::primitives::ByteStream;
+use aws_sdk_s3::types::ServerSideEncryption;
 use aws_types::SdkConfig;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use serde_json::json;
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, timeout_at};
 
 use super::audit_objects::{ObjectError, failed, unavailable};
-use super::session::{Access, LINKS_HOLD};
+use super::session::{Access, LINKS_HOLD, TENANT_TAG};
 use crate::document::ContentType;
 use crate::scope::{Erasure, Expired, Subject, TenantScope};
 use crate::trace;
@@ -56,6 +60,9 @@ pub enum Unread {
     /// There is no such file, or it is not as long as was announced.
     #[error("it is not the file that was announced")]
     NotAnnounced,
+    /// KMS refuses the key that the file was put with.
+    #[error("KMS does not let the key of the file be used")]
+    Key(#[source] ObjectError),
     /// The bucket did not answer, or not to the end.
     #[error(transparent)]
     Bucket(#[from] ObjectError),
@@ -78,8 +85,8 @@ impl Uploads {
     }
 
     /// A link under which anybody can put a file there for as long as it `holds`, [`super::LINKS_HOLD`] at most: of the
-    /// kind and length that were announced, and only where there is none yet. All that is in the signature, so that S3
-    /// refuses everything else.
+    /// kind and length that were announced, and only where there is none yet; encrypted with the tenant's own key, if it
+    /// has one. All that is in the signature, so that S3 refuses everything else.
     ///
     /// # Errors
     /// [`ObjectError`].
@@ -103,6 +110,15 @@ impl Uploads {
             .content_length(length)
             .content_type(content_type.media_type())
             .if_none_match("*");
+        let put = match scope.kms_key() {
+            // S3 asks KMS for the data key as the one who has signed, and again as whoever reads the file: so it is bound
+            // to the tenant like all others of it, and the tenant roles' policies hold for it.
+            Some(key) => put
+                .server_side_encryption(ServerSideEncryption::AwsKms)
+                .ssekms_key_id(key.as_str())
+                .ssekms_encryption_context(context(scope)),
+            None => put,
+        };
         let signed = put.presigned(config).await.map_err(|e| failed(&self.bucket, e))?;
         // The SDK tells S3 where this request is in its trace. The file's sender is in none of ours.
         let own = signed.headers().filter(|(name, _)| !name.eq_ignore_ascii_case(trace::HEADER));
@@ -126,6 +142,7 @@ impl Uploads {
             Err(error) if error.as_service_error().is_some_and(|error| error.is_no_such_key()) => {
                 return Err(Unread::NotAnnounced);
             }
+            Err(error) if refuses_key(&error) => return Err(Unread::Key(failed(&self.bucket, error))),
             answer => answer.map_err(|e| failed(&self.bucket, e))?,
         };
         let announced = usize::try_from(upload.size_bytes).unwrap_or(usize::MAX);
@@ -244,6 +261,23 @@ impl Uploads {
         let next = (answer.is_truncated == Some(true))
             .then_some(Onward { key: answer.next_key_marker, version: answer.next_version_id_marker });
         Ok((all.collect(), next))
+    }
+}
+
+/// What a file's data key is bound to, beside the object's own name: as S3 takes it, JSON in base64.
+fn context(subject: &impl Subject) -> String {
+    STANDARD.encode(json!({TENANT_TAG: subject.tenant_id().as_str()}).to_string())
+}
+
+/// Whether S3 says that KMS refuses: it hands on what KMS says of a key, as `KMS.DisabledException`, with 400; where the
+/// caller may not use it, it is S3's own refusal, which names the action. Whatever else it answers while KMS is down is an
+/// outage of the bucket.
+/// <https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html#ErrorCodeList>
+fn refuses_key(error: &impl ProvideErrorMetadata) -> bool {
+    match error.code() {
+        Some("AccessDenied") => error.message().is_some_and(|message| message.contains("kms:")),
+        Some(code) => code.starts_with("KMS."),
+        None => false,
     }
 }
 
