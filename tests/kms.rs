@@ -201,6 +201,10 @@ fn new_file(id: &str) -> Value {
         "content_type": "text/plain", "size_bytes": FILE.len()})
 }
 
+fn rated(answer: &Value, comment: &str) -> Value {
+    json!({"id": answer["id"], "rating": "up", "comment": comment})
+}
+
 /// Lets no file be read, or lets them.
 async fn may_read(stack: &Stack, may: bool) {
     let tokens = if may { 1_000_000 } else { 0 };
@@ -469,6 +473,74 @@ async fn a_repeat_of_an_upload_is_the_same_upload() {
     stack.stop().await;
 }
 
+/// What a user says of an answer is sealed like the answer, wherever it is kept, and shown again.
+#[tokio::test]
+async fn what_users_say_of_answers_is_sealed_and_shown() {
+    const SAID: &str = "Collywobbles";
+    let stack = stack().await;
+    let (one, two) = (stack.create_kms_key().await, stack.create_kms_key().await);
+    let acme = with_key(&stack, "acme", &one).await;
+    store(&acme).await;
+    let before = async |change: Value| stack.change_tenant("acme", json!({"kms_key_arn": change})).await;
+    // Turns of one key and rated with another, of none and rated with one, and of one and rated with none.
+    let same = acme.ask(&question()).await;
+    let older = acme.ask(&question()).await;
+    let completion = json!({"messages": [{"role": "user", "content": question()}]});
+    let alone = acme.post("/v1/chat/completions", &completion).await.expect_status(StatusCode::OK).json();
+    before(Value::Null).await;
+    let plain = acme.ask("In the clear?").await;
+    before(json!(one)).await;
+    let said = |n: u32| format!("{SAID} {n}.");
+    let rate = async |answer: &Value, n: u32| {
+        let body = rated(answer, &said(n));
+        for key in [Some(n.to_string()), Some(n.to_string()), None] {
+            let request = acme.request(Method::POST, "/v1/feedback");
+            let request =
+                key.iter().fold(request, |request, key| request.header("idempotency-key", key.as_str()));
+            let answer = Answer::read(request.json(&body).send().await.unwrap()).await;
+            assert_eq!(answer.expect_status(StatusCode::CREATED).json(), body);
+        }
+        acme.post("/v1/feedback", &rated(answer, "Another.")).await.expect_error(409, "conflict");
+    };
+    rate(&same, 1).await;
+    rate(&alone, 2).await;
+    rate(&plain, 3).await;
+    before(json!(two)).await;
+    rate(&older, 4).await;
+    for process in ["warm", "cold"] {
+        for (answer, n) in [(&same, 1), (&plain, 3), (&older, 4)] {
+            let path = format!("/v1/conversations/{}", answer["conversation_id"].as_str().unwrap());
+            let whole = acme.get(&path).await.expect_status(StatusCode::OK).json();
+            let shown = &whole["turns"][0];
+            assert_eq!(shown["feedback"], json!({"rating": "up", "comment": said(n)}), "{process} {n}");
+            assert_eq!(shown["response"], answer["response"]);
+        }
+        rate(&alone, 2).await;
+        stack.kill("chat").await;
+    }
+    assert_eq!(holding(&stack.data(), SAID), Vec::<String>::new());
+    for item in stack.items("conversations", "acme", "ANSWER#").await {
+        assert!(item["feedback"].is_string() && item["data_key"].is_object(), "{item}");
+    }
+    // Written in the clear, it would be found.
+    before(Value::Null).await;
+    let last = acme.ask("Again?").await;
+    acme.post("/v1/feedback", &rated(&last, SAID)).await.expect_status(StatusCode::CREATED);
+    assert_ne!(holding(&stack.data(), SAID), Vec::<String>::new());
+
+    // What is sealed with a key that is gone gets nothing said of it any more: nothing of it is half written.
+    before(json!(two)).await;
+    let lost = acme.ask(&question()).await;
+    before(json!(one)).await;
+    stack.kms("ScheduleKeyDeletion", json!({"KeyId": two})).await;
+    stack.kill("chat").await;
+    let written = async || stack.items("conversations", "acme", "").await;
+    let was = written().await;
+    refused(&acme.post("/v1/feedback", &rated(&lost, SAID)).await);
+    assert_eq!(written().await, was);
+    stack.stop().await;
+}
+
 /// I8: without its key nothing of the tenant's is answered, and nothing is stored otherwise.
 #[tokio::test]
 async fn a_key_that_is_off_refuses_and_leaves_nothing_half_written() {
@@ -504,6 +576,7 @@ async fn a_key_that_is_off_refuses_and_leaves_nothing_half_written() {
             refused(&Answer::read(request.send().await.unwrap()).await);
         }
         refused(&acme.post("/v1/uploads", &new_file("f")).await);
+        refused(&acme.post("/v1/feedback", &rated(&first, "Splendid.")).await);
         assert_eq!(
             stack
                 .s3()

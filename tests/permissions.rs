@@ -601,6 +601,8 @@ async fn sealed(stack: &Stack, tenant: &Tenant) {
     tenant.upload("encrypted", "text/plain", b"Encrypted.".to_vec()).await;
     tenant.store("sealed", "sealed", "The sealed says 7 days.").await;
     let asked = tenant.ask("How many days?").await;
+    let rated = json!({"id": asked["id"], "rating": "up", "comment": "Yes."});
+    tenant.post("/v1/feedback", &rated).await.expect_status(StatusCode::CREATED);
     for function in ["chat", "ingestion"] {
         stack.kill(function).await;
     }

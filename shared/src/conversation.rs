@@ -129,7 +129,7 @@ pub struct Feedback {
 }
 
 /// An answer that was given, as its user may come back to it by its id alone: an item of table
-/// `conversations`. It holds nothing that was said.
+/// `conversations`. It holds nothing that was said but what its user has said of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Given {
     /// The tenant.

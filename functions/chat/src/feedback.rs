@@ -42,13 +42,6 @@ pub(crate) async fn handle(
         let message = format!("comment is longer than {MOST_COMMENT_BYTES} bytes");
         return Err(ApiError::new(Code::TooLarge, message).with_param("comment"));
     }
-    if comment.is_some() && scope.kms_key().is_some() {
-        // What is kept of an answer by its id is not sealed.
-        return Err(ApiError::invalid(
-            "comment",
-            "comments are not kept for a tenant with a KMS key of its own",
-        ));
-    }
     // A text that cannot be an id is answered like an id that is nobody's.
     let id: MessageId = id.parse().map_err(|_| ApiError::not_found())?;
     let feedback = Feedback { rating, comment: comment.filter(|comment| !comment.trim().is_empty()) };

@@ -12,10 +12,13 @@ use crate::ids::{ConversationId, MessageId};
 use crate::item_key::{self, PARTITION, SORT};
 use crate::ledger::Record;
 use crate::scope::TenantScope;
-use crate::sealing::DataKey;
+use crate::sealing::{DataKey, SealError};
 
 /// What of a turn its tenant's key seals: what users and the model have written, and titles.
 const TEXT: [&str; 4] = ["question", "answer", "citations", "title"];
+
+/// What is sealed of a turn and of an answer by its id once its user has said something of it.
+const FEEDBACK: &str = "feedback";
 
 /// Turns that are deleted at a time.
 const TURNS_AT_ONCE: i32 = 500;
@@ -221,7 +224,8 @@ impl ConversationStore {
         id: &MessageId,
         now: Timestamp,
     ) -> Result<Option<Given>, StoreError> {
-        let given: Option<Given> = self.0.get(scope.tenant_id(), &item_key::answer(id)).await?;
+        let item = self.0.item_at(scope.tenant_id(), &item_key::answer(id)).await?;
+        let given: Option<Given> = self.0.opened(scope, item.into_iter().collect()).await?.pop();
         Ok(given.filter(|given| {
             scope.owns(given.tenant_id.as_str(), "conversations").is_ok()
                 && given.user_id.as_ref() == scope.user_id()
@@ -229,10 +233,12 @@ impl ConversationStore {
         }))
     }
 
-    /// Keeps what a user says of an answer, with the record that says so, if nothing was said before.
+    /// Keeps what a user says of an answer, with the record that says so, if nothing was said before; sealed where the
+    /// tenant has a key of its own.
     ///
     /// # Errors
-    /// If the table does not answer.
+    /// [`StoreError::DataKey`] if what was said before is sealed with a key that cannot be used any more; otherwise if the
+    /// table does not answer.
     pub async fn rate(
         &self,
         scope: &TenantScope,
@@ -245,20 +251,35 @@ impl ConversationStore {
         scope.owns(given.tenant_id.as_str(), "conversations").map_err(|_| StoreError::Conflict)?;
         let turn = given.conversation_id.as_ref();
         let turn = turn.map(|conversation| item_key::turn(conversation, given.asked_at, &given.id));
-        let feedback: AttributeValue =
-            serde_dynamo::to_attribute_value(feedback).map_err(|e| self.0.corrupt(e))?;
+        let seal_with = match scope.kms_key() {
+            Some(_) => Some(seal.ok_or_else(|| self.0.corrupt(SealError::Seal))?),
+            None => None,
+        };
         let mut parts = Vec::new();
         for sort in std::iter::once(item_key::answer(&given.id)).chain(turn) {
+            let (value, new_key) = match seal_with {
+                Some(key) => self.0.sealed_beside(scope, (&sort, FEEDBACK), feedback, key).await?,
+                None => (serde_dynamo::to_attribute_value(feedback).map_err(|e| self.0.corrupt(e))?, None),
+            };
             let update = Update::builder()
                 .table_name(&self.0.name)
                 .set_key(Some(Table::key(scope.tenant_id(), &sort)))
-                .update_expression("SET #f = :f")
-                .condition_expression("attribute_exists(#p) AND attribute_not_exists(#f)")
                 .expression_attribute_names("#p", PARTITION)
-                .expression_attribute_names("#f", "feedback")
-                .expression_attribute_values(":f", feedback.clone())
-                .build()
-                .map_err(|e| self.0.corrupt(e))?;
+                .expression_attribute_names("#f", FEEDBACK)
+                .expression_attribute_values(":f", value);
+            let update = match new_key {
+                Some(new_key) => update
+                    .update_expression("SET #f = :f, #k = :k")
+                    .condition_expression(
+                        "attribute_exists(#p) AND attribute_not_exists(#f) AND attribute_not_exists(#k)",
+                    )
+                    .expression_attribute_names("#k", item_key::DATA_KEY)
+                    .expression_attribute_values(":k", new_key),
+                None => update
+                    .update_expression("SET #f = :f")
+                    .condition_expression("attribute_exists(#p) AND attribute_not_exists(#f)"),
+            };
+            let update = update.build().map_err(|e| self.0.corrupt(e))?;
             parts.push(TransactWriteItem::builder().update(update).build());
         }
         let ours = parts.len();

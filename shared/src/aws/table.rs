@@ -215,6 +215,41 @@ impl Table {
         Ok(item)
     }
 
+    /// A value for an attribute of an item that is there already, as nobody reads it without the tenant's key: sealed with
+    /// the data key that lies beside the item, since it opens with no other. Where none does, it is sealed with `seal`,
+    /// which is brought along, to lie there from then on.
+    pub(super) async fn sealed_beside(
+        &self,
+        scope: &TenantScope,
+        (sort, attribute): (&str, &str),
+        value: &impl Serialize,
+        seal: &DataKey,
+    ) -> Result<(AttributeValue, Option<AttributeValue>), StoreError> {
+        let answer = self
+            .client(scope.tenant_id())
+            .get_item()
+            .table_name(&self.name)
+            .set_key(Some(Self::key(scope.tenant_id(), sort)))
+            .projection_expression("#k")
+            .expression_attribute_names("#k", DATA_KEY)
+            .consistent_read(true)
+            .send()
+            .await
+            .map_err(|e| self.failed(e))?;
+        let lies = answer.item.and_then(|mut item| item.remove(DATA_KEY));
+        let value = serde_json::to_value(value).map_err(|e| self.corrupt(e))?;
+        let sealed = |key: &DataKey| -> Result<AttributeValue, StoreError> {
+            let place = Place { tenant: scope.tenant_id(), sort, attribute };
+            let bytes = key.seal(place, &value, &mut entropy()).map_err(|e| self.corrupt(e))?;
+            Ok(AttributeValue::B(Blob::new(bytes)))
+        };
+        let Some(lies) = lies else { return Ok((sealed(seal)?, Some(wrapped_value(seal.wrapped())))) };
+        let wrapped = wrapped_key(&lies).ok_or_else(|| self.corrupt(SealError::Seal))?;
+        let keys = data_keys::opened_all(&self.access, scope.tenant_id(), vec![wrapped.clone()]).await?;
+        let key = keys.get(&wrapped).ok_or_else(|| self.corrupt(SealError::Seal))?;
+        Ok((sealed(key)?, None))
+    }
+
     /// Items as records, opened where they are sealed: each with the data key that lies beside it, whatever key
     /// the tenant has by now. One that is sealed and another tenant's is dropped, with the alarm.
     pub(super) async fn opened<T: DeserializeOwned>(
