@@ -167,6 +167,21 @@ pub struct Bucket {
     pub default_retention: Option<Retention>,
     /// Who is told of what happens in it.
     pub notifications: Vec<Notification>,
+    /// From which pages browsers may do what with it.
+    pub cors: Vec<CorsRule>,
+}
+
+/// What pages of other origins may do with a bucket.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CorsRule {
+    /// Their origins.
+    pub origins: Vec<String>,
+    /// With these methods.
+    pub methods: Vec<String>,
+    /// With these headers, in lower case.
+    pub headers: Vec<String>,
+    /// For how long a browser need not ask again, in seconds.
+    pub max_age_s: u32,
 }
 
 /// A queue that is told of what happens in a bucket.
@@ -695,7 +710,30 @@ fn bucket(resource: &Resource, all: &[Resource]) -> Result<Bucket, TemplateError
         object_lock: is_true(resource.get("/ObjectLockEnabled")),
         default_retention,
         notifications: notifications(resource, all)?,
+        cors: cors(resource)?,
     })
+}
+
+/// What a bucket lets browsers do. A wildcard is not known here.
+fn cors(bucket: &Resource) -> Result<Vec<CorsRule>, TemplateError> {
+    const RULES: &str = "/CorsConfiguration/CorsRules";
+    let rules = bucket.get(RULES).and_then(Value::as_array).map_or(0, Vec::len);
+    let one = |n: usize| {
+        let list = |name: &str| {
+            let at = format!("{RULES}/{n}/{name}");
+            let texts = bucket.get(&at).and_then(Value::as_array).into_iter().flatten();
+            let texts: Option<Vec<String>> = texts.map(|text| text.as_str().map(str::to_owned)).collect();
+            let known = texts.filter(|texts| !texts.iter().any(|text| text.contains('*')));
+            known.ok_or_else(|| invalid(bucket.at(&at), "is no list of texts without wildcards"))
+        };
+        Ok(CorsRule {
+            origins: list("AllowedOrigins")?,
+            methods: list("AllowedMethods")?,
+            headers: list("AllowedHeaders")?.iter().map(|name| name.to_ascii_lowercase()).collect(),
+            max_age_s: bucket.number(&format!("{RULES}/{n}/MaxAge"))?.unwrap_or_default(),
+        })
+    };
+    (0..rules).map(one).collect()
 }
 
 /// Whom a bucket tells of what happens in it: queues that S3 may send to, as their policies say.

@@ -165,6 +165,7 @@ async fn a_bucket_tells_what_its_notifications_name() {
             event: "s3:ObjectCreated:*".to_owned(),
             queue: "work".to_owned(),
         }],
+        cors: Vec::new(),
     };
     let (events, told) = mpsc::unbounded_channel();
     tokio::spawn(Arc::clone(&queues).tell(vec![bucket], told, system_clock, std::future::pending()));

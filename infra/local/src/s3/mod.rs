@@ -11,6 +11,7 @@
 
 mod access;
 mod body;
+mod cors;
 mod listing;
 mod rules;
 mod service;
@@ -117,11 +118,14 @@ pub async fn serve(
         let set_up = store.set_up(bucket, now());
         set_up.map_err(|error| Error::Bucket { name: bucket.name.clone(), reason: error.to_string() })?;
     }
+    let rules = options.buckets.into_iter().map(|bucket| (bucket.name, bucket.cors)).collect();
     let service = service::Service::new(Arc::new(store), options.kms, Arc::new(now), options.events);
     let mut builder = S3ServiceBuilder::new(service);
     builder.set_auth(Keys(Arc::clone(&options.callers)));
     builder.set_access(Policies(options.callers));
     let router = Router::new().fallback_service(HandleError::new(builder.build(), aborted));
+    let router =
+        router.layer(axum::middleware::from_fn_with_state(cors::Rules(Arc::new(rules)), cors::answer));
     crate::serving::serve(listener, router, shutdown).await.map_err(Error::Serve)
 }
 

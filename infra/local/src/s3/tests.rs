@@ -852,3 +852,54 @@ async fn what_a_key_of_kms_encrypts_is_read_while_the_key_is_on() {
     assert_eq!(server.get("/notes/mine/a").await.expect(200).text(), text);
     server.stop().await;
 }
+
+#[tokio::test]
+async fn browsers_are_told_which_pages_may_put() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../template.yaml");
+    let origins = "https://app.acme.example,https://globex.example:8443".to_owned();
+    let given = [("QdrantCells".to_owned(), "default=https://x.example".to_owned())];
+    let buckets = |origins: Option<String>| {
+        let origins = origins.map(|origins| ("UploadOrigins".to_owned(), origins));
+        let parameters = given.clone().into_iter().chain(origins).collect();
+        template::Template::load(&path, &parameters).unwrap().buckets
+    };
+    assert!(buckets(None).iter().all(|bucket| bucket.cors.is_empty()));
+    let server = Server::with(directory.path(), buckets(Some(origins))).await;
+    let ask = async |bucket: &str, origin: &str, method: &str, headers: &str| {
+        let url = format!("{}/bulkhead-{bucket}-000000000000/tenant%3Dacme/uploads/x", server.base);
+        let asked = reqwest::Client::new().request(Method::OPTIONS, url).header("origin", origin);
+        let asked = asked.header("access-control-request-method", method);
+        reply(asked.header("access-control-request-headers", headers)).await
+    };
+    let sent = "content-type,if-none-match,x-amz-server-side-encryption,\
+                x-amz-server-side-encryption-aws-kms-key-id,x-amz-server-side-encryption-context";
+    for origin in ["https://app.acme.example", "https://globex.example:8443"] {
+        let told = ask("documents", origin, "PUT", sent).await.expect(200);
+        assert_eq!(told.header("access-control-allow-origin"), Some(origin));
+        assert_eq!(told.header("access-control-allow-methods"), Some("PUT"));
+        assert_eq!(
+            told.header("access-control-allow-headers").map(|names| names.replace(", ", ",")).as_deref(),
+            Some(sent)
+        );
+    }
+    let own = "https://app.acme.example";
+    for (bucket, origin, method, headers) in [
+        ("documents", "https://evil.example", "PUT", sent),
+        ("documents", "https://app.acme.example.evil.example", "PUT", sent),
+        ("documents", "http://app.acme.example", "PUT", sent),
+        ("documents", own, "GET", ""),
+        ("documents", own, "DELETE", ""),
+        ("documents", own, "PUT", "x-amz-acl"),
+        ("audit", own, "PUT", sent),
+    ] {
+        ask(bucket, origin, method, headers).await.refused(403, "AccessForbidden");
+    }
+    // What is answered to the page itself is shown to it, also a refusal.
+    let url = format!("{}/bulkhead-documents-000000000000/x", server.base);
+    for (origin, shown) in [(own, Some(own)), ("https://evil.example", None)] {
+        let put = reply(reqwest::Client::new().put(&url).header("origin", origin)).await;
+        assert_eq!((put.status, put.header("access-control-allow-origin")), (403, shown));
+    }
+    server.stop().await;
+}

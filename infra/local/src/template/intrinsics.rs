@@ -152,6 +152,14 @@ impl<'a> Evaluator<'a> {
                 }
                 _ => Err(invalid(at, "Fn::Join takes a delimiter and a list")),
             },
+            "Fn::Split" => match argument.as_array().map(Vec::as_slice) {
+                Some([Value::String(delimiter), text]) if !delimiter.is_empty() => {
+                    let text = self.value(text, at, depth)?.as_ref().and_then(scalar);
+                    let text = text.ok_or_else(|| invalid(at, "Fn::Split splits a text"))?;
+                    Ok(Some(text.split(delimiter.as_str()).map(Value::from).collect()))
+                }
+                _ => Err(invalid(at, "Fn::Split takes a delimiter and a text")),
+            },
             "Fn::If" => match argument.as_array().map(Vec::as_slice) {
                 Some([Value::String(condition), then, otherwise]) => {
                     let chosen = if self.condition(condition, at, depth)? { then } else { otherwise };
