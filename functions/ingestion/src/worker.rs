@@ -18,6 +18,7 @@ use lambda_http::Error;
 use serde::Deserialize;
 use serde_json::Value;
 use shared::api_key::Permission;
+use shared::aws::data_keys::DataKeyError;
 use shared::aws::documents::Standing;
 use shared::aws::upload_authorizer::UploadAuthorizer;
 use shared::aws::upload_records::{Claimed, Unopened};
@@ -47,7 +48,7 @@ const MARGIN: Duration = Duration::from_secs(10);
 const CLAIM_MARGIN_MS: i64 = 5_000;
 /// What its line of the log says instead of a request's method and route.
 const ROUTE: (&str, &str) = ("PUT", "upload");
-/// What a document is told whose tenant's key KMS refused to the last.
+/// What a document says whose tenant's key KMS refused to the last.
 const KEY_UNUSABLE: &str = "the tenant's KMS key could not be used; upload the file again once it can";
 
 /// What the function works with.
@@ -214,6 +215,26 @@ async fn read(context: &Context, place: &UploadPlace, last: bool, invocation: &I
     }
 }
 
+/// What keeps a file from being stored for now.
+struct Hindered {
+    error: ApiError,
+    /// Whether it is the tenant's own key: KMS refuses it. A KMS that does not answer is an outage like others.
+    key: bool,
+}
+
+impl From<ApiError> for Hindered {
+    fn from(error: ApiError) -> Self {
+        Self { error, key: false }
+    }
+}
+
+impl From<StoreError> for Hindered {
+    fn from(error: StoreError) -> Self {
+        let key = matches!(error, StoreError::DataKey(DataKeyError::Refused { .. }));
+        Self { error: error.into(), key }
+    }
+}
+
 /// One attempt at one file.
 struct Reading<'a> {
     context: &'a Context,
@@ -269,27 +290,21 @@ impl Reading<'_> {
             tracing::error!(document.id = %upload.document_id, "A file cut off whoever read it; it is given up");
             return Ok(Came::Again);
         }
-        let description = match self.describe(unopened).await {
+        // The file's link was signed with the tenant's key of then, or at a repeat of its request with a later one.
+        let sealed = unopened.is_sealed() || self.scope.kms_key().is_some();
+        let description = match self.describe(upload, unopened).await {
             Ok(description) => description,
-            Err(error) => {
-                let why = matches!(error, StoreError::DataKey(_)).then_some(KEY_UNUSABLE);
-                return self.retry(upload, error.into(), why).await;
-            }
+            Err(error) => return self.retry(upload, error.into()).await,
         };
         let left = self.deadline.millis_since(ingestion.clock.now());
         let deadline = Instant::now() + Duration::from_millis(left).saturating_sub(MARGIN);
-        let file = match ingestion.uploads.read(&self.scope, upload, deadline).await {
+        let file = match ingestion.uploads.read(&self.scope, (upload, sealed), deadline).await {
             Ok(file) => file,
             Err(Unread::NotAnnounced) => {
                 return self.fail(upload, document, Unread::NotAnnounced.to_string()).await;
             }
-            Err(Unread::Key(error)) => {
-                let source = std::error::Error::source(&error).map(ToString::to_string);
-                tracing::error!(alert = "tenant_key_unusable", source, "A file cannot be read: {error}");
-                let error = ApiError::unavailable("the tenant's key service");
-                return self.retry(upload, error, Some(KEY_UNUSABLE)).await;
-            }
-            Err(Unread::Bucket(error)) => return self.retry(upload, unavailable(error), None).await,
+            Err(Unread::Key(error)) => return self.retry(upload, StoreError::from(error).into()).await,
+            Err(Unread::Bucket(error)) => return self.retry(upload, unavailable(error).into()).await,
         };
         match Box::pin(self.store(upload, description, file, deadline)).await {
             Ok(()) | Err(NotStored::NotAwaited) => self.end(upload).await,
@@ -297,14 +312,17 @@ impl Reading<'_> {
                 let Some(document) = self.awaiting(upload).await? else { return self.end(upload).await };
                 self.fail(upload, document, reason.to_string()).await
             }
-            Err(NotStored::Failed(error)) => self.retry(upload, error, None).await,
+            Err(NotStored::Failed(error)) => self.retry(upload, error.into()).await,
         }
     }
 
-    /// What the document is called; with what seals it at hand from then on, where the tenant has a key of its own.
-    async fn describe(&self, unopened: Unopened) -> Result<Description, StoreError> {
+    /// What the document is called. From then on all data keys are at hand that storing it takes: so a key that is off
+    /// shows before anything is admitted, and as what it is.
+    async fn describe(&self, upload: &Upload, unopened: Unopened) -> Result<Description, StoreError> {
         let ingestion = &self.context.ingestion;
         let description = Box::pin(ingestion.upload_records.describe(&self.scope, unopened)).await?;
+        // An attempt before this may have sealed it, with another key.
+        Box::pin(ingestion.documents.stored(&self.scope, &upload.document_id)).await?;
         Box::pin(ingestion.data_keys.of(&self.scope)).await?;
         Ok(description)
     }
@@ -350,14 +368,16 @@ impl Reading<'_> {
     }
 
     /// Something around the file refused or failed: it is tried again, unless it was tried often enough. Then the document
-    /// says `why`, or what the error says.
-    async fn retry(&self, upload: &Upload, error: ApiError, why: Option<&str>) -> Result<Came, ApiError> {
+    /// says why.
+    async fn retry(&self, upload: &Upload, Hindered { error, key }: Hindered) -> Result<Came, ApiError> {
         if self.last
             && let Some(document) = self.awaiting(upload).await?
         {
-            self.fail(upload, document, why.unwrap_or(&error.message).to_owned()).await?;
-            // What a limit refused is the tenant's to see; anything else is ours, and stays in the dead letters.
-            return if error.limit.is_some() { Ok(Came::Over) } else { Err(error) };
+            let reason = if key { KEY_UNUSABLE } else { &error.message };
+            self.fail(upload, document, reason.to_owned()).await?;
+            // What a limit or the tenant's own key refused is the tenant's to see to; anything else is ours, and stays in
+            // the dead letters.
+            return if key || error.limit.is_some() { Ok(Came::Over) } else { Err(error) };
         }
         Err(error)
     }

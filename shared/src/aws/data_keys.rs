@@ -27,6 +27,23 @@ const SEALS_FOR: Duration = Duration::from_secs(86_400);
 /// Data keys opened at the same time.
 const AT_ONCE: usize = 8;
 
+/// What KMS says of a key that cannot be used, or of what it has not wrapped for this tenant.
+#[cfg(any(feature = "data-keys", feature = "objects"))]
+pub(super) const REFUSALS: [&str; 12] = [
+    "AccessDeniedException",
+    "DisabledException",
+    "IncorrectKeyException",
+    "InvalidArnException",
+    "InvalidCiphertextException",
+    "InvalidGrantTokenException",
+    "InvalidKeyUsageException",
+    "KMSInvalidStateException",
+    "NotFoundException",
+    "OptInRequired",
+    "UnsupportedOperationException",
+    "ValidationException",
+];
+
 /// The data keys of tenants.
 #[derive(Clone, Debug)]
 pub struct DataKeys(Access);
@@ -213,25 +230,9 @@ mod kms {
 
     use super::super::failure_code;
     use super::super::session::{Session, TENANT_TAG};
-    use super::DataKeyError;
+    use super::{DataKeyError, REFUSALS};
     use crate::sealing::{DataKey, KmsKeyArn, SealError, WrappedKey};
     use crate::tenant::TenantId;
-
-    /// What KMS says of a key that cannot be used, or of what it has not wrapped for this tenant.
-    const REFUSALS: [&str; 12] = [
-        "AccessDeniedException",
-        "DisabledException",
-        "IncorrectKeyException",
-        "InvalidArnException",
-        "InvalidCiphertextException",
-        "InvalidGrantTokenException",
-        "InvalidKeyUsageException",
-        "KMSInvalidStateException",
-        "NotFoundException",
-        "OptInRequired",
-        "UnsupportedOperationException",
-        "ValidationException",
-    ];
 
     pub(super) async fn generate(
         session: &Session,

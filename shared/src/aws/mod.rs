@@ -43,7 +43,7 @@ pub mod upload_authorizer;
 #[cfg(feature = "dynamodb")]
 pub mod upload_records;
 
-#[cfg(feature = "objects")]
+#[cfg(all(feature = "dynamodb", feature = "objects"))]
 pub mod uploads;
 #[cfg(feature = "dynamodb")]
 pub mod usage;

@@ -28,6 +28,13 @@ pub struct UploadRecords(Table);
 #[derive(Debug)]
 pub struct Unopened(Item);
 
+impl Unopened {
+    /// Whether it is sealed.
+    pub fn is_sealed(&self) -> bool {
+        self.0.contains_key(item_key::DATA_KEY)
+    }
+}
+
 /// All that a record holds.
 #[derive(Serialize)]
 struct Whole<'a> {

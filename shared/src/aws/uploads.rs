@@ -18,6 +18,8 @@ use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, timeout_at};
 
 use super::audit_objects::{ObjectError, failed, unavailable};
+use super::data_keys::{DataKeyError, REFUSALS};
+use super::failure_code;
 use super::session::{Access, LINKS_HOLD, TENANT_TAG};
 use crate::document::ContentType;
 use crate::scope::{Erasure, Expired, Subject, TenantScope};
@@ -61,8 +63,8 @@ pub enum Unread {
     #[error("it is not the file that was announced")]
     NotAnnounced,
     /// KMS refuses the key that the file was put with.
-    #[error("KMS does not let the key of the file be used")]
-    Key(#[source] ObjectError),
+    #[error(transparent)]
+    Key(DataKeyError),
     /// The bucket did not answer, or not to the end.
     #[error(transparent)]
     Bucket(#[from] ObjectError),
@@ -126,14 +128,15 @@ impl Uploads {
         Ok(Link { url: signed.uri().to_owned(), headers: headers.collect() })
     }
 
-    /// The file, if it is as long as was announced. No more of it is held than that.
+    /// The file, if it is as long as was announced. No more of it is held than that. It may be `sealed` with a key of
+    /// KMS: then S3 may refuse because of that.
     ///
     /// # Errors
     /// [`Unread`].
     pub async fn read(
         &self,
         scope: &TenantScope,
-        upload: &Upload,
+        (upload, sealed): (&Upload, bool),
         deadline: Instant,
     ) -> Result<Vec<u8>, Unread> {
         let key = of(scope, &upload.place())?;
@@ -142,7 +145,10 @@ impl Uploads {
             Err(error) if error.as_service_error().is_some_and(|error| error.is_no_such_key()) => {
                 return Err(Unread::NotAnnounced);
             }
-            Err(error) if refuses_key(&error) => return Err(Unread::Key(failed(&self.bucket, error))),
+            Err(error) if sealed && refuses_key(error.code(), error.message()) => {
+                let code = failure_code(&error);
+                return Err(Unread::Key(DataKeyError::Refused { code, source: Box::new(error) }));
+            }
             answer => answer.map_err(|e| failed(&self.bucket, e))?,
         };
         let announced = usize::try_from(upload.size_bytes).unwrap_or(usize::MAX);
@@ -269,14 +275,16 @@ fn context(subject: &impl Subject) -> String {
     STANDARD.encode(json!({TENANT_TAG: subject.tenant_id().as_str()}).to_string())
 }
 
-/// Whether S3 says that KMS refuses: it hands on what KMS says of a key, as `KMS.DisabledException`, with 400; where the
-/// caller may not use it, it is S3's own refusal, which names the action. Whatever else it answers while KMS is down is an
-/// outage of the bucket.
+/// Whether S3 refuses an encrypted file because KMS refuses its key: it hands on what KMS says of that, as
+/// `KMS.DisabledException`, with 400. Where the caller may not use the key it is S3's own refusal, in one of several
+/// wordings, or in none; one that is about S3 itself names the action. Whatever else S3 answers, what KMS says when it is
+/// overloaded included, is an outage.
 /// <https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html#ErrorCodeList>
-fn refuses_key(error: &impl ProvideErrorMetadata) -> bool {
-    match error.code() {
-        Some("AccessDenied") => error.message().is_some_and(|message| message.contains("kms:")),
-        Some(code) => code.starts_with("KMS."),
+fn refuses_key(code: Option<&str>, message: Option<&str>) -> bool {
+    match code {
+        // An action follows a blank; in a resource's name, `arn:aws:s3:::`, there is a colon before.
+        Some("AccessDenied") => !message.is_some_and(|message| message.contains(" s3:")),
+        Some(code) => code.strip_prefix("KMS.").is_some_and(|code| REFUSALS.contains(&code)),
         None => false,
     }
 }
@@ -296,5 +304,56 @@ fn joined(bucket: &str, ended: Option<Result<Deleted, JoinError>>) -> Result<(),
         None => Ok(()),
         Some(Ok(deleted)) => deleted.map(drop).map_err(|e| failed(bucket, e)),
         Some(Err(error)) => Err(unavailable(bucket, "cut off", error.into())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_that_is_refused_is_told_from_a_bucket_that_is() {
+        let session = "User: arn:aws:sts::123456789012:assumed-role/bulkhead-UploadIngestionTenantRole/acme";
+        let because = "because no identity-based policy allows the";
+        let denied = |message: &str| refuses_key(Some("AccessDenied"), Some(message));
+        for message in [
+            "Access Denied",
+            "The ciphertext refers to a customer master key that does not exist, does not exist in this region, or you are not allowed to access",
+            &format!(
+                "{session} is not authorized to perform: kms:Decrypt on resource: \
+                 arn:aws:kms:us-east-1:111122223333:key/1b2c3d4e-0000-4000-8000-000000000000 {because} kms:Decrypt action"
+            ),
+            &format!(
+                "{session} is not authorized to perform: kms:Decrypt on this resource because the resource does not \
+                 exist in this Region, no resource-based policies allow access, or a resource-based policy explicitly \
+                 denies access"
+            ),
+            "arn:aws:s3:::bulkhead-documents/tenant=acme/uploads/x cannot be opened",
+        ] {
+            assert!(denied(message), "{message}");
+        }
+        for action in ["s3:GetObject", "s3:ListBucket"] {
+            let message = format!(
+                "{session} is not authorized to perform: {action} on resource: \
+                 \"arn:aws:s3:::bulkhead-documents/tenant=acme/uploads/x\" {because} {action} action"
+            );
+            assert!(!denied(&message), "{message}");
+        }
+        assert!(refuses_key(Some("AccessDenied"), None));
+        for code in ["KMS.DisabledException", "KMS.KMSInvalidStateException", "KMS.NotFoundException"] {
+            assert!(refuses_key(Some(code), Some("arn:aws:kms:… is disabled.")), "{code}");
+        }
+        for code in [
+            "KMS.ThrottlingException",
+            "KMS.KMSInternalException",
+            "KMS.DependencyTimeoutException",
+            "KMS.",
+            "DisabledException",
+            "ServiceUnavailable",
+            "NoSuchBucket",
+        ] {
+            assert!(!refuses_key(Some(code), Some("Access Denied")), "{code}");
+        }
+        assert!(!refuses_key(None, Some("Access Denied")));
     }
 }
