@@ -437,6 +437,20 @@ async fn a_file_whose_key_is_off_is_tried_and_fails_and_says_so() {
     stack.kms("DisableKey", json!({"KeyId": arn})).await;
     let (status, answer) = put_file(&begun, FILE).await;
     assert!(status == StatusCode::BAD_REQUEST && answer.contains("KMS.DisabledException"), "{answer}");
+    // What holds nothing yet is begun anew under another key, although nobody can tell any more what it was called.
+    let other = stack.create_kms_key().await;
+    stack.change_tenant("acme", json!({"kms_key_arn": other})).await;
+    stack.kill("ingestion").await;
+    refused(&acme.get("/v1/documents").await);
+    for id in ["outage", "late"] {
+        refused(&acme.get(&format!("/v1/documents/{id}")).await);
+        let begun = acme.begin_upload(&new_file(id)).await;
+        assert_eq!(put_file(&begun, FILE).await.0, StatusCode::OK);
+        assert_eq!(acme.read_upload(id).await["title"], new_file(id)["title"]);
+        assert_eq!(document(&stack, id).await["data_key"]["arn"], *other);
+    }
+    // What holds something keeps it.
+    refused(&acme.post("/v1/uploads", &new_file("f0")).await);
     stack.stop().await;
 }
 

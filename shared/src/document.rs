@@ -168,11 +168,6 @@ impl Document {
     pub fn is_at_work(&self, now: Timestamp) -> bool {
         self.status == DocumentStatus::Processing && self.at_work_until.is_some_and(|until| now < until)
     }
-
-    /// Whether it waits for that upload, or for what came by it to be stored.
-    pub fn awaits(&self, id: &UploadId) -> bool {
-        self.upload.as_ref().is_some_and(|awaited| awaited.is_of(id, self.status))
-    }
 }
 
 impl Awaited {
@@ -295,8 +290,9 @@ mod tests {
             let document = document(status, upload);
             let shown = |now| document.is_kept(&limits, now).then(|| document.standing(now).0);
             assert_eq!((shown(at(4)), shown(at(10))), (before, after), "{document:?}");
-            assert_eq!(document.awaits(&upload_id), awaits, "{document:?}");
-            assert!(!document.awaits(&"upl_x123456789012345678901".parse().unwrap()));
+            let is_of = |id: &UploadId| document.upload.as_ref().is_some_and(|a| a.is_of(id, status));
+            assert_eq!(is_of(&upload_id), awaits, "{document:?}");
+            assert!(!is_of(&"upl_x123456789012345678901".parse().unwrap()));
             // Why one failed is nothing that another standing is about.
             for now in [at(4), at(10)] {
                 let (standing, reason) = document.standing(now);

@@ -177,7 +177,7 @@ async fn begin(
         claimed_until: None,
     };
     let description = Description { title: asked.title, source: asked.source, metadata: asked.metadata };
-    let known = context.documents.stored(scope, &upload.document_id).await?;
+    let known = context.documents.to_await(scope, &upload.document_id).await?;
     // Whoever stores it now would lose what it has begun.
     if known.as_ref().is_some_and(|known| known.is_at_work(now)) {
         let message = format!("`{}` is being stored right now; try again", upload.document_id);

@@ -19,7 +19,7 @@ use serde::Deserialize;
 use serde_json::Value;
 use shared::api_key::Permission;
 use shared::aws::data_keys::DataKeyError;
-use shared::aws::documents::Standing;
+use shared::aws::documents::Head;
 use shared::aws::upload_authorizer::UploadAuthorizer;
 use shared::aws::upload_records::{Claimed, Unopened};
 use shared::aws::uploads::Unread;
@@ -383,13 +383,13 @@ impl Reading<'_> {
     }
 
     /// Where the document stands, if it still awaits this upload.
-    async fn awaiting(&self, upload: &Upload) -> Result<Option<Standing>, ApiError> {
-        let document = self.context.ingestion.documents.standing(&self.scope, &upload.document_id).await?;
+    async fn awaiting(&self, upload: &Upload) -> Result<Option<Head>, ApiError> {
+        let document = self.context.ingestion.documents.head(&self.scope, &upload.document_id).await?;
         Ok(document.filter(|document| document.awaits(&upload.upload_id)))
     }
 
     /// The document has failed, and says why. The file goes. None of it takes the tenant's key, which may be why.
-    async fn fail(&self, upload: &Upload, document: Standing, reason: String) -> Result<Came, ApiError> {
+    async fn fail(&self, upload: &Upload, document: Head, reason: String) -> Result<Came, ApiError> {
         let ingestion = &self.context.ingestion;
         match ingestion.documents.fail(&self.scope, &upload.document_id, &document, reason).await {
             Ok(()) => {

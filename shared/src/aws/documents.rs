@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use aws_sdk_dynamodb::operation::update_item::builders::UpdateItemFluentBuilder;
 use aws_sdk_dynamodb::types::{AttributeValue, Delete, ReturnValue, TransactWriteItem, Update};
 use futures_util::{StreamExt, TryStreamExt, stream};
 use rand::RngExt;
@@ -9,7 +10,7 @@ use serde::Deserialize;
 
 use super::ledger::Ledger;
 use super::session::Access;
-use super::table::{Cancelled, Page, StoreError, Table};
+use super::table::{Cancelled, Item, Page, StoreError, Table};
 use crate::clock::Timestamp;
 use crate::document::{Awaited, Document, DocumentStatus, Editions};
 use crate::error::{ApiError, Code};
@@ -17,7 +18,7 @@ use crate::ids::{DocumentId, UploadId};
 use crate::item_key;
 use crate::ledger::Record;
 use crate::random::entropy;
-use crate::scope::TenantScope;
+use crate::scope::{Subject, TenantScope};
 use crate::sealing::DataKey;
 use crate::tenant::TenantId;
 
@@ -43,9 +44,9 @@ pub struct Taken {
     pub upload: Option<UploadId>,
 }
 
-/// Where a document stands, as far as its record says that to whoever does not have its tenant's key.
+/// What a document's record says to whoever does not have its tenant's key, of where it stands.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-pub struct Standing {
+pub struct Head {
     tenant_id: TenantId,
     status: DocumentStatus,
     /// When its content last changed.
@@ -56,8 +57,8 @@ pub struct Standing {
     revision: u64,
 }
 
-impl Standing {
-    /// As [`Document::awaits`].
+impl Head {
+    /// Whether the document waits for that upload, or for what came by it to be stored.
     pub fn awaits(&self, id: &UploadId) -> bool {
         self.upload.as_ref().is_some_and(|awaited| awaited.is_of(id, self.status))
     }
@@ -87,7 +88,7 @@ impl From<NotCreated> for ApiError {
 }
 
 /// A record's next revision.
-pub(super) fn revision() -> u64 {
+fn revision() -> u64 {
     entropy().random()
 }
 
@@ -143,6 +144,32 @@ pub(super) async fn transact_with_fewer(
     }
 }
 
+/// The update by which a document fails whose upload came to nothing, without the condition on which it does. Its names
+/// `#s`, `#u` and `#t` and its value `:written` are there for that.
+pub(super) fn failing(
+    table: &Table,
+    subject: &impl Subject,
+    id: &DocumentId,
+    reason: String,
+) -> UpdateItemFluentBuilder {
+    table
+        .client(subject.tenant_id())
+        .update_item()
+        .table_name(&table.name)
+        .set_key(Some(Table::key(subject.tenant_id(), &item_key::document(id))))
+        .update_expression(
+            "SET #s = :failed, #r = :reason, #u.#t = :true, revision = :written REMOVE at_work_until",
+        )
+        .expression_attribute_names("#s", "status")
+        .expression_attribute_names("#r", "reason")
+        .expression_attribute_names("#u", "upload")
+        .expression_attribute_names("#t", "taken")
+        .expression_attribute_values(":failed", AttributeValue::S("failed".to_owned()))
+        .expression_attribute_values(":reason", AttributeValue::S(reason))
+        .expression_attribute_values(":true", AttributeValue::Bool(true))
+        .expression_attribute_values(":written", AttributeValue::N(revision().to_string()))
+}
+
 impl DocumentStore {
     /// The table of that name.
     pub fn new(access: &Access, table: String) -> Self {
@@ -169,21 +196,42 @@ impl DocumentStore {
     /// If the table does not answer or the item does not parse.
     pub async fn stored(&self, scope: &TenantScope, id: &DocumentId) -> Result<Option<Document>, StoreError> {
         let item = self.0.item_at(scope.tenant_id(), &item_key::document(id)).await?;
+        self.opened(scope, item).await
+    }
+
+    async fn opened(&self, scope: &TenantScope, item: Option<Item>) -> Result<Option<Document>, StoreError> {
         let document: Option<Document> = self.0.opened(scope, item.into_iter().collect()).await?.pop();
         Ok(document.filter(|document| scope.owns(document.tenant_id.as_str(), "documents").is_ok()))
+    }
+
+    /// As [`DocumentStore::stored`], for whoever lets it await a file. Of one that holds nothing yet nothing stays, what it
+    /// is called neither: that is empty then if it is sealed, and takes no key, which may be gone.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn to_await(
+        &self,
+        scope: &TenantScope,
+        id: &DocumentId,
+    ) -> Result<Option<Document>, StoreError> {
+        let Some(mut item) = self.0.item_at(scope.tenant_id(), &item_key::document(id)).await? else {
+            return Ok(None);
+        };
+        let holds_nothing = item.get("version").is_some_and(|version| version.as_n().is_ok_and(|n| n == "0"));
+        if holds_nothing && item.remove(item_key::DATA_KEY).is_some() {
+            item.retain(|attribute, _| !TEXT.contains(&attribute.as_str()));
+            item.insert("title".to_owned(), AttributeValue::S(String::new()));
+        }
+        self.opened(scope, Some(item)).await
     }
 
     /// As [`DocumentStore::stored`], without what may be sealed: it takes no key.
     ///
     /// # Errors
     /// As there.
-    pub async fn standing(
-        &self,
-        scope: &TenantScope,
-        id: &DocumentId,
-    ) -> Result<Option<Standing>, StoreError> {
-        let standing: Option<Standing> = self.0.get(scope.tenant_id(), &item_key::document(id)).await?;
-        Ok(standing.filter(|standing| scope.owns(standing.tenant_id.as_str(), "documents").is_ok()))
+    pub async fn head(&self, scope: &TenantScope, id: &DocumentId) -> Result<Option<Head>, StoreError> {
+        let head: Option<Head> = self.0.get(scope.tenant_id(), &item_key::document(id)).await?;
+        Ok(head.filter(|head| scope.owns(head.tenant_id.as_str(), "documents").is_ok()))
     }
 
     /// Lets a document fail whose upload came to nothing, where it still stands as `expected`. It says so without the
@@ -195,28 +243,10 @@ impl DocumentStore {
         &self,
         scope: &TenantScope,
         id: &DocumentId,
-        expected: &Standing,
+        expected: &Head,
         reason: String,
     ) -> Result<(), StoreError> {
-        let written = revision();
-        let update = self
-            .0
-            .client(scope.tenant_id())
-            .update_item()
-            .table_name(&self.0.name)
-            .set_key(Some(Table::key(scope.tenant_id(), &item_key::document(id))))
-            .update_expression(
-                "SET #s = :failed, #r = :reason, #u.#t = :true, revision = :written REMOVE at_work_until",
-            )
-            .condition_expression(unchanged(expected.revision))
-            .expression_attribute_names("#s", "status")
-            .expression_attribute_names("#r", "reason")
-            .expression_attribute_names("#u", "upload")
-            .expression_attribute_names("#t", "taken")
-            .expression_attribute_values(":failed", AttributeValue::S("failed".to_owned()))
-            .expression_attribute_values(":reason", AttributeValue::S(reason))
-            .expression_attribute_values(":true", AttributeValue::Bool(true))
-            .expression_attribute_values(":written", AttributeValue::N(written.to_string()));
+        let update = failing(&self.0, scope, id, reason).condition_expression(unchanged(expected.revision));
         let update = match expected.revision {
             0 => update,
             known => update.expression_attribute_values(":expected", AttributeValue::N(known.to_string())),
@@ -235,16 +265,16 @@ impl DocumentStore {
         ids: BTreeSet<DocumentId>,
     ) -> Result<Editions, StoreError> {
         #[derive(Deserialize)]
-        struct Head {
+        struct Found {
             tenant_id: TenantId,
             current: Option<Timestamp>,
         }
-        let heads = stream::iter(ids).map(async |id| {
-            let head: Option<Head> = self.0.get(scope.tenant_id(), &item_key::document(&id)).await?;
-            let own = head.filter(|head| scope.owns(head.tenant_id.as_str(), "documents").is_ok());
-            Ok((id, own.and_then(|head| head.current)))
+        let found = stream::iter(ids).map(async |id| {
+            let found: Option<Found> = self.0.get(scope.tenant_id(), &item_key::document(&id)).await?;
+            let own = found.filter(|found| scope.owns(found.tenant_id.as_str(), "documents").is_ok());
+            Ok((id, own.and_then(|found| found.current)))
         });
-        heads.buffer_unordered(ASKED_AT_ONCE).try_collect().await
+        found.buffer_unordered(ASKED_AT_ONCE).try_collect().await
     }
 
     /// Takes a document up for its deletion, which ends by `until`: it is found in no edition from then on, and whoever
@@ -260,12 +290,6 @@ impl DocumentStore {
         now: Timestamp,
         until: Timestamp,
     ) -> Result<Option<Taken>, StoreError> {
-        #[derive(Deserialize)]
-        struct Head {
-            tenant_id: TenantId,
-            updated_at: Timestamp,
-            upload: Option<Awaited>,
-        }
         let past = scope.limits().retained_since(now);
         let taken = self
             .0
@@ -300,7 +324,7 @@ impl DocumentStore {
             Err(StoreError::Conflict) => return Ok(None),
             Err(error) => return Err(error),
         };
-        let Head { tenant_id, updated_at, upload } = self.0.record(item)?;
+        let Head { tenant_id, updated_at, upload, .. } = self.0.record(item)?;
         if scope.owns(tenant_id.as_str(), "documents").is_err() {
             return Ok(None);
         }

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 
 use aws_sdk_dynamodb::types::{AttributeValue, Delete, TransactWriteItem};
 
-use super::documents::{revision, transact_with_fewer};
+use super::documents::{failing, transact_with_fewer};
 use super::ledger::Ledger;
 use super::session::Access;
 use super::table::{Cancelled, Item, Page, StoreError, Table};
@@ -317,26 +317,12 @@ impl TenantItems {
         reason: &str,
     ) -> Result<bool, StoreError> {
         let text = |text: &str| AttributeValue::S(text.to_owned());
-        let update = self
-            .documents
-            .client(expired.tenant_id())
-            .update_item()
-            .table_name(&self.documents.name)
-            .set_key(Some(Table::key(expired.tenant_id(), &item_key::document(&upload.document_id))))
-            .update_expression("SET #s = :failed, #r = :reason, #u.#t = :true, revision = :revision")
-            .expression_attribute_values(":revision", AttributeValue::N(revision().to_string()))
+        let update = failing(&self.documents, expired, &upload.document_id, reason.to_owned())
             .condition_expression("#u.#i = :id AND (#u.#t = :false OR #s = :pending OR #s = :processing)")
-            .expression_attribute_names("#s", "status")
-            .expression_attribute_names("#r", "reason")
-            .expression_attribute_names("#u", "upload")
             .expression_attribute_names("#i", "upload_id")
-            .expression_attribute_names("#t", "taken")
-            .expression_attribute_values(":failed", text("failed"))
             .expression_attribute_values(":pending", text("pending"))
             .expression_attribute_values(":processing", text("processing"))
-            .expression_attribute_values(":reason", text(reason))
             .expression_attribute_values(":id", text(upload.upload_id.as_str()))
-            .expression_attribute_values(":true", AttributeValue::Bool(true))
             .expression_attribute_values(":false", AttributeValue::Bool(false));
         match update.send().await.map_err(|e| self.documents.failed(e)) {
             Ok(_) => Ok(true),
