@@ -521,6 +521,7 @@ async fn what_users_say_of_answers_is_sealed_and_shown() {
     let older = acme.ask(&question()).await;
     let completion = json!({"messages": [{"role": "user", "content": question()}]});
     let alone = acme.post("/v1/chat/completions", &completion).await.expect_status(StatusCode::OK).json();
+    let keyless = acme.ask(&question()).await;
     before(Value::Null).await;
     let plain = acme.ask("In the clear?").await;
     before(json!(one)).await;
@@ -554,12 +555,21 @@ async fn what_users_say_of_answers_is_sealed_and_shown() {
     }
     assert_eq!(holding(&stack.data(), SAID), Vec::<String>::new());
     for item in stack.items("conversations", "acme", "ANSWER#").await {
+        if item["id"] == keyless["id"] {
+            continue;
+        }
         assert!(item["feedback"].is_string() && item["data_key"].is_object(), "{item}");
     }
     // Written in the clear, it would be found.
     before(Value::Null).await;
-    let last = acme.ask("Again?").await;
-    acme.post("/v1/feedback", &rated(&last, SAID)).await.expect_status(StatusCode::CREATED);
+    for process in ["cold", "warm"] {
+        rate(&keyless, 5).await;
+        let path = format!("/v1/conversations/{}", keyless["conversation_id"].as_str().unwrap());
+        let whole = acme.get(&path).await.expect_status(StatusCode::OK).json();
+        let shown = &whole["turns"][0];
+        assert_eq!(shown["feedback"], json!({"rating": "up", "comment": said(5)}), "{process}");
+        assert_eq!(shown["response"], keyless["response"]);
+    }
     assert_ne!(holding(&stack.data(), SAID), Vec::<String>::new());
 
     // What is sealed with a key that is gone gets nothing said of it any more: nothing of it is half written.

@@ -5,7 +5,7 @@ use aws_sdk_dynamodb::types::{AttributeValue, TransactWriteItem, Update};
 use super::idempotency::{Finished, IdempotencyStore};
 use super::ledger::Ledger;
 use super::session::Access;
-use super::table::{Cancelled, Item, Page, StoreError, Table};
+use super::table::{Cancelled, Item, Page, StoreError, Table, wrapped_value};
 use crate::clock::Timestamp;
 use crate::conversation::{Conversation, Feedback, Given, MOST_TURNS, Turn};
 use crate::ids::{ConversationId, MessageId};
@@ -14,11 +14,11 @@ use crate::ledger::Record;
 use crate::scope::TenantScope;
 use crate::sealing::{DataKey, SealError};
 
-/// What of a turn its tenant's key seals: what users and the model have written, and titles.
-const TEXT: [&str; 4] = ["question", "answer", "citations", "title"];
-
-/// What is sealed of a turn and of an answer by its id once its user has said something of it.
+/// What a user has said of an answer: of its turn, and of the answer by its id.
 const FEEDBACK: &str = "feedback";
+
+/// What of a turn its tenant's key seals: what users and the model have written, and titles.
+const TEXT: [&str; 5] = ["question", "answer", "citations", "title", FEEDBACK];
 
 /// Turns that are deleted at a time.
 const TURNS_AT_ONCE: i32 = 500;
@@ -255,10 +255,20 @@ impl ConversationStore {
             Some(_) => Some(seal.ok_or_else(|| self.0.corrupt(SealError::Seal))?),
             None => None,
         };
+        // A turn may have a data key of its own. Beside an answer by its id there is none before its user has said something.
+        let of_turn = match (&turn, seal_with) {
+            (Some(turn), Some(_)) => self.0.data_key_beside(scope, turn).await?,
+            _ => None,
+        };
+        let items = std::iter::once((item_key::answer(&given.id), None));
         let mut parts = Vec::new();
-        for sort in std::iter::once(item_key::answer(&given.id)).chain(turn) {
+        for (sort, known) in items.chain(turn.map(|turn| (turn, of_turn.as_deref()))) {
             let (value, new_key) = match seal_with {
-                Some(key) => self.0.sealed_beside(scope, (&sort, FEEDBACK), feedback, key).await?,
+                Some(seal) => {
+                    let new = known.is_none().then(|| wrapped_value(seal.wrapped()));
+                    let key = known.unwrap_or(seal);
+                    (self.0.sealed_value(scope, (&sort, FEEDBACK), feedback, key)?, new)
+                }
                 None => (serde_dynamo::to_attribute_value(feedback).map_err(|e| self.0.corrupt(e))?, None),
             };
             let update = Update::builder()

@@ -120,7 +120,7 @@ impl From<StoreError> for ApiError {
 pub(super) type Item = HashMap<String, AttributeValue>;
 
 /// A data key as it lies beside what it has sealed: the key that opens it, and what KMS made of it.
-fn wrapped_value(wrapped: &WrappedKey) -> AttributeValue {
+pub(super) fn wrapped_value(wrapped: &WrappedKey) -> AttributeValue {
     AttributeValue::M(HashMap::from([
         ("arn".to_owned(), AttributeValue::S(wrapped.arn.to_string())),
         ("wrapped".to_owned(), AttributeValue::B(Blob::new(wrapped.bytes.clone()))),
@@ -215,16 +215,26 @@ impl Table {
         Ok(item)
     }
 
-    /// A value for an attribute of an item that is there already, as nobody reads it without the tenant's key: sealed with
-    /// the data key that lies beside the item, since it opens with no other. Where none does, it is sealed with `seal`,
-    /// which is brought along, to lie there from then on.
-    pub(super) async fn sealed_beside(
+    /// A value for an attribute of an item that is there already, as nobody reads it without the tenant's key.
+    pub(super) fn sealed_value(
         &self,
         scope: &TenantScope,
         (sort, attribute): (&str, &str),
         value: &impl Serialize,
-        seal: &DataKey,
-    ) -> Result<(AttributeValue, Option<AttributeValue>), StoreError> {
+        key: &DataKey,
+    ) -> Result<AttributeValue, StoreError> {
+        let value = serde_json::to_value(value).map_err(|e| self.corrupt(e))?;
+        let place = Place { tenant: scope.tenant_id(), sort, attribute };
+        let bytes = key.seal(place, &value, &mut entropy()).map_err(|e| self.corrupt(e))?;
+        Ok(AttributeValue::B(Blob::new(bytes)))
+    }
+
+    /// The data key that lies beside an item, if one does: what is sealed in that item opens with no other.
+    pub(super) async fn data_key_beside(
+        &self,
+        scope: &TenantScope,
+        sort: &str,
+    ) -> Result<Option<Arc<DataKey>>, StoreError> {
         let answer = self
             .client(scope.tenant_id())
             .get_item()
@@ -236,18 +246,10 @@ impl Table {
             .send()
             .await
             .map_err(|e| self.failed(e))?;
-        let lies = answer.item.and_then(|mut item| item.remove(DATA_KEY));
-        let value = serde_json::to_value(value).map_err(|e| self.corrupt(e))?;
-        let sealed = |key: &DataKey| -> Result<AttributeValue, StoreError> {
-            let place = Place { tenant: scope.tenant_id(), sort, attribute };
-            let bytes = key.seal(place, &value, &mut entropy()).map_err(|e| self.corrupt(e))?;
-            Ok(AttributeValue::B(Blob::new(bytes)))
-        };
-        let Some(lies) = lies else { return Ok((sealed(seal)?, Some(wrapped_value(seal.wrapped())))) };
+        let Some(lies) = answer.item.and_then(|mut item| item.remove(DATA_KEY)) else { return Ok(None) };
         let wrapped = wrapped_key(&lies).ok_or_else(|| self.corrupt(SealError::Seal))?;
-        let keys = data_keys::opened_all(&self.access, scope.tenant_id(), vec![wrapped.clone()]).await?;
-        let key = keys.get(&wrapped).ok_or_else(|| self.corrupt(SealError::Seal))?;
-        Ok((sealed(key)?, None))
+        let mut keys = data_keys::opened_all(&self.access, scope.tenant_id(), vec![wrapped.clone()]).await?;
+        Ok(Some(keys.remove(&wrapped).ok_or_else(|| self.corrupt(SealError::Seal))?))
     }
 
     /// Items as records, opened where they are sealed: each with the data key that lies beside it, whatever key
