@@ -67,22 +67,10 @@ fn upload_key(tenant: &Tenant, upload: &Value) -> Value {
     json!({"tenant_id": {"S": tenant.id}, "sk": {"S": upload["sk"]}})
 }
 
-/// Waits until the file's message was received so often and waits again.
-async fn received(stack: &Stack, times: u64) {
-    until("the attempt", async || {
-        let messages = stack.queue("uploads").await;
-        messages.iter().any(|m| m["receives"].as_u64() >= Some(times)).then_some(())
-    })
-    .await;
-    // The function has answered, and the message is left in the queue.
-    sleep(Duration::from_millis(300)).await;
-}
-
 /// Waits until a message was received so often, and whoever received it has died.
 async fn killed(stack: &Stack, times: u64) {
-    received(stack, times).await;
+    stack.upload_attempts(times).await;
     until("the reader's death", async || stack.processes("upload-ingestion").is_empty().then_some(())).await;
-    sleep(Duration::from_millis(100)).await;
 }
 
 #[tokio::test]
@@ -315,7 +303,7 @@ async fn of_two_messages_the_bad_one_alone_comes_again() {
     stack.change_tenant(&acme.id, json!({"limits": {"tokens_per_day": 0}})).await;
     let begun = acme.begin_upload(&new("good", b"Good.")).await;
     assert_eq!(put_file(&begun, "Good.").await.0, StatusCode::OK);
-    received(&stack, 1).await;
+    stack.upload_attempts(1).await;
     let body = stack.queue("uploads").await[0]["body"].clone();
     stack.change_tenant(&acme.id, json!({"limits": {"tokens_per_day": 1_000_000}})).await;
     let record = |id: &str, body: &Value| {
@@ -488,7 +476,7 @@ async fn a_file_that_cannot_be_read_says_why_and_hinders_no_other() {
     let other = json!({"Records": [{"s3": {"object": {"key": "some/other", "size": 5}}}]});
     stack.send_message("uploads", &other.to_string()).await;
     for times in 1..=8 {
-        received(&stack, times).await;
+        stack.upload_attempts(times).await;
         stack.unhide_messages("uploads").await;
     }
     until("the dead letter", async || (stack.queue_messages("upload-failures").len() == 1).then_some(()))
@@ -594,7 +582,7 @@ async fn a_message_that_comes_again_changes_nothing() {
     stack.change_tenant(&acme.id, json!({"limits": {"tokens_per_day": 0}})).await;
     let begun = acme.begin_upload(&new("twice", b"Twice told.")).await;
     assert_eq!(put_file(&begun, "Twice told.").await.0, StatusCode::OK);
-    received(&stack, 1).await;
+    stack.upload_attempts(1).await;
     let body = stack.queue("uploads").await[0]["body"].as_str().unwrap().to_owned();
     stack.change_tenant(&acme.id, json!({"limits": {"tokens_per_day": 1_000_000}})).await;
     for _ in 0..5 {
@@ -629,7 +617,7 @@ async fn a_limit_lets_a_file_wait_and_fail_in_the_end() {
     limit(0).await;
     let begun = acme.begin_upload(&new("waits", b"It waits.")).await;
     assert_eq!(put_file(&begun, "It waits.").await.0, StatusCode::OK);
-    received(&stack, 1).await;
+    stack.upload_attempts(1).await;
     assert_eq!(status(&acme, "waits").await, "pending");
     limit(1_000_000).await;
     stack.unhide_messages("uploads").await;
@@ -640,7 +628,7 @@ async fn a_limit_lets_a_file_wait_and_fail_in_the_end() {
     let begun = acme.begin_upload(&new("fails", b"It fails.")).await;
     assert_eq!(put_file(&begun, "It fails.").await.0, StatusCode::OK);
     for times in 1..8 {
-        received(&stack, times).await;
+        stack.upload_attempts(times).await;
         assert_eq!(status(&acme, "fails").await, "pending");
         stack.unhide_messages("uploads").await;
     }
@@ -659,7 +647,7 @@ async fn a_tenant_that_is_suspended_meanwhile_gets_nothing_read() {
     let begun = acme.begin_upload(&new("late", b"Late.")).await;
     stack.change_tenant(&acme.id, json!({"status": "suspended"})).await;
     assert_eq!(put_file(&begun, "Late.").await.0, StatusCode::OK);
-    received(&stack, 1).await;
+    stack.upload_attempts(1).await;
     assert_eq!(stack.items("documents", "acme", "DOC#").await[0]["status"], "pending");
     stack.change_tenant(&acme.id, json!({"status": "active"})).await;
     stack.unhide_messages("uploads").await;
@@ -671,7 +659,7 @@ async fn a_tenant_that_is_suspended_meanwhile_gets_nothing_read() {
     stack.change_tenant(&acme.id, json!({"status": "suspended"})).await;
     assert_eq!(put_file(&begun, "Never.").await.0, StatusCode::OK);
     for times in 1..=8 {
-        received(&stack, times).await;
+        stack.upload_attempts(times).await;
         stack.unhide_messages("uploads").await;
     }
     until("the dead letter", async || (stack.queue_messages("upload-failures").len() == 1).then_some(()))
@@ -749,7 +737,7 @@ async fn a_document_that_is_deleted_leaves_nothing_of_its_file() {
     stack.change_tenant(&acme.id, json!({"limits": {"tokens_per_day": 0}})).await;
     let begun = acme.begin_upload(&new("waiting", b"Waiting.")).await;
     assert_eq!(put_file(&begun, "Waiting.").await.0, StatusCode::OK);
-    received(&stack, 1).await;
+    stack.upload_attempts(1).await;
     assert!(objects(&stack, &acme).await.contains(&8));
     acme.delete("/v1/documents/waiting").await.expect_status(StatusCode::NO_CONTENT);
     assert!(objects(&stack, &acme).await.iter().all(|size| *size == 0));

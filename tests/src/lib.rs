@@ -766,11 +766,21 @@ impl Stack {
     }
 
     /// What waits in a queue that a function is invoked with, or is being worked on: each message with how often it
-    /// was received and whether it is hidden. `queue` is its name without the stack's prefix.
+    /// was received, whether it is hidden and whether it is worked on. `queue` is its name without the stack's prefix.
     pub async fn queue(&self, queue: &str) -> Vec<Value> {
         let path = format!("queues/bulkhead-{queue}");
         let messages = self.control(Method::GET, &path, String::new()).await.json();
         messages.as_array().expect("messages").clone()
+    }
+
+    /// Waits until a message of the uploads' queue was received so often, and is left there by whoever has received it.
+    pub async fn upload_attempts(&self, times: u64) {
+        until("the attempt", async || {
+            let messages = self.queue("uploads").await;
+            let left = |m: &Value| m["receives"].as_u64() >= Some(times) && m["at_work"] == false;
+            messages.iter().any(left).then_some(())
+        })
+        .await;
     }
 
     /// Sends a message to a queue that a function is invoked with.

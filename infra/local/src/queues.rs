@@ -55,6 +55,9 @@ struct Message {
     receives: u32,
     /// Hidden until then.
     visible_at_ms: i64,
+    /// How many are working on it: more than one, if it came again meanwhile.
+    #[serde(skip)]
+    at_work: u32,
 }
 
 /// The queues that functions are invoked with.
@@ -150,13 +153,15 @@ impl Queues {
             first_received_ms: None,
             receives: 0,
             visible_at_ms: now_ms,
+            at_work: 0,
         });
         held.keep(&messages)?;
         held.sent.notify_waiters();
         Ok(())
     }
 
-    /// What is in a queue: for each message its body, how often it was received, and whether it is hidden.
+    /// What is in a queue: for each message its body, how often it was received, whether it is hidden, and whether somebody
+    /// is working on it.
     ///
     /// # Errors
     /// [`UnknownQueue`].
@@ -165,7 +170,7 @@ impl Queues {
         let messages = self.held(queue)?.messages();
         let show = |message: &Message| {
             json!({ "id": message.id, "body": message.body, "receives": message.receives,
-                "hidden": message.visible_at_ms > now_ms })
+                "hidden": message.visible_at_ms > now_ms, "at_work": message.at_work > 0 })
         };
         Ok(messages.iter().map(show).collect())
     }
@@ -201,6 +206,7 @@ impl Queues {
             message.receives += 1;
             message.first_received_ms.get_or_insert(now_ms);
             message.visible_at_ms = hidden_until;
+            message.at_work += 1;
             received.push(message.clone());
         }
         if !received.is_empty() {
@@ -209,9 +215,13 @@ impl Queues {
         Ok(received)
     }
 
-    fn delete(&self, held: &Held, ids: &HashSet<String>) -> io::Result<()> {
+    /// Somebody has worked on messages, and is done with some of them.
+    fn end(&self, held: &Held, worked_on: &HashSet<String>, done: &HashSet<String>) -> io::Result<()> {
         let mut messages = held.messages();
-        messages.retain(|message| !ids.contains(&message.id));
+        messages.retain(|message| !done.contains(&message.id));
+        for message in messages.iter_mut().filter(|message| worked_on.contains(&message.id)) {
+            message.at_work = message.at_work.saturating_sub(1);
+        }
         held.keep(&messages)
     }
 
@@ -312,9 +322,10 @@ impl Queues {
             }
             let (queues, invoke, event) = (Arc::clone(&self), Arc::clone(&invoke), Arc::clone(&event));
             at_work.spawn(async move {
-                let done = batch(&event, &invoke, messages).await;
+                let ids = messages.iter().map(|message| message.id.clone()).collect();
+                let done = batch(&event, &invoke, &ids, messages).await;
                 drop(place);
-                queues.delete(queues.held(&event.queue.name).map_err(io::Error::other)?, &done)
+                queues.end(queues.held(&event.queue.name).map_err(io::Error::other)?, &ids, &done)
             });
         }
         while let Some(ended) = at_work.join_next().await {
@@ -325,18 +336,22 @@ impl Queues {
 }
 
 /// Invokes the function with a batch, and says which messages are done with.
-async fn batch(event: &QueueEvent, invoke: &Invoke, messages: Vec<Message>) -> HashSet<String> {
-    let ids: HashSet<String> = messages.iter().map(|message| message.id.clone()).collect();
+async fn batch(
+    event: &QueueEvent,
+    invoke: &Invoke,
+    ids: &HashSet<String>,
+    messages: Vec<Message>,
+) -> HashSet<String> {
     let records: Vec<Value> = messages.iter().map(|message| record(message, &event.queue.name)).collect();
     let result = invoke(json!({ "Records": records }).to_string().into()).await;
-    let failed = failed(&result, &ids, event.reports_item_failures);
+    let failed = failed(&result, ids, event.reports_item_failures);
     match &result {
         _ if failed.is_empty() => {}
         Err(InvokeError::Closing) => {}
         Err(error) => tracing::warn!(queue = event.queue.name, "A batch of a queue failed: {error}"),
         Ok(_) => tracing::warn!(queue = event.queue.name, "A message of a queue failed in its function"),
     }
-    &ids - &failed
+    ids - &failed
 }
 
 /// Which messages of a batch failed. As with Lambda, an answer that names none that was sent fails them all.

@@ -124,8 +124,9 @@ async fn a_hidden_message_can_be_had_at_once() {
         std::future::pending(),
     ));
     until(|| seen.lock().unwrap().len() == 1).await;
-    tokio::time::sleep(Duration::from_millis(200)).await;
-    assert_eq!(queues.show("work", system_clock()).unwrap()[0]["hidden"], true);
+    let shown = || queues.show("work", system_clock()).unwrap()[0].clone();
+    until(|| shown()["at_work"] == false).await;
+    assert_eq!((&shown()["hidden"], &shown()["receives"]), (&true.into(), &1.into()));
     queues.unhide("work", system_clock()).unwrap();
     until(|| seen.lock().unwrap().len() == 2).await;
 }
