@@ -211,22 +211,20 @@ async fn may_read(stack: &Stack, may: bool) {
     stack.change_tenant("acme", json!({"limits": {"tokens_per_day": tokens}})).await;
 }
 
-/// Waits until the one message of a file was received so often, and is left.
-async fn received(stack: &Stack, times: u64) {
-    until("the attempt", async || {
-        let messages = stack.queue("uploads").await;
-        messages.iter().any(|m| m["receives"].as_u64() >= Some(times)).then_some(())
-    })
-    .await;
-    tokio::time::sleep(Duration::from_millis(300)).await;
-}
-
 /// Begins the upload of [`FILE`], and puts it while nobody may read it.
 async fn left_waiting(stack: &Stack, acme: &Tenant, id: &str) {
     may_read(stack, false).await;
     let begun = acme.begin_upload(&new_file(id)).await;
     assert_eq!(put_file(&begun, FILE).await.0, StatusCode::OK);
-    received(stack, 1).await;
+    until("the attempt", async || {
+        let uploads = stack.items("documents", "acme", "UPLOAD#").await;
+        let left = |upload: &Value| {
+            upload["document_id"] == id && upload["attempts"] == 1 && upload["claimed_until"].is_null()
+        };
+        uploads.iter().any(left).then_some(())
+    })
+    .await;
+    stack.upload_attempts(1).await;
 }
 
 async fn document(stack: &Stack, id: &str) -> Value {
@@ -381,7 +379,7 @@ async fn a_file_whose_key_is_off_is_tried_and_fails_and_says_so() {
             assert_eq!(document(&stack, &id).await["status"], "pending", "{times}");
             stack.unhide_messages("uploads").await;
             if times < 8 {
-                received(&stack, times).await;
+                stack.upload_attempts(times).await;
             }
         }
         let failed = until("the end", async || {
@@ -414,7 +412,7 @@ async fn a_file_whose_key_is_off_is_tried_and_fails_and_says_so() {
     left_waiting(&stack, &acme, "outage").await;
     for times in 2..8 {
         stack.unhide_messages("uploads").await;
-        received(&stack, times).await;
+        stack.upload_attempts(times).await;
     }
     may_read(&stack, true).await;
     stack.kill("upload_ingestion").await;
@@ -488,11 +486,20 @@ async fn a_repeat_of_an_upload_is_the_same_upload() {
         answer.expect_status(StatusCode::CREATED).json()
     };
     let (first, again) = (begin().await, begin().await);
+    let key = "x-amz-server-side-encryption-aws-kms-key-id";
     assert_eq!((&first["document_id"], &first["headers"]), (&again["document_id"], &again["headers"]));
     assert_eq!(stack.items("documents", "acme", "UPLOAD#").await.len(), 1);
     assert!(stack.items("conversations", "acme", "IDEM#").await[0]["data_key"].is_object());
-    assert_eq!(put_file(&again, FILE).await.0, StatusCode::OK);
+    // Under another key it is the same still, and what its new link puts is under that.
+    let two = stack.create_kms_key().await;
+    stack.change_tenant("acme", json!({"kms_key_arn": two})).await;
+    let later = begin().await;
+    assert_eq!(later["document_id"], first["document_id"]);
+    assert_eq!((&later["headers"][key], first["headers"][key] != later["headers"][key]), (&json!(two), true));
+    assert_eq!(stack.items("documents", "acme", "UPLOAD#").await.len(), 1);
+    assert_eq!(put_file(&later, FILE).await.0, StatusCode::OK);
     assert_eq!(acme.read_upload("f").await["status"], "ready");
+    assert_eq!(document(&stack, "f").await["data_key"]["arn"], *two);
     // Nobody's key is asked to forget what never came.
     let arn = stack.items("tenants", "acme", "CONFIG").await[0]["kms_key_arn"].clone();
     acme.begin_upload(&new_file("never")).await;
@@ -703,18 +710,45 @@ async fn what_a_lost_key_has_sealed_is_deleted_all_the_same() {
     store(&acme).await;
     acme.store("e", TITLE, "Another one.").await;
     repeatable(&acme, "/v1/chat", "one", json!({"message": question()})).await;
+    for id in ["deleted", "unread", "waiting"] {
+        left_waiting(&stack, &acme, id).await;
+    }
     stack.kms("ScheduleKeyDeletion", json!({"KeyId": arn})).await;
-    for function in ["chat", "ingestion"] {
+    for function in ["chat", "ingestion", "upload_ingestion"] {
         stack.kill(function).await;
     }
-    refused(&acme.get("/v1/documents/d").await);
-    acme.delete("/v1/documents/d").await.expect_status(StatusCode::NO_CONTENT);
-    acme.delete("/v1/documents/d").await.expect_error(404, "not_found");
+    for id in ["d", "deleted"] {
+        let path = format!("/v1/documents/{id}");
+        refused(&acme.get(&path).await);
+        acme.delete(&path).await.expect_status(StatusCode::NO_CONTENT);
+        acme.delete(&path).await.expect_error(404, "not_found");
+    }
+    // A file goes with its document, and with whoever looks after what nobody has read.
+    let objects = async || {
+        let listed = stack.s3().list_object_versions().bucket(stack.documents_bucket());
+        let listed = listed.prefix("tenant=acme/").send().await.unwrap();
+        assert!(listed.delete_markers().is_empty());
+        let mut sizes: Vec<i64> = listed.versions().iter().filter_map(|version| version.size()).collect();
+        sizes.sort_unstable();
+        sizes
+    };
+    let long = FILE.len() as i64;
+    assert_eq!(objects().await, [0, long, long]);
+    let uploads = stack.items("documents", "acme", "UPLOAD#").await;
+    let unread = uploads.iter().find(|upload| upload["document_id"] == "unread").unwrap();
+    let key = json!({"tenant_id": {"S": "acme"}, "sk": {"S": unread["sk"]}});
+    stack.edit("documents", key, &["expires_at"], json!({"N": "1"})).await;
+    let report = stack.invoke("eraser", json!({"job": "uploads"})).await;
+    assert_eq!((&report["unread"], &report["unmade"]), (&json!(1), &json!(0)), "{report}");
+    let failed = document(&stack, "unread").await;
+    assert_eq!((&failed["status"], &failed["data_key"]["arn"]), (&json!("failed"), &json!(arn)));
+    assert!(failed["reason"].as_str().unwrap().contains("upload it again"), "{failed}");
+    assert_eq!(objects().await, [0, long]);
 
     stack.change_tenant("acme", json!({"limits": {"data_retention_days": 0}})).await;
     let report = stack.invoke("eraser", json!({"job": "retain"})).await;
     let counted = (&report["documents"], &report["turns"], &report["left"]);
-    assert_eq!(counted, (&json!(1), &json!(1), &json!(0)), "{report}");
+    assert_eq!(counted, (&json!(3), &json!(1), &json!(0)), "{report}");
 
     let begun = stack.admin(Method::DELETE, "/admin/tenants/acme", None).await;
     let begun = begun.expect_status(StatusCode::ACCEPTED).json();
@@ -729,6 +763,8 @@ async fn what_a_lost_key_has_sealed_is_deleted_all_the_same() {
     }
     assert_eq!(view["status"], "completed", "{view:#}");
     assert_eq!(stack.items("conversations", "acme", "").await, Vec::<Value>::new());
+    assert_eq!(stack.items("documents", "acme", "").await, Vec::<Value>::new());
+    assert_eq!(objects().await, Vec::<i64>::new());
     stack.stop().await;
 }
 

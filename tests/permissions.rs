@@ -142,6 +142,18 @@ async fn roles_allow_what_functions_do_and_nothing_that_none_does() {
     }
 }
 
+/// A file's data key is bound to the file, whose ARN S3 gives KMS. With a key for the whole bucket it would give the
+/// bucket's, and a data key would go on opening files when its tenant's key is off.
+#[test]
+fn no_file_shares_its_data_key() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../infra/template.yaml");
+    let template: serde_yaml_ng::Value =
+        serde_yaml_ng::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+    let bucket = &template["Resources"]["DocumentsBucket"]["Properties"]["BucketEncryption"];
+    let rules = bucket["ServerSideEncryptionConfiguration"].as_sequence().unwrap();
+    assert!(!rules.is_empty() && rules.iter().all(|rule| rule["BucketKeyEnabled"] == false), "{rules:?}");
+}
+
 /// What no role may do, whatever it is for; and what each may not that others may.
 #[test]
 fn what_no_role_allows() {
