@@ -268,8 +268,9 @@ async fn feedback_is_kept_once_and_shows_in_usage_audit_and_conversation() {
     let other = rate(&ann, &liked["id"], "down").await.expect_error(409, "conflict");
     assert_eq!(other["param"], "id");
     rate(&ann, &disliked["id"], "down").await.expect_status(StatusCode::CREATED);
-    // An answer in OpenAI's form is an answer.
-    rate(&ann, &completed["id"], "up").await.expect_status(StatusCode::CREATED);
+    // An answer in OpenAI's form is an answer. What is said of it is counted in characters.
+    let long = json!({"id": completed["id"], "rating": "up", "comment": "ж".repeat(4_000)});
+    ann.post("/v1/feedback", &long).await.expect_status(StatusCode::CREATED);
 
     // Nobody else's answer is there to be rated.
     for tenant in [acme.as_user("bob"), acme.clone(), stack.tenant("globex").as_user("ann")] {
@@ -283,7 +284,7 @@ async fn feedback_is_kept_once_and_shows_in_usage_audit_and_conversation() {
         (json!({"id": liked["id"], "rating": "up", "stars": 5}), 400, "invalid_request", Some("stars")),
         (json!({"id": liked["id"], "rating": "up", "comment": 5}), 400, "invalid_request", Some("comment")),
         (
-            json!({"id": liked["id"], "rating": "up", "comment": "x".repeat(4_001)}),
+            json!({"id": liked["id"], "rating": "up", "comment": "ж".repeat(4_001)}),
             413,
             "too_large",
             Some("comment"),

@@ -15,7 +15,7 @@ use shared::web;
 use crate::{ChatBody, Context};
 
 /// The longest comment, in bytes.
-const MOST_COMMENT_BYTES: usize = 4_000;
+const MOST_COMMENT_CHARS: usize = 4_000;
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -38,8 +38,8 @@ pub(crate) async fn handle(
     request: Request,
 ) -> Result<Response<ChatBody>, ApiError> {
     let Body { id, rating, comment } = web::json(&request)?;
-    if comment.as_ref().is_some_and(|comment| comment.len() > MOST_COMMENT_BYTES) {
-        let message = format!("comment is longer than {MOST_COMMENT_BYTES} bytes");
+    if comment.as_ref().is_some_and(|comment| comment.chars().count() > MOST_COMMENT_CHARS) {
+        let message = format!("comment is longer than {MOST_COMMENT_CHARS} characters");
         return Err(ApiError::new(Code::TooLarge, message).with_param("comment"));
     }
     // A text that cannot be an id is answered like an id that is nobody's.
