@@ -255,11 +255,13 @@ async fn a_bad_document_is_named_and_the_others_are_stored() {
         listed["documents"].as_array().unwrap().iter().map(|d| d["id"].as_str().unwrap()).collect();
     assert_eq!(ids, ["good", "last"]);
     // Where nothing can be stored, the request as a whole is refused.
-    for (document, code, _) in &bad {
+    for (document, code, param) in &bad {
         if document["id"] != "good" {
             let answer = acme.post("/v1/documents", document).await;
             let status = if *code == "invalid_request" { 400 } else { 415 };
-            answer.expect_error(status, code);
+            let error = answer.expect_error(status, code);
+            // The field that was sent: there is no list.
+            assert_eq!(error["param"], if param.is_empty() { "body" } else { param }, "{document}: {error}");
         }
     }
     let none = acme.post("/v1/documents", &json!({"documents": []})).await;

@@ -67,8 +67,8 @@ struct NewDocument {
 
 /// A document of the request.
 struct Checked {
-    /// Its place.
-    n: usize,
+    /// Its place in the list; a bare one has none.
+    n: Option<usize>,
     /// What it calls itself, be it an id or not.
     id: Option<String>,
     /// The document, and the field that its content came in.
@@ -109,8 +109,8 @@ pub(crate) async fn handle(
     let deadline = web::deadline(&request, &context.clock);
     let key = web::idempotency_key(&request, scope)?;
     let ends_at_s = web::ends_at_s(&request);
-    let body: Value = web::json(&request)?;
-    let several = body.get("documents").is_some();
+    let body: Map<String, Value> = web::json(&request)?;
+    let (several, body) = (body.contains_key("documents"), Value::Object(body));
     let documents = if several { web::value::<Several>(body)?.documents } else { vec![body] };
     drop(request);
     if documents.is_empty() {
@@ -133,7 +133,7 @@ pub(crate) async fn handle(
                     Err(ApiError::invalid("id", format!("`{}` occurs twice in this request", valid.id)))
                 }
             });
-            Checked { n, id, valid }
+            Checked { n: several.then_some(n), id, valid }
         })
         .collect();
     // Where no document can be stored, the request as a whole is bad, for the first one's reason.
@@ -213,8 +213,9 @@ impl Outcome {
     }
 }
 
-/// The same error, said of the `n`th document.
-fn placed(mut error: ApiError, n: usize) -> ApiError {
+/// The same error, said of the `n`th document of a list.
+fn placed(mut error: ApiError, n: Option<usize>) -> ApiError {
+    let Some(n) = n else { return error };
     error.param = Some(match error.param {
         Some(param) => format!("documents[{n}].{param}"),
         None => format!("documents[{n}]"),
