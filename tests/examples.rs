@@ -71,6 +71,17 @@ async fn check(language: &str, mut program: Command) {
     let calls = stack.items("audit", "busy", "TICKET#").await;
     let of = |action: &str| calls.iter().filter(|call| call["action"] == action).count();
     assert_eq!((of("llm_call"), of("document_ingested")), (2, 1), "{language}: {calls:?}");
+
+    // What no waiting helps against is not waited for. curl sees no difference, and gives up after two minutes.
+    if language != "curl" {
+        let limits = json!({"requests_per_minute": 0});
+        let never = json!({"tenant_id": "never", "tier": "free", "company_name": "Never", "limits": limits});
+        let never = stack.provision(never).await;
+        let output = program.env("BULKHEAD_KEY", &never.key).output().await.unwrap();
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && errors.contains("rate_limit_exceeded"), "{language}: {errors}");
+        assert!(!errors.contains("again in"), "{language}: {errors}");
+    }
     stack.stop().await;
 }
 

@@ -16,7 +16,10 @@ import uuid
 URL = os.environ["BULKHEAD_URL"].rstrip("/")
 KEY = os.environ["BULKHEAD_KEY"]
 ATTEMPTS = 10
-KINDS = {".md": "text/markdown", ".html": "text/html", ".txt": "text/plain"}
+# A budget of a day or a month says when it has room again, too. Nobody waits for that.
+LONGEST_WAIT_S = 60
+DOCX = "application/vnd.openxmlformats-officedocument.wordprocessingml.document"
+KINDS = {".md": "text/markdown", ".html": "text/html", ".csv": "text/csv", ".pdf": "application/pdf", ".docx": DOCX}
 
 
 def send(method, path, body=None, user="ann"):
@@ -32,9 +35,10 @@ def send(method, path, body=None, user="ann"):
             return urllib.request.urlopen(request, timeout=120)
         except urllib.error.HTTPError as refused:
             error = json.load(refused)["error"]
-            if refused.code not in (429, 503) or attempt == ATTEMPTS:
-                raise SystemExit(f"{refused.code} {error['code']}: {error['message']}") from None
             wait_s = float(refused.headers.get("retry-after", 2**attempt))
+            again = refused.code in (429, 503) and refused.headers.get("x-should-retry") != "false"
+            if not again or attempt == ATTEMPTS or wait_s > LONGEST_WAIT_S:
+                raise SystemExit(f"{refused.code} {error['code']}: {error['message']}") from None
             print(f"{refused.code} {error['code']}: again in {wait_s:g} s", file=sys.stderr)
             time.sleep(wait_s)
 
@@ -46,7 +50,7 @@ def store(path):
     upload = {
         "id": path.stem,
         "title": path.stem,
-        "content_type": KINDS[path.suffix],
+        "content_type": KINDS.get(path.suffix, "text/plain"),
         "size_bytes": len(content),
     }
     with send("POST", "/v1/uploads", upload) as response:

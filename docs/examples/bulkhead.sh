@@ -26,6 +26,9 @@ name=$(basename "${file%.*}")
 case $file in
     *.md) kind=text/markdown ;;
     *.html) kind=text/html ;;
+    *.csv) kind=text/csv ;;
+    *.pdf) kind=application/pdf ;;
+    *.docx) kind=application/vnd.openxmlformats-officedocument.wordprocessingml.document ;;
     *) kind=text/plain ;;
 esac
 

@@ -1,4 +1,4 @@
-// Bulkhead from TypeScript, with what Node 18 and browsers have: upload a file, ask, and read an answer as it is
+// Bulkhead from TypeScript, with what Node 18 has: upload a file, ask, and read an answer as it is
 // written. Keep the key on a server: whoever has it can ask as anybody.
 //
 //     BULKHEAD_URL=http://127.0.0.1:9000 BULKHEAD_KEY=ten_… node bulkhead.js handbook.md
@@ -9,7 +9,15 @@ import { extname, parse } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 
 const ATTEMPTS = 10;
-const KINDS: Record<string, string> = { ".md": "text/markdown", ".html": "text/html", ".txt": "text/plain" };
+// A budget of a day or a month says when it has room again, too. Nobody waits for that.
+const LONGEST_WAIT_S = 60;
+const KINDS: Record<string, string> = {
+  ".md": "text/markdown",
+  ".html": "text/html",
+  ".csv": "text/csv",
+  ".pdf": "application/pdf",
+  ".docx": "application/vnd.openxmlformats-officedocument.wordprocessingml.document",
+};
 
 interface Problem { error: { code: string; message: string; limit?: string; retry_after_ms?: number } }
 interface Begun { document_id: string; url: string; headers: Record<string, string>; expires_at: string }
@@ -51,10 +59,11 @@ async function send(method: "GET" | "POST", path: string, body?: object, user = 
     const response = await fetch(`${setting("BULKHEAD_URL")}${path}`, request);
     if (response.ok) return response;
     const { error } = (await response.json()) as Problem;
-    if (![429, 503].includes(response.status) || attempt === ATTEMPTS) {
+    const wait_s = Number(response.headers.get("retry-after") ?? 2 ** attempt);
+    const again = [429, 503].includes(response.status) && response.headers.get("x-should-retry") !== "false";
+    if (!again || attempt === ATTEMPTS || wait_s > LONGEST_WAIT_S) {
       throw new Error(`${response.status} ${error.code}: ${error.message}`);
     }
-    const wait_s = Number(response.headers.get("retry-after") ?? 2 ** attempt);
     console.error(`${response.status} ${error.code}: again in ${wait_s} s`);
     await sleep(wait_s * 1000);
   }
@@ -64,7 +73,7 @@ async function send(method: "GET" | "POST", path: string, body?: object, user = 
 async function store(path: string): Promise<Document> {
   const id = parse(path).name;
   const content = await readFile(path);
-  const upload = { id, title: id, content_type: KINDS[extname(path)], size_bytes: content.length };
+  const upload = { id, title: id, content_type: KINDS[extname(path)] ?? "text/plain", size_bytes: content.length };
   const begun = (await (await send("POST", "/v1/uploads", upload)).json()) as Begun;
   // Past the API, to the address that is signed for this one file; with its headers, and no key.
   const put = await fetch(begun.url, { method: "PUT", headers: begun.headers, body: content });

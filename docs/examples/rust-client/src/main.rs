@@ -20,6 +20,8 @@ use reqwest::{Client, Response};
 use serde_json::{Value, json};
 
 const ATTEMPTS: u32 = 10;
+/// A budget of a day or a month says when it has room again, too. Nobody waits for that.
+const LONGEST_WAIT_S: u64 = 60;
 
 struct Bulkhead {
     http: Client,
@@ -34,9 +36,9 @@ impl Bulkhead {
         Ok(Self { http, url: setting("BULKHEAD_URL")?, key: setting("BULKHEAD_KEY")? })
     }
 
-    /// Sends JSON, or asks for what is there, and returns the response. Comes again when a limit says when (429), and when the service is
-    /// unavailable (503). The key makes that safe: what was done already is answered, and not done or paid for
-    /// twice.
+    /// Sends JSON, or asks for what is there, and returns the response. Comes again when a limit says when (429), and when
+    /// the service is unavailable (503). The key makes that safe: what was done already is answered, and not done or paid
+    /// for twice.
     async fn send(&self, path: &str, body: Option<&Value>, user: &str) -> Result<Response, Box<dyn Error>> {
         let (url, key) = (format!("{}{path}", self.url), format!("{:032x}", rand::random::<u128>()));
         for attempt in 1.. {
@@ -50,14 +52,14 @@ impl Bulkhead {
             if status.is_success() {
                 return Ok(response);
             }
-            let after =
-                response.headers().get("retry-after").and_then(|value| value.to_str().ok()?.parse().ok());
+            let header = |name: &str| response.headers().get(name).and_then(|value| value.to_str().ok());
+            let wait_s = header("retry-after").and_then(|value| value.parse().ok()).unwrap_or(1 << attempt);
+            let again = matches!(status.as_u16(), 429 | 503) && header("x-should-retry") != Some("false");
             let problem: Value = response.json().await?;
             let (code, message) = (text(&problem["error"], "code"), text(&problem["error"], "message"));
-            if !matches!(status.as_u16(), 429 | 503) || attempt == ATTEMPTS {
+            if !again || attempt == ATTEMPTS || wait_s > LONGEST_WAIT_S {
                 return Err(format!("{status} {code}: {message}").into());
             }
-            let wait_s: u64 = after.unwrap_or(1 << attempt);
             eprintln!("{} {code}: again in {wait_s} s", status.as_u16());
             tokio::time::sleep(Duration::from_secs(wait_s)).await;
         }
@@ -70,6 +72,9 @@ impl Bulkhead {
         let kind = match path.extension().and_then(|extension| extension.to_str()) {
             Some("md") => "text/markdown",
             Some("html") => "text/html",
+            Some("csv") => "text/csv",
+            Some("pdf") => "application/pdf",
+            Some("docx") => "application/vnd.openxmlformats-officedocument.wordprocessingml.document",
             _ => "text/plain",
         };
         let content = std::fs::read(path)?;
