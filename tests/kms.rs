@@ -277,10 +277,7 @@ async fn a_file_waits_sealed_and_is_found() {
     assert_eq!(did("GenerateDataKey", "bulkhead-IngestionTenantRole"), 1, "{calls:?}");
     assert!(did("Decrypt", "bulkhead-UploadIngestionTenantRole") > 0, "{calls:?}");
     // What stands in the file's place until the link ends is empty, and under no key.
-    until("the end of the upload", async || {
-        stack.items("documents", "acme", "UPLOAD#").await.is_empty().then_some(())
-    })
-    .await;
+    stack.uploads_end("acme").await;
     let head = stack.s3().head_object().bucket(stack.documents_bucket()).key(key).send().await.unwrap();
     assert_eq!((head.content_length(), head.ssekms_key_id()), (Some(0), None));
     stack.stop().await;
@@ -388,10 +385,7 @@ async fn a_file_whose_key_is_off_is_tried_and_fails_and_says_so() {
         .await;
         assert!(failed["reason"].as_str().unwrap().contains("KMS key could not be used"), "{failed}");
         assert_eq!(failed["data_key"]["arn"], *arn);
-        until("the upload's end", async || {
-            stack.items("documents", "acme", "UPLOAD#").await.is_empty().then_some(())
-        })
-        .await;
+        stack.uploads_end("acme").await;
         // It is the tenant's to see to, and nobody's alarm.
         until("the message's end", async || stack.queue("uploads").await.is_empty().then_some(())).await;
         assert_eq!(stack.queue_messages("upload-failures"), Vec::<Value>::new());
@@ -724,16 +718,8 @@ async fn what_a_lost_key_has_sealed_is_deleted_all_the_same() {
         acme.delete(&path).await.expect_error(404, "not_found");
     }
     // A file goes with its document, and with whoever looks after what nobody has read.
-    let objects = async || {
-        let listed = stack.s3().list_object_versions().bucket(stack.documents_bucket());
-        let listed = listed.prefix("tenant=acme/").send().await.unwrap();
-        assert!(listed.delete_markers().is_empty());
-        let mut sizes: Vec<i64> = listed.versions().iter().filter_map(|version| version.size()).collect();
-        sizes.sort_unstable();
-        sizes
-    };
     let long = FILE.len() as i64;
-    assert_eq!(objects().await, [0, long, long]);
+    assert_eq!(stack.file_sizes("acme").await, [0, long, long]);
     let uploads = stack.items("documents", "acme", "UPLOAD#").await;
     let unread = uploads.iter().find(|upload| upload["document_id"] == "unread").unwrap();
     let key = json!({"tenant_id": {"S": "acme"}, "sk": {"S": unread["sk"]}});
@@ -743,7 +729,7 @@ async fn what_a_lost_key_has_sealed_is_deleted_all_the_same() {
     let failed = document(&stack, "unread").await;
     assert_eq!((&failed["status"], &failed["data_key"]["arn"]), (&json!("failed"), &json!(arn)));
     assert!(failed["reason"].as_str().unwrap().contains("upload it again"), "{failed}");
-    assert_eq!(objects().await, [0, long]);
+    assert_eq!(stack.file_sizes("acme").await, [0, long]);
 
     stack.change_tenant("acme", json!({"limits": {"data_retention_days": 0}})).await;
     let report = stack.invoke("eraser", json!({"job": "retain"})).await;
@@ -764,7 +750,7 @@ async fn what_a_lost_key_has_sealed_is_deleted_all_the_same() {
     assert_eq!(view["status"], "completed", "{view:#}");
     assert_eq!(stack.items("conversations", "acme", "").await, Vec::<Value>::new());
     assert_eq!(stack.items("documents", "acme", "").await, Vec::<Value>::new());
-    assert_eq!(objects().await, Vec::<i64>::new());
+    assert_eq!(stack.file_sizes("acme").await, Vec::<i64>::new());
     stack.stop().await;
 }
 

@@ -21,16 +21,6 @@ async fn status(tenant: &Tenant, id: &str) -> String {
     document["status"].as_str().unwrap().to_owned()
 }
 
-/// The objects there are: all versions, each with its size.
-async fn objects(stack: &Stack, tenant: &Tenant) -> Vec<i64> {
-    let prefix = format!("tenant={}/", tenant.id);
-    let listed =
-        stack.s3().list_object_versions().bucket(stack.documents_bucket()).prefix(prefix).send().await;
-    let listed = listed.unwrap();
-    assert_eq!(listed.delete_markers().len(), 0);
-    listed.versions().iter().map(|version| version.size().unwrap()).collect()
-}
-
 /// What of a tenant's uploads is still under way.
 async fn under_way(stack: &Stack, tenant: &Tenant) -> Vec<Value> {
     stack.items("documents", &tenant.id, "UPLOAD#").await
@@ -38,8 +28,8 @@ async fn under_way(stack: &Stack, tenant: &Tenant) -> Vec<Value> {
 
 /// Waits until nothing of the tenant's uploads is under way, and nothing of a file is left.
 async fn over(stack: &Stack, tenant: &Tenant) {
-    until("the end of the upload", async || under_way(stack, tenant).await.is_empty().then_some(())).await;
-    assert!(objects(stack, tenant).await.iter().all(|size| *size == 0));
+    stack.uploads_end(&tenant.id).await;
+    assert!(stack.file_sizes(&tenant.id).await.iter().all(|size| *size == 0));
 }
 
 /// The tenant's records of that action.
@@ -734,9 +724,9 @@ async fn a_document_that_is_deleted_leaves_nothing_of_its_file() {
     let begun = acme.begin_upload(&new("waiting", b"Waiting.")).await;
     assert_eq!(put_file(&begun, "Waiting.").await.0, StatusCode::OK);
     stack.upload_attempts(1).await;
-    assert!(objects(&stack, &acme).await.contains(&8));
+    assert!(stack.file_sizes(&acme.id).await.contains(&8));
     acme.delete("/v1/documents/waiting").await.expect_status(StatusCode::NO_CONTENT);
-    assert!(objects(&stack, &acme).await.iter().all(|size| *size == 0));
+    assert!(stack.file_sizes(&acme.id).await.iter().all(|size| *size == 0));
     stack.change_tenant(&acme.id, json!({"limits": {"tokens_per_day": 1_000_000}})).await;
     stack.unhide_messages("uploads").await;
     until("the message's end", async || stack.queue("uploads").await.is_empty().then_some(())).await;
@@ -761,7 +751,7 @@ async fn a_document_that_is_deleted_leaves_nothing_of_its_file() {
     // After it.
     acme.upload("read", "text/plain", b"Read.".to_vec()).await;
     acme.delete("/v1/documents/read").await.expect_status(StatusCode::NO_CONTENT);
-    assert!(objects(&stack, &acme).await.iter().all(|size| *size == 0));
+    assert!(stack.file_sizes(&acme.id).await.iter().all(|size| *size == 0));
     // The count of documents stays, and is of none.
     let left = stack.items("documents", "acme", "").await;
     assert!(left.iter().all(|item| item["sk"] == "COUNT" && item["documents"] == 0), "{left:?}");

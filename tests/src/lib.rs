@@ -783,6 +783,23 @@ impl Stack {
         .await;
     }
 
+    /// Waits until no upload of a tenant is under way.
+    pub async fn uploads_end(&self, tenant: &str) {
+        let under_way = async || self.items("documents", tenant, "UPLOAD#").await;
+        until("the end of the uploads", async || under_way().await.is_empty().then_some(())).await;
+    }
+
+    /// A tenant's files in the documents' bucket: the sizes of all versions, the smallest first.
+    pub async fn file_sizes(&self, tenant: &str) -> Vec<i64> {
+        let listed = self.s3().list_object_versions().bucket(self.documents_bucket());
+        let listed = listed.prefix(format!("tenant={tenant}/")).send().await.expect("the bucket answers");
+        assert!(listed.delete_markers().is_empty(), "{listed:?}");
+        let size = |version: &aws_sdk_s3::types::ObjectVersion| version.size().expect("a version has a size");
+        let mut sizes: Vec<i64> = listed.versions().iter().map(size).collect();
+        sizes.sort_unstable();
+        sizes
+    }
+
     /// Sends a message to a queue that a function is invoked with.
     pub async fn send_message(&self, queue: &str, body: &str) {
         self.control(Method::POST, &format!("queues/bulkhead-{queue}"), body.to_owned()).await;

@@ -14,7 +14,7 @@ use shared::web;
 
 use crate::{ChatBody, Context};
 
-/// The longest comment, in bytes.
+/// The longest comment, in characters.
 const MOST_COMMENT_CHARS: usize = 4_000;
 
 #[derive(Debug, Deserialize)]

@@ -292,7 +292,7 @@ impl Reading<'_> {
         }
         // The file's link was signed with the tenant's key of then, or at a repeat of its request with a later one.
         let sealed = unopened.is_sealed() || self.scope.kms_key().is_some();
-        let description = match self.describe(upload, unopened).await {
+        let description = match self.describe(upload, unopened, &document).await {
             Ok(description) => description,
             Err(error) => return self.retry(upload, error.into()).await,
         };
@@ -318,11 +318,18 @@ impl Reading<'_> {
 
     /// What the document is called. From then on all data keys are at hand that storing it takes: so a key that is off
     /// shows before anything is admitted, and as what it is.
-    async fn describe(&self, upload: &Upload, unopened: Unopened) -> Result<Description, StoreError> {
+    async fn describe(
+        &self,
+        upload: &Upload,
+        unopened: Unopened,
+        document: &Head,
+    ) -> Result<Description, StoreError> {
         let ingestion = &self.context.ingestion;
         let description = Box::pin(ingestion.upload_records.describe(&self.scope, unopened)).await?;
         // An attempt before this may have sealed it, with another key.
-        Box::pin(ingestion.documents.stored(&self.scope, &upload.document_id)).await?;
+        if document.is_sealed() {
+            Box::pin(ingestion.documents.stored(&self.scope, &upload.document_id)).await?;
+        }
         Box::pin(ingestion.data_keys.of(&self.scope)).await?;
         Ok(description)
     }

@@ -1,6 +1,10 @@
 //! Running cargo from a program that cargo runs.
 
+use std::io;
+use std::path::Path;
 use std::process::Command;
+
+use serde_json::Value;
 
 /// A `cargo` that sees the environment as a shell would.
 ///
@@ -24,4 +28,22 @@ pub fn command() -> Command {
         }
     }
     command
+}
+
+/// What cargo says of the workspace in a folder.
+/// <https://doc.rust-lang.org/cargo/commands/cargo-metadata.html>
+///
+/// # Errors
+/// If cargo does not run there, or says something else.
+pub fn metadata(folder: &Path) -> io::Result<Value> {
+    let output =
+        command().args(["metadata", "--no-deps", "--format-version", "1"]).current_dir(folder).output()?;
+    Ok(serde_json::from_slice(&output.stdout)?)
+}
+
+/// The packages that are deployed, and the empty function's: where cargo-lambda finds them. Which are built together
+/// decides on what is compiled in of the libraries that they share.
+pub fn deployed(metadata: &Value) -> Vec<&str> {
+    let packages = metadata.pointer("/metadata/lambda/build/packages").and_then(Value::as_array);
+    packages.into_iter().flatten().filter_map(Value::as_str).collect()
 }

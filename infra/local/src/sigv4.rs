@@ -201,6 +201,11 @@ fn compute(
     signature_of(request, &params).map_err(|error| SigningError(error.to_string()))
 }
 
+/// The headers that an `Authorization` header's signature covers.
+pub(crate) fn signed_headers(authorization: &str) -> Option<Vec<&str>> {
+    Some(Parts::parse(authorization)?.signed_headers)
+}
+
 /// The parts of an `Authorization` header.
 struct Parts<'a> {
     credential: Vec<&'a str>,

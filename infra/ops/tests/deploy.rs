@@ -8,7 +8,6 @@ use std::path::{Path, PathBuf};
 
 use clap::Parser;
 use ops::command::Command;
-use serde_json::Value;
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).unwrap().to_owned()
@@ -192,15 +191,8 @@ fn what_is_deployed_is_what_was_built() {
 /// deployed, and the one that does nothing, which they are measured against.
 #[test]
 fn what_is_deployed_is_built_without_what_tests_ask_for() {
-    let mut cargo = local::cargo::command();
-    cargo.args(["metadata", "--no-deps", "--format-version", "1"]).current_dir(root());
-    let said: Value = serde_json::from_slice(&cargo.output().unwrap().stdout).unwrap();
-    let told: BTreeSet<&str> = said["metadata"]["lambda"]["build"]["packages"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|name| name.as_str().unwrap())
-        .collect();
+    let said = local::cargo::metadata(&root()).unwrap();
+    let told: BTreeSet<&str> = local::cargo::deployed(&said).into_iter().collect();
     let functions = root().join("functions");
     let there: BTreeSet<&str> = said["packages"]
         .as_array()

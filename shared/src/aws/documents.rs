@@ -7,6 +7,7 @@ use aws_sdk_dynamodb::types::{AttributeValue, Delete, ReturnValue, TransactWrite
 use futures_util::{StreamExt, TryStreamExt, stream};
 use rand::RngExt;
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 
 use super::ledger::Ledger;
 use super::session::Access;
@@ -45,7 +46,7 @@ pub struct Taken {
 }
 
 /// What a document's record says to whoever does not have its tenant's key, of where it stands.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Deserialize)]
 pub struct Head {
     tenant_id: TenantId,
     status: DocumentStatus,
@@ -55,9 +56,15 @@ pub struct Head {
     pub upload: Option<Awaited>,
     #[serde(default)]
     revision: u64,
+    data_key: Option<IgnoredAny>,
 }
 
 impl Head {
+    /// Whether what it is called is sealed.
+    pub const fn is_sealed(&self) -> bool {
+        self.data_key.is_some()
+    }
+
     /// Whether the document waits for that upload, or for what came by it to be stored.
     pub fn awaits(&self, id: &UploadId) -> bool {
         self.upload.as_ref().is_some_and(|awaited| awaited.is_of(id, self.status))
@@ -92,11 +99,13 @@ fn revision() -> u64 {
     entropy().random()
 }
 
-/// The condition that a record is still of that revision, or as it is to be: the client repeats a write that was done and
-/// not answered. Records of earlier builds have none.
+/// The condition that a record is still of that revision, which is `:expected`, or as it is to be, `:written`: the client
+/// repeats a write that was done and not answered. Records of earlier builds have none, which is read as 0.
 const fn unchanged(revision: u64) -> &'static str {
     match revision {
-        0 => "(attribute_exists(updated_at) AND attribute_not_exists(revision)) OR revision = :written",
+        0 => {
+            "(attribute_exists(updated_at) AND attribute_not_exists(revision)) OR revision IN (:expected, :written)"
+        }
         _ => "revision IN (:expected, :written)",
     }
 }
@@ -246,11 +255,9 @@ impl DocumentStore {
         expected: &Head,
         reason: String,
     ) -> Result<(), StoreError> {
-        let update = failing(&self.0, scope, id, reason).condition_expression(unchanged(expected.revision));
-        let update = match expected.revision {
-            0 => update,
-            known => update.expression_attribute_values(":expected", AttributeValue::N(known.to_string())),
-        };
+        let update = failing(&self.0, scope, id, reason)
+            .condition_expression(unchanged(expected.revision))
+            .expression_attribute_values(":expected", AttributeValue::N(expected.revision.to_string()));
         update.send().await.map_err(|e| self.0.failed(e))?;
         Ok(())
     }
@@ -386,14 +393,8 @@ impl DocumentStore {
             .table_name(&self.0.name)
             .set_item(Some(self.0.sealed_item(scope, &*document, &sort, &TEXT, seal)?))
             .condition_expression(unchanged(expected.revision))
+            .expression_attribute_values(":expected", AttributeValue::N(expected.revision.to_string()))
             .expression_attribute_values(":written", AttributeValue::N(document.revision.to_string()));
-        let expected = Some(expected.revision).filter(|revision| *revision != 0);
-        let put = match expected {
-            Some(expected) => {
-                put.expression_attribute_values(":expected", AttributeValue::N(expected.to_string()))
-            }
-            None => put,
-        };
         put.send().await.map_err(|e| self.0.failed(e))?;
         Ok(())
     }

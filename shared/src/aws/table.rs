@@ -204,9 +204,8 @@ impl Table {
         let mut sealed = Item::new();
         for attribute in text {
             if let Some(value) = fields.remove(*attribute) {
-                let place = Place { tenant: scope.tenant_id(), sort, attribute };
-                let bytes = key.seal(place, &value, &mut entropy()).map_err(|e| self.corrupt(e))?;
-                sealed.insert((*attribute).to_owned(), AttributeValue::B(Blob::new(bytes)));
+                let value = self.sealed_value(scope, (sort, attribute), &value, key)?;
+                sealed.insert((*attribute).to_owned(), value);
             }
         }
         let mut item = self.item(&fields, sort)?;
@@ -215,7 +214,7 @@ impl Table {
         Ok(item)
     }
 
-    /// A value for an attribute of an item that is there already, as nobody reads it without the tenant's key.
+    /// A value for an attribute of an item, as nobody reads it without the tenant's key.
     pub(super) fn sealed_value(
         &self,
         scope: &TenantScope,

@@ -27,7 +27,6 @@ mod starts;
 use std::path::{Path, PathBuf};
 
 use local::template::Template;
-use serde_json::Value;
 
 /// The parts, in the order in which they are measured.
 const PARTS: [&str; 4] = ["starts", "sizes", "memory", "load"];
@@ -54,16 +53,6 @@ fn template(services: &str) -> Template {
     Template::load(&root().join("infra/template.yaml"), &parameters).unwrap()
 }
 
-/// The packages that are deployed, and the empty function's: where cargo-lambda finds them. Which are built together
-/// decides on what is compiled in of the libraries that they share.
-fn packages() -> Vec<String> {
-    let mut cargo = local::cargo::command();
-    cargo.args(["metadata", "--no-deps", "--format-version", "1"]).current_dir(root());
-    let said: Value = serde_json::from_slice(&cargo.output().unwrap().stdout).unwrap();
-    let packages = &said["metadata"]["lambda"]["build"]["packages"];
-    packages.as_array().unwrap().iter().map(|name| name.as_str().unwrap().to_owned()).collect()
-}
-
 /// Builds the functions' programs as they are deployed, and says where they are.
 fn build() -> PathBuf {
     if let Some(folder) = std::env::var_os("FUNCTIONS") {
@@ -72,8 +61,8 @@ fn build() -> PathBuf {
     println!("Building the functions with --release, which takes a while …");
     let mut cargo = local::cargo::command();
     cargo.args(["build", "--quiet", "--release", "--bins"]).current_dir(root());
-    for package in packages() {
-        cargo.args(["--package", &package]);
+    for package in local::cargo::deployed(&local::cargo::metadata(root()).unwrap()) {
+        cargo.args(["--package", package]);
     }
     assert!(cargo.status().unwrap().success(), "the functions do not build");
     // target/<profile>/deps/<benchmark>

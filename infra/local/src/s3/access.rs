@@ -58,23 +58,23 @@ impl S3Access for Policies {
 /// The token of a session, from a header or from a link. The signature covers both.
 fn token(cx: &S3AccessContext<'_>) -> Option<String> {
     let header = cx.headers().get(sigv4::SECURITY_TOKEN).and_then(|token| token.to_str().ok());
-    header.map(str::to_owned).or_else(|| {
-        let query = cx.uri().query()?;
-        let value = query.split('&').find_map(|part| part.strip_prefix("X-Amz-Security-Token="))?;
-        Some(percent_encoding::percent_decode_str(value).decode_utf8().ok()?.into_owned())
-    })
+    header.map(str::to_owned).or_else(|| of_link(cx, "X-Amz-Security-Token="))
+}
+
+/// What a link's query says after that name.
+fn of_link(cx: &S3AccessContext<'_>, name: &str) -> Option<String> {
+    let value = cx.uri().query()?.split('&').find_map(|part| part.strip_prefix(name))?;
+    Some(percent_encoding::percent_decode_str(value).decode_utf8().ok()?.into_owned())
 }
 
 /// Refuses headers of S3's own that the signature does not cover: whoever has a link adds nothing to it.
 /// <https://docs.aws.amazon.com/AmazonS3/latest/API/sigv4-query-string-auth.html>
 fn check_signed(cx: &S3AccessContext<'_>) -> S3Result<()> {
     let header = cx.headers().get(http::header::AUTHORIZATION).and_then(|header| header.to_str().ok());
-    let signed = header.and_then(|header| header.split_once("SignedHeaders=")).map(|(_, rest)| rest);
-    let linked = || cx.uri().query()?.split_once("X-Amz-SignedHeaders=").map(|(_, rest)| rest);
-    let signed = signed.or_else(linked).and_then(|rest| rest.split([',', '&']).next()).unwrap_or_default();
-    let signed = percent_encoding::percent_decode_str(signed).decode_utf8_lossy();
-    let own = cx.headers().keys().map(http::HeaderName::as_str).filter(|name| name.starts_with("x-amz-"));
-    match own.into_iter().find(|name| !signed.split(';').any(|signed| signed == *name)) {
+    let linked = of_link(cx, "X-Amz-SignedHeaders=").unwrap_or_default();
+    let signed = header.and_then(sigv4::signed_headers).unwrap_or_else(|| linked.split(';').collect());
+    let mut own = cx.headers().keys().map(http::HeaderName::as_str).filter(|name| name.starts_with("x-amz-"));
+    match own.find(|name| !signed.contains(name)) {
         None => Ok(()),
         Some(name) => Err(s3_error!(
             AccessDenied,
