@@ -6,10 +6,14 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Stdio;
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
 use axum::Router;
 use axum::extract::Request;
+use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use futures_util::StreamExt;
 use local::template::{Function, Template};
@@ -232,5 +236,85 @@ async fn a_function_whose_secret_is_absent_empty_or_malformed_does_not_start() {
     }
     assert!(cases.len() >= 21, "{}", cases.len());
     assert_eq!(not_refused(&stack, cases).await, Vec::<String>::new());
+    stack.stop().await;
+}
+
+/// What Secrets Manager does in the place of an answer.
+#[derive(Clone, Copy)]
+enum Fault {
+    /// It fails.
+    Fails,
+    /// It has too much to do.
+    Throttles,
+    /// It refuses the caller.
+    Refuses,
+    /// It says nothing.
+    Hangs,
+}
+
+/// Secrets Manager behind faults, each for one call, and how many calls came. Says where it is.
+async fn faulty(stack: &Stack, faults: &[Fault]) -> (String, Arc<AtomicUsize>, AbortHandle) {
+    let real = stack.ready()["secrets_url"].as_str().unwrap().to_owned();
+    let (faults, calls) = (faults.to_vec(), Arc::new(AtomicUsize::new(0)));
+    let counted = Arc::clone(&calls);
+    let refusal = |kind: &str| (StatusCode::BAD_REQUEST, axum::Json(json!({"__type": kind}))).into_response();
+    let answer = async move |request: Request| -> Response {
+        match faults.get(counted.fetch_add(1, SeqCst)) {
+            Some(Fault::Fails) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
+            Some(Fault::Throttles) => refusal("ThrottlingException"),
+            Some(Fault::Refuses) => refusal("AccessDeniedException"),
+            Some(Fault::Hangs) => std::future::pending().await,
+            None => {
+                let (parts, body) = request.into_parts();
+                let body = axum::body::to_bytes(body, 1 << 16).await.unwrap();
+                let forwarded = reqwest::Client::new().post(&real).headers(parts.headers).body(body);
+                let answer = forwarded.send().await.unwrap();
+                (answer.status(), answer.bytes().await.unwrap()).into_response()
+            }
+        }
+    };
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = format!("http://{}", listener.local_addr().unwrap());
+    let server = tokio::spawn(async { axum::serve(listener, Router::new().fallback(answer)).await.unwrap() });
+    (address, calls, server.abort_handle())
+}
+
+#[tokio::test]
+async fn a_secret_is_asked_for_again_where_that_may_help_and_not_for_ever() {
+    use Fault::{Fails, Hangs, Refuses, Throttles};
+
+    let stack = stack().await;
+    let template = template(&stack);
+    let reads = |function: &&Function| function.environment.keys().any(|name| name.ends_with("_SECRET"));
+    let (mut one, mut several) = (0, 0);
+    for function in template.functions.iter().filter(reads) {
+        let begun = async |faults: &[Fault]| {
+            let (address, calls, server) = faulty(&stack, faults).await;
+            let mut environment = surroundings(&stack, function);
+            environment.insert("AWS_ENDPOINT_URL_SECRETS_MANAGER".to_owned(), address);
+            let began = start(function, &environment).await;
+            server.abort();
+            (began, calls.load(SeqCst))
+        };
+        let (began, least) = begun(&[]).await;
+        assert_eq!(began, Start::Polled, "{}", function.logical_id);
+        if least == 1 {
+            one += 1
+        } else {
+            several += 1
+        }
+        let (began, calls) = begun(&[Fails, Throttles]).await;
+        assert_eq!((began, calls), (Start::Polled, least + 2), "{}", function.logical_id);
+        for (faults, most) in [(&[Refuses; 9][..], least), (&[Hangs; 9], least * 3)] {
+            let (began, calls) = begun(faults).await;
+            let Start::Ended { well: false, said } = &began else {
+                panic!("{}: {began:?}", function.logical_id)
+            };
+            assert!(said.lines().count() == 1 && said.contains("_SECRET"), "{}: {said}", function.logical_id);
+            assert!(calls <= most, "{}: {calls} calls", function.logical_id);
+        }
+    }
+    // The reranker's key is the one that is read beside another.
+    assert_eq!((one, several), (6, 2));
     stack.stop().await;
 }

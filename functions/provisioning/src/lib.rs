@@ -61,10 +61,9 @@ impl Context {
     /// If a variable or secret is absent or malformed; the error names it.
     pub async fn from_env() -> Result<Self, Error> {
         let access = aws::Access::own(&aws::config()?);
-        let (vector_root_key, webhook_root) = tokio::try_join!(
-            secrets::read(&access, "QDRANT_ROOT_KEY_SECRET"),
-            WebhookRoot::from_env(&access, "WEBHOOK_KEY_SECRET")
-        )?;
+        // What tenants' webhooks are signed with is read anew whenever it is needed.
+        let (vector_root_key, _) =
+            secrets::read_both(&access, ("QDRANT_ROOT_KEY_SECRET", "WEBHOOK_KEY_SECRET")).await?;
         Ok(Self {
             tenants: TenantStore::new(&access, env::table("TENANTS_TABLE")?),
             keys: KeyStore::new(&access, env::table("TENANTS_TABLE")?),
@@ -78,7 +77,7 @@ impl Context {
             vector_root_key,
             model_keys: TenantKeys::from_env(&access, "TENANT_MODEL_KEYS")?,
             data_keys: DataKeys::new(&access),
-            webhook_root,
+            webhook_root: WebhookRoot::from_env(&access, "WEBHOOK_KEY_SECRET")?,
             embedding: EmbeddingModel {
                 name: env::model("EMBEDDINGS_MODEL")?,
                 dimensions: env::parsed("EMBEDDINGS_DIMENSIONS")?,

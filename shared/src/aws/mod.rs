@@ -33,6 +33,8 @@ pub mod ledger;
 pub mod meters;
 #[cfg(feature = "secrets")]
 pub mod secrets;
+#[cfg(feature = "secrets")]
+mod secrets_manager;
 mod session;
 #[cfg(feature = "dynamodb")]
 mod table;

@@ -5,9 +5,12 @@ use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use aws_sdk_secretsmanager::types::{Filter, FilterNameStringType};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value, json};
 use tokio::time::Instant;
 
+use super::secrets_manager::{Failure, Refused, SecretsManager, is_not_found};
 use super::session::Access;
 use crate::env::{self, EnvError};
 use crate::scope::{Erasure, Subject, TenantScope};
@@ -41,6 +44,18 @@ pub enum SecretError {
     },
 }
 
+impl SecretError {
+    fn unreadable(
+        variable: &'static str,
+        id: &str,
+        source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+    ) -> Self {
+        Self::Unreadable { variable, id: id.to_owned(), source: source.into() }
+    }
+}
+
+/// The stage of what a secret is now.
+const CURRENT: &str = "AWSCURRENT";
 /// How long a tenant's key is remembered. One that is replaced is used until then.
 const REMEMBERED: Duration = Duration::from_secs(300);
 /// Keys remembered. An instance that sees more such tenants than this reads some of them again.
@@ -79,13 +94,10 @@ impl TenantKeys {
         if let Some((key, _)) = remembered {
             return Ok(key);
         }
-        let answer =
-            self.access.of(tenant).secrets().get_secret_value().secret_id(self.name(tenant)).send().await;
-        let value = answer.map_err(|error| match error.into_service_error() {
-            error if error.is_resource_not_found_exception() => KeyError::Absent,
-            error => KeyError::Unreadable(Box::new(error)),
-        })?;
-        let key = Secret::new(value.secret_string.unwrap_or_default()).map_err(|_| KeyError::Absent)?;
+        let session = self.access.of(tenant);
+        let value = value(session.secrets(), &self.name(tenant), CURRENT).await;
+        let value = value.map_err(|failure| KeyError::Unreadable(Box::new(failure)))?;
+        let key = value.and_then(|text| Secret::new(text).ok()).ok_or(KeyError::Absent)?;
         let mut known = self.known();
         if known.len() >= MOST_REMEMBERED && !known.contains_key(tenant) {
             known.clear();
@@ -99,12 +111,11 @@ impl TenantKeys {
     /// # Errors
     /// [`KeyError::Unreadable`].
     pub async fn there_is_one_of(&self, tenant: &TenantId) -> Result<bool, KeyError> {
-        let answer =
-            self.access.of(tenant).secrets().describe_secret().secret_id(self.name(tenant)).send().await;
-        match answer.map_err(aws_sdk_secretsmanager::error::SdkError::into_service_error) {
-            Ok(found) => Ok(found.deleted_date.is_none()),
-            Err(error) if error.is_resource_not_found_exception() => Ok(false),
-            Err(error) => Err(KeyError::Unreadable(Box::new(error))),
+        let (session, asked) = (self.access.of(tenant), json!({"SecretId": self.name(tenant)}));
+        match session.secrets().call("DescribeSecret", &asked).await {
+            Ok(found) => Ok(found.get("DeletedDate").is_none()),
+            Err(failure) if is_not_found(&failure) => Ok(false),
+            Err(failure) => Err(KeyError::Unreadable(Box::new(failure))),
         }
     }
 
@@ -121,6 +132,21 @@ pub struct TenantSecrets {
     below: String,
     /// Before the tenant's id.
     model_keys: String,
+}
+
+/// A page of a list.
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Page {
+    #[serde(default)]
+    secret_list: Vec<Listed>,
+    next_token: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Listed {
+    name: String,
 }
 
 /// Why secrets could not be listed or deleted.
@@ -156,20 +182,18 @@ impl TenantSecrets {
         let (below, model_key) = (format!("{}{tenant}/", self.below), format!("{}{tenant}", self.model_keys));
         let mut names = Vec::new();
         for prefix in [&below, &model_key] {
-            let mut token = None;
+            let mut asked = Map::new();
+            asked.insert("Filters".to_owned(), json!([{"Key": "name", "Values": [prefix]}]));
+            asked.insert("IncludePlannedDeletion".to_owned(), true.into());
             loop {
-                let filter = Filter::builder().key(FilterNameStringType::Name).values(prefix).build();
-                let call = session.secrets().list_secrets().filters(filter).include_planned_deletion(true);
-                let answer = call.set_next_token(token).send().await;
-                let answer = answer.map_err(|e| SecretsFailed { what: "listed", source: e.into() })?;
-                let found =
-                    answer.secret_list.unwrap_or_default().into_iter().filter_map(|secret| secret.name);
+                let page: Page = answer(session.secrets(), "ListSecrets", &asked.clone().into())
+                    .await
+                    .map_err(|source| SecretsFailed { what: "listed", source })?;
+                let found = page.secret_list.into_iter().map(|secret| secret.name);
                 // A prefix finds those of tenants whose ids begin alike, and is not exact about case.
                 names.extend(found.filter(|name| name.starts_with(&below) || *name == model_key));
-                token = answer.next_token;
-                if token.is_none() {
-                    break;
-                }
+                let Some(token) = page.next_token else { break };
+                asked.insert("NextToken".to_owned(), token.into());
             }
         }
         Ok(names)
@@ -182,11 +206,11 @@ impl TenantSecrets {
     pub async fn delete(&self, erasure: &Erasure) -> Result<(), SecretsFailed> {
         let session = self.access.of(erasure.tenant_id());
         for name in self.names(erasure).await? {
-            let call = session.secrets().delete_secret().secret_id(name).force_delete_without_recovery(true);
-            match call.send().await.map_err(aws_sdk_secretsmanager::error::SdkError::into_service_error) {
+            let asked = json!({"SecretId": name, "ForceDeleteWithoutRecovery": true});
+            match session.secrets().call("DeleteSecret", &asked).await {
                 Ok(_) => {}
-                Err(error) if error.is_resource_not_found_exception() => {}
-                Err(error) => return Err(SecretsFailed { what: "deleted", source: error.into() }),
+                Err(failure) if is_not_found(&failure) => {}
+                Err(failure) => return Err(SecretsFailed { what: "deleted", source: failure.into() }),
             }
         }
         Ok(())
@@ -205,15 +229,12 @@ pub struct WebhookRoot {
 
 #[cfg(feature = "webhooks")]
 impl WebhookRoot {
-    /// The secret whose id stands in the environment variable `variable`. It is read once, so that a function
-    /// without it does not start.
+    /// The secret whose id stands in the environment variable `variable`. It is not read yet.
     ///
     /// # Errors
-    /// [`SecretError`] says which variable and secret are at fault.
-    pub async fn from_env(access: &Access, variable: &'static str) -> Result<Self, SecretError> {
-        let root = Self { access: access.clone(), variable, id: env::secret_name(variable)? };
-        root.current().await?;
-        Ok(root)
+    /// If the variable is absent; the error names it.
+    pub fn from_env(access: &Access, variable: &'static str) -> Result<Self, EnvError> {
+        Ok(Self { access: access.clone(), variable, id: env::secret_name(variable)? })
     }
 
     /// The secret as it is now.
@@ -222,7 +243,7 @@ impl WebhookRoot {
     /// [`SecretError`].
     pub async fn current(&self) -> Result<Secret, SecretError> {
         let malformed = || SecretError::Malformed { variable: self.variable, id: self.id.clone() };
-        self.stage("AWSCURRENT").await?.ok_or_else(malformed)
+        self.stage(CURRENT).await?.ok_or_else(malformed)
     }
 
     /// The secret as it is, and as it was before it was last replaced, if the operator keeps that.
@@ -237,16 +258,9 @@ impl WebhookRoot {
 
     async fn stage(&self, stage: &str) -> Result<Option<Secret>, SecretError> {
         let session = self.access.own_role();
-        let call = session.secrets().get_secret_value().secret_id(&self.id).version_stage(stage);
-        match call.send().await.map_err(aws_sdk_secretsmanager::error::SdkError::into_service_error) {
-            Ok(value) => Ok(Secret::new(value.secret_string.unwrap_or_default()).ok()),
-            Err(error) if error.is_resource_not_found_exception() => Ok(None),
-            Err(error) => Err(SecretError::Unreadable {
-                variable: self.variable,
-                id: self.id.clone(),
-                source: Box::new(error),
-            }),
-        }
+        let value = value(session.secrets(), &self.id, stage).await;
+        let value = value.map_err(|failure| SecretError::unreadable(self.variable, &self.id, failure))?;
+        Ok(value.and_then(|text| Secret::new(text).ok()))
     }
 }
 
@@ -267,12 +281,78 @@ pub enum KeyError {
 /// [`SecretError`] says which variable and secret are at fault.
 pub async fn read(access: &Access, variable: &'static str) -> Result<Secret, SecretError> {
     let id = env::secret_name(variable)?;
-    let answer = access.own_role().secrets().get_secret_value().secret_id(&id).send().await;
-    let value = answer.map_err(|source| SecretError::Unreadable {
-        variable,
-        id: id.clone(),
-        source: Box::new(source),
-    })?;
-    let text = value.secret_string.unwrap_or_default();
+    let session = access.own_role();
+    let read = value(session.secrets(), &id, CURRENT).await;
+    let text = read.map_err(|failure| SecretError::unreadable(variable, &id, failure))?.unwrap_or_default();
     Secret::new(text).map_err(|_| SecretError::Malformed { variable, id })
+}
+
+/// As [`read`], two with one call: each call takes a connection of its own, which is most of what it costs.
+///
+/// # Errors
+/// [`SecretError`], of the first that is at fault.
+pub async fn read_both(
+    access: &Access,
+    variables: (&'static str, &'static str),
+) -> Result<(Secret, Secret), SecretError> {
+    let ids = (env::secret_name(variables.0)?, env::secret_name(variables.1)?);
+    let asked = json!({"SecretIdList": [ids.0, ids.1]});
+    let session = access.own_role();
+    let batch: Batch = answer(session.secrets(), "BatchGetSecretValue", &asked)
+        .await
+        .map_err(|source| SecretError::unreadable(variables.0, &ids.0, source))?;
+    Ok((batch.secret(variables.0, ids.0)?, batch.secret(variables.1, ids.1)?))
+}
+
+/// What is answered to a call for several secrets.
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Batch {
+    #[serde(default)]
+    secret_values: Vec<Named>,
+    #[serde(default)]
+    errors: Vec<NotRead>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Named {
+    name: String,
+    secret_string: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct NotRead {
+    secret_id: String,
+    error_code: String,
+}
+
+impl Batch {
+    fn secret(&self, variable: &'static str, id: String) -> Result<Secret, SecretError> {
+        if let Some(error) = self.errors.iter().find(|error| error.secret_id == id) {
+            return Err(SecretError::unreadable(variable, &id, Refused::new(&error.error_code)));
+        }
+        let value = self.secret_values.iter().find(|value| value.name == id);
+        let text = value.and_then(|value| value.secret_string.clone()).unwrap_or_default();
+        Secret::new(text).map_err(|_| SecretError::Malformed { variable, id })
+    }
+}
+
+/// The answer to a call, in its fields.
+async fn answer<T: DeserializeOwned>(
+    secrets: &SecretsManager,
+    operation: &str,
+    asked: &Value,
+) -> Result<T, Box<dyn std::error::Error + Send + Sync>> {
+    Ok(serde_json::from_value(secrets.call(operation, asked).await?)?)
+}
+
+/// The text of a secret in one of its stages; none if there is no such secret, or if it holds no text.
+async fn value(secrets: &SecretsManager, id: &str, stage: &str) -> Result<Option<String>, Failure> {
+    match secrets.call("GetSecretValue", &json!({"SecretId": id, "VersionStage": stage})).await {
+        Ok(answer) => Ok(answer.get("SecretString").and_then(Value::as_str).map(str::to_owned)),
+        Err(failure) if is_not_found(&failure) => Ok(None),
+        Err(failure) => Err(failure),
+    }
 }

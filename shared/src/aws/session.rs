@@ -21,6 +21,8 @@ use aws_sdk_sts::operation::assume_role::AssumeRoleError;
 use aws_sdk_sts::types::Tag;
 use aws_types::SdkConfig;
 
+#[cfg(feature = "secrets")]
+use super::secrets_manager::SecretsManager;
 use crate::env::{self, EnvError};
 use crate::tenant::TenantId;
 
@@ -148,7 +150,7 @@ pub(super) struct Session {
     #[cfg(feature = "objects")]
     s3: OnceLock<aws_sdk_s3::Client>,
     #[cfg(feature = "secrets")]
-    secrets: OnceLock<aws_sdk_secretsmanager::Client>,
+    secrets: OnceLock<SecretsManager>,
 }
 
 impl Session {
@@ -184,8 +186,8 @@ impl Session {
     }
 
     #[cfg(feature = "secrets")]
-    pub(super) fn secrets(&self) -> &aws_sdk_secretsmanager::Client {
-        self.secrets.get_or_init(|| aws_sdk_secretsmanager::Client::new(&self.config))
+    pub(super) fn secrets(&self) -> &SecretsManager {
+        self.secrets.get_or_init(|| SecretsManager::new(&self.config))
     }
 }
 
