@@ -61,27 +61,57 @@ const PATTERNS: &[(&str, &str)] = &[
 ];
 
 /// The compiled patterns that begin with a word, by that word.
-type Patterns = HashMap<String, Vec<(&'static str, Vec<Step>)>>;
+struct Patterns {
+    by_first: HashMap<String, Vec<(&'static str, Vec<Step>)>>,
+    /// How long first words are, in bytes, by their first byte: a bit for each length. Nearly no word of a text is
+    /// one, and most of them are known by this not to be.
+    lengths: [u64; 256],
+}
 
-/// Finds every pattern in `text`. Time grows linearly with its length.
-pub fn find(text: &str) -> Vec<Finding> {
-    static COMPILED: LazyLock<Patterns> = LazyLock::new(|| {
-        let mut patterns = Patterns::new();
+impl Patterns {
+    fn compiled() -> Self {
+        let mut patterns = Self { by_first: HashMap::new(), lengths: [0; 256] };
         for (name, phrase) in PATTERNS {
             let (first, rest) = phrase.split_once(' ').unwrap_or((phrase, ""));
             for word in alternatives(first) {
-                patterns.entry(word).or_default().push((name, compile(rest)));
+                if let Some(lengths) = patterns.lengths_of(&word) {
+                    *lengths |= bit(&word);
+                }
+                patterns.by_first.entry(word).or_default().push((name, compile(rest)));
             }
         }
         patterns
-    });
-    let words = words(text);
+    }
+
+    fn lengths_of(&mut self, word: &str) -> Option<&mut u64> {
+        self.lengths.get_mut(usize::from(*word.as_bytes().first()?))
+    }
+
+    /// The patterns that begin with this word.
+    fn beginning(&self, word: &str) -> &[(&'static str, Vec<Step>)] {
+        let first = word.as_bytes().first().and_then(|first| self.lengths.get(usize::from(*first)));
+        if first.is_none_or(|lengths| lengths & bit(word) == 0) {
+            return &[];
+        }
+        self.by_first.get(word).map_or(&[], Vec::as_slice)
+    }
+}
+
+/// The bit of a word's length. All that are longer than 63 bytes share one.
+fn bit(word: &str) -> u64 {
+    1 << word.len().min(63)
+}
+
+/// Finds every pattern in `text`. Time grows linearly with its length.
+pub fn find(text: &str) -> Vec<Finding> {
+    static COMPILED: LazyLock<Patterns> = LazyLock::new(Patterns::compiled);
+    let words = Words::of(text);
     let mut found = Vec::new();
-    for (at, first) in words.iter().enumerate() {
-        let after = words.get(at + 1..).unwrap_or_default();
-        for (pattern, rest) in COMPILED.get(&first.folded).into_iter().flatten() {
-            if let Some(len) = match_len(rest, after) {
-                let last = words.get(at + len).unwrap_or(first);
+    for (at, first) in words.all.iter().enumerate() {
+        for (pattern, rest) in COMPILED.beginning(words.folded(first)) {
+            let after = words.all.get(at + 1..).unwrap_or_default();
+            if let Some(len) = words.match_len(rest, after) {
+                let last = words.all.get(at + len).unwrap_or(first);
                 found.push(Finding { pattern, range: first.range.start..last.range.end });
             }
         }
@@ -134,78 +164,129 @@ fn compile(phrase: &str) -> Vec<Step> {
 }
 
 fn alternatives(step: &str) -> Vec<String> {
-    step.split('|').map(|word| word.chars().map(fold).collect()).collect()
+    step.split('|').map(|word| word.chars().map(read).collect()).collect()
 }
 
-/// How many of `words`, from the first on, the steps match.
-fn match_len(steps: &[Step], words: &[Word]) -> Option<usize> {
-    match steps.split_first() {
-        None => Some(0),
-        Some((Step::OneOf(any), rest)) => {
-            let (word, after) = words.split_first()?;
-            if any.contains(&word.folded) { match_len(rest, after).map(|n| n + 1) } else { None }
-        }
-        Some((Step::Gap(most), rest)) => (0..=*most)
-            .find_map(|skip| words.get(skip..).and_then(|after| match_len(rest, after)).map(|n| n + skip)),
-    }
+/// A text's words, as they read.
+struct Words {
+    /// All of them, one behind the other.
+    folded: String,
+    all: Vec<Word>,
 }
 
 struct Word {
-    folded: String,
+    /// Where it is in what all read as.
+    folded: Range<usize>,
+    /// The bytes of the text.
     range: Range<usize>,
 }
 
-fn words(text: &str) -> Vec<Word> {
-    let mut words: Vec<Word> = Vec::new();
-    let mut open: Option<Word> = None;
-    for (at, c) in text.char_indices() {
-        let end = at + c.len_utf8();
-        // What is invisible is neither a letter nor a gap.
-        for f in fold(c).chars() {
-            if f.is_alphanumeric() {
-                let word = open.get_or_insert_with(|| Word { folded: String::new(), range: at..end });
-                word.folded.push(f);
-                word.range.end = end;
-            } else {
-                words.extend(open.take());
-                if f == ':' {
-                    words.push(Word { folded: ":".into(), range: at..end });
+impl Words {
+    fn of(text: &str) -> Self {
+        let mut words = Self { folded: String::with_capacity(text.len() + text.len() / 8), all: Vec::new() };
+        // Whether the last word may go on.
+        let mut open = false;
+        for (at, c) in text.char_indices() {
+            let range = at..at + c.len_utf8();
+            match fold(c) {
+                Folded::Letter(letter) => open = words.take(letter, &range, open),
+                // What is invisible is neither a letter nor a gap.
+                Folded::Text(read) => {
+                    for f in read.chars() {
+                        open = words.take(f, &range, open);
+                    }
                 }
             }
         }
+        words.join_spaced_letters();
+        words
     }
-    words.extend(open);
-    join_spaced_letters(words)
-}
 
-/// Joins letters that stand one by one (`i g n o r e`) into the word they spell.
-fn join_spaced_letters(words: Vec<Word>) -> Vec<Word> {
-    let mut joined: Vec<Word> = Vec::with_capacity(words.len());
-    let mut letters = 0;
-    for word in words {
-        let single = word.folded.chars().count() == 1 && word.folded != ":";
-        match joined.last_mut() {
-            Some(last) if single && letters > 0 && word.range.start == last.range.end + 1 => {
-                last.folded.push_str(&word.folded);
+    /// Takes what stands at `range`, or a part of it; says whether the last word may go on.
+    fn take(&mut self, read: char, range: &Range<usize>, open: bool) -> bool {
+        let letter = read.is_alphanumeric();
+        if !letter && read != ':' {
+            return false;
+        }
+        let from = self.folded.len();
+        self.folded.push(read);
+        let to = self.folded.len();
+        match self.all.last_mut() {
+            Some(word) if letter && open => {
+                word.folded.end = to;
+                word.range.end = range.end;
+            }
+            _ => self.all.push(Word { folded: from..to, range: range.clone() }),
+        }
+        letter
+    }
+
+    fn folded(&self, word: &Word) -> &str {
+        self.folded.get(word.folded.clone()).unwrap_or_default()
+    }
+
+    /// Joins letters that stand one by one (`i g n o r e`) into the word they spell: what they read as lies side by
+    /// side already.
+    fn join_spaced_letters(&mut self) {
+        let Self { folded, all } = self;
+        let single = |word: &Word| {
+            let read = folded.get(word.folded.clone()).unwrap_or_default();
+            read.chars().nth(1).is_none() && read != ":"
+        };
+        let mut letters = all.first().map_or(0, |word| usize::from(single(word)));
+        all.dedup_by(|word, last| {
+            let single = single(word);
+            if single && letters > 0 && word.range.start == last.range.end + 1 {
+                last.folded.end = word.folded.end;
                 last.range.end = word.range.end;
                 letters += 1;
+                return true;
             }
-            _ => {
-                letters = usize::from(single);
-                joined.push(word);
+            letters = usize::from(single);
+            false
+        });
+    }
+
+    /// How many of `words`, from the first on, the steps match.
+    fn match_len(&self, steps: &[Step], words: &[Word]) -> Option<usize> {
+        match steps.split_first() {
+            None => Some(0),
+            Some((Step::OneOf(any), rest)) => {
+                let (word, after) = words.split_first()?;
+                let word = self.folded(word);
+                if any.iter().any(|one| one == word) {
+                    self.match_len(rest, after).map(|n| n + 1)
+                } else {
+                    None
+                }
             }
+            Some((Step::Gap(most), rest)) => (0..=*most).find_map(|skip| {
+                words.get(skip..).and_then(|after| self.match_len(rest, after)).map(|n| n + skip)
+            }),
         }
     }
-    joined
 }
 
-/// What `c` reads as: nothing if it is invisible.
-fn fold(c: char) -> Cow<'static, str> {
-    /// ASCII is nearly all that is ever asked for.
-    static ASCII: LazyLock<Vec<String>> = LazyLock::new(|| ('\0'..='\x7f').map(read).collect());
+/// What a character reads as.
+enum Folded {
+    /// One letter or digit.
+    Letter(char),
+    /// Anything else: nothing if it is invisible.
+    Text(Cow<'static, str>),
+}
+
+fn fold(c: char) -> Folded {
+    /// ASCII is nearly all that is ever asked for, and nearly all of it is one letter.
+    static ASCII: LazyLock<Vec<(Option<char>, String)>> = LazyLock::new(|| {
+        let known = ('\0'..='\x7f').map(read);
+        known
+            .map(|read| (read.chars().next().filter(|c| read.len() == 1 && c.is_alphanumeric()), read))
+            .collect()
+    });
     match ASCII.get(usize::try_from(u32::from(c)).unwrap_or(usize::MAX)) {
-        Some(known) => Cow::Borrowed(known),
-        None => Cow::Owned(read(c)),
+        Some((Some(letter), _)) => Folded::Letter(*letter),
+        Some((None, known)) => Folded::Text(Cow::Borrowed(known)),
+        None => Folded::Text(Cow::Owned(read(c))),
     }
 }
 

@@ -8,6 +8,8 @@ use axum::extract::State;
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
@@ -19,12 +21,16 @@ pub const DIMENSIONS: u32 = 1_536;
 struct Made {
     stream: Bytes,
     vector: Vec<f32>,
+    /// The vector in base64.
+    packed: String,
 }
 
 /// Starts both on one port and returns their address.
 pub async fn start() -> String {
-    let vector = (0..DIMENSIONS).map(|n| ((n * 7_919 % 1_009) as f32 - 504.0) / 12_000.0).collect();
-    let made = Arc::new(Made { stream: stream().into(), vector });
+    let number = |n| ((n * 7_919 % 1_009) as f32 - 504.0) / 12_000.0;
+    let vector: Vec<f32> = (0..DIMENSIONS).map(number).collect();
+    let packed = STANDARD.encode(vector.iter().flat_map(|number| number.to_le_bytes()).collect::<Vec<u8>>());
+    let made = Arc::new(Made { stream: stream().into(), vector, packed });
     let router = Router::new()
         .route(
             "/v1/messages",
@@ -46,9 +52,9 @@ async fn embeddings(
     axum::Json(request): axum::Json<Value>,
 ) -> axum::Json<Value> {
     let texts = request["input"].as_array().map_or(1, Vec::len);
-    let data: Vec<Value> = (0..texts)
-        .map(|index| json!({"object": "embedding", "index": index, "embedding": made.vector}))
-        .collect();
+    let vector = if request["encoding_format"] == "base64" { json!(made.packed) } else { json!(made.vector) };
+    let data: Vec<Value> =
+        (0..texts).map(|index| json!({"object": "embedding", "index": index, "embedding": vector})).collect();
     let usage = json!({"prompt_tokens": 8 * texts, "total_tokens": 8 * texts});
     axum::Json(json!({"object": "list", "model": request["model"], "data": data, "usage": usage}))
 }
