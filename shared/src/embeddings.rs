@@ -133,7 +133,7 @@ struct WireEmbedding {
 }
 
 /// A vector: its numbers as they are in memory, little-endian and in base64, which is what is asked for: half as many
-/// bytes, and quicker to read than to parse 1,536 decimal fractions. A service that knows no such form sends fractions.
+/// bytes, and quicker to read than to parse 1,536 decimal fractions. A service that ignores the wish sends fractions.
 fn vector<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<f32>, D::Error> {
     struct Numbers;
 
@@ -154,7 +154,7 @@ fn vector<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<f32>, D::Err
         }
 
         fn visit_seq<A: SeqAccess<'de>>(self, mut numbers: A) -> Result<Vec<f32>, A::Error> {
-            let mut vector = Vec::with_capacity(numbers.size_hint().unwrap_or(1_536));
+            let mut vector = Vec::new();
             while let Some(number) = numbers.next_element()? {
                 vector.push(number);
             }

@@ -61,9 +61,9 @@ impl Context {
     /// If a variable or secret is absent or malformed; the error names it.
     pub async fn from_env() -> Result<Self, Error> {
         let access = aws::Access::own(&aws::config()?);
-        // What tenants' webhooks are signed with is read anew whenever it is needed.
-        let (vector_root_key, _) =
-            secrets::read_both(&access, ("QDRANT_ROOT_KEY_SECRET", "WEBHOOK_KEY_SECRET")).await?;
+        // One after the other, over one connection: another takes longer to make than an answer takes.
+        let vector_root_key = secrets::read(&access, "QDRANT_ROOT_KEY_SECRET").await?;
+        let webhook_root = WebhookRoot::from_env(&access, "WEBHOOK_KEY_SECRET").await?;
         Ok(Self {
             tenants: TenantStore::new(&access, env::table("TENANTS_TABLE")?),
             keys: KeyStore::new(&access, env::table("TENANTS_TABLE")?),
@@ -77,7 +77,7 @@ impl Context {
             vector_root_key,
             model_keys: TenantKeys::from_env(&access, "TENANT_MODEL_KEYS")?,
             data_keys: DataKeys::new(&access),
-            webhook_root: WebhookRoot::from_env(&access, "WEBHOOK_KEY_SECRET")?,
+            webhook_root,
             embedding: EmbeddingModel {
                 name: env::model("EMBEDDINGS_MODEL")?,
                 dimensions: env::parsed("EMBEDDINGS_DIMENSIONS")?,

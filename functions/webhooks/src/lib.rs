@@ -54,14 +54,12 @@ impl Context {
         let access = aws::Access::own(&config);
         #[expect(clippy::disallowed_methods, reason = "a schedule drives this function")]
         let bookkeeper = Bookkeeper::driven_by_events();
-        let root = WebhookRoot::from_env(&access, "WEBHOOK_KEY_SECRET")?;
-        root.current().await?;
         Ok(Self {
             meters: MeterStore::new(&access, env::table("METERS_TABLE")?),
             tenants: TenantStore::new(&access, env::table("TENANTS_TABLE")?),
             ledger: Ledger::new(&access, env::table("AUDIT_TABLE")?),
             messages: WebhookStore::new(&access, env::table("WEBHOOKS_TABLE")?),
-            root,
+            root: WebhookRoot::from_env(&access, "WEBHOOK_KEY_SECRET").await?,
             sender: Sender::new(env::parsed("WEBHOOK_RECEIVERS")?)?,
             bookkeeper,
             clock: Clock::system(),

@@ -22,7 +22,7 @@ use time::{Duration, OffsetDateTime};
 use tokio::net::TcpListener;
 
 use crate::aws_json::{self, Input, Refusal, refuse};
-use crate::iam::{Caller, Callers, Intent};
+use crate::iam::{Callers, Intent};
 use crate::serving::{replace_file, system_clock, unique_id};
 use crate::template::secret_arn;
 
@@ -31,7 +31,6 @@ const LINGERS: Duration = Duration::seconds(1);
 const CURRENT: &str = "AWSCURRENT";
 const PREVIOUS: &str = "AWSPREVIOUS";
 const MAX_VALUE: usize = 65_536;
-const MOST_IN_A_BATCH: usize = 20;
 const FILE_MODE: u32 = 0o600;
 
 /// Why the file could not be used.
@@ -124,33 +123,17 @@ async fn call(
     body: Bytes,
 ) -> Response {
     let target = headers.get("x-amz-target").and_then(|value| value.to_str().ok()).map(str::to_owned);
-    let answered = match secrets.admitted(&callers, &headers, target.as_deref(), &body) {
-        Err(refusal) => Err(refusal),
-        Ok(caller) => {
+    let answered = match secrets.denied(&callers, &headers, target.as_deref(), &body) {
+        Some(refusal) => Err(refusal),
+        None => {
             // Writes a file: not on a thread that serves connections.
-            let work = move || {
-                let may_read = |id: &str| may(&callers, &caller, "GetSecretValue", Some(id));
-                secrets.dispatch(target.as_deref(), &body, &may_read)
-            };
+            let work = move || secrets.dispatch(target.as_deref(), &body);
             tokio::task::spawn_blocking(work).await.unwrap_or_else(|_| {
                 Err(refuse("InternalServiceError", "An error occurred on the server side."))
             })
         }
     };
     aws_json::reply(answered, "InternalServiceError")
-}
-
-/// Whether the caller's policies allow this of a secret, or of what is no secret.
-fn may(callers: &Callers, caller: &Caller, operation: &str, named: Option<&str>) -> Result<(), Refusal> {
-    let resource = match named {
-        Some(arn) if arn.starts_with("arn:") => arn.to_owned(),
-        Some(name) => secret_arn(name),
-        None => "*".to_owned(),
-    };
-    let intent = Intent::new(format!("secretsmanager:{operation}"), resource);
-    let Some(message) = callers.refused(caller, &[intent]) else { return Ok(()) };
-    tracing::warn!("Secrets Manager refused {operation}: {message}");
-    Err(refuse("AccessDeniedException", message))
 }
 
 fn required(input: &mut Input, name: &str) -> Result<String, Refusal> {
@@ -250,30 +233,34 @@ impl Secrets {
         }
     }
 
-    /// Who signed a call that the signer's policies allow.
-    fn admitted(
+    /// The refusal of a call that is not signed, or that its signer's policies do not allow.
+    fn denied(
         &self,
         callers: &Callers,
         headers: &HeaderMap,
         target: Option<&str>,
         body: &[u8],
-    ) -> Result<Arc<Caller>, Refusal> {
+    ) -> Option<Refusal> {
         let signer = callers.signer("secretsmanager", &Method::POST, "/", headers, body, system_clock());
-        let caller = signer.map_err(|refusal| refuse(refusal.code(), refusal.to_string()))?;
+        let caller = match signer {
+            Ok(caller) => caller,
+            Err(refusal) => return Some(refuse(refusal.code(), refusal.to_string())),
+        };
         let operation = target.and_then(|target| target.strip_prefix("secretsmanager.")).unwrap_or_default();
         let input: Value = serde_json::from_slice(body).unwrap_or_default();
         let named = ["SecretId", "Name"].iter().find_map(|name| input.get(*name)?.as_str());
-        may(callers, &caller, operation, named)?;
-        Ok(caller)
+        let resource = match named {
+            Some(arn) if arn.starts_with("arn:") => arn.to_owned(),
+            Some(name) => secret_arn(name),
+            None => "*".to_owned(),
+        };
+        let intent = Intent::new(format!("secretsmanager:{operation}"), resource);
+        let message = callers.refused(&caller, &[intent])?;
+        tracing::warn!("Secrets Manager refused {operation}: {message}");
+        Some(refuse("AccessDeniedException", message))
     }
 
-    /// Does what is asked; `may_read` refuses the secrets whose values the caller may not have.
-    fn dispatch(
-        &self,
-        target: Option<&str>,
-        body: &[u8],
-        may_read: &dyn Fn(&str) -> Result<(), Refusal>,
-    ) -> Result<Value, Refusal> {
+    fn dispatch(&self, target: Option<&str>, body: &[u8]) -> Result<Value, Refusal> {
         let operation = target.and_then(|target| target.strip_prefix("secretsmanager."));
         let mut input = Input::parse(body)?;
         let mut secrets = self.lock();
@@ -285,7 +272,6 @@ impl Secrets {
             Some("DeleteSecret") => (self.delete(&mut changed, &mut input)?, true),
             Some("RestoreSecret") => (restore(&mut changed, &mut input)?, true),
             Some("GetSecretValue") => (get(&changed, &mut input)?, false),
-            Some("BatchGetSecretValue") => (get_batch(&changed, &mut input, may_read)?, false),
             Some("DescribeSecret") => (describe(&changed, &mut input)?, false),
             Some("ListSecrets") => (list(&changed, &mut input)?, false),
             Some(operation) => {
@@ -453,40 +439,7 @@ fn get(secrets: &BTreeMap<String, Secret>, input: &mut Input) -> Result<Value, R
     let id = required(input, "SecretId")?;
     let version_id = input.take::<String>("VersionId")?;
     let stage = input.take::<String>("VersionStage")?;
-    value_of(secrets, &id, version_id, stage)
-}
-
-/// Several secrets as they are now. Who may ask for several may have some of them: what is wrong with one is said beside
-/// the others.
-/// <https://docs.aws.amazon.com/secretsmanager/latest/apireference/API_BatchGetSecretValue.html>
-fn get_batch(
-    secrets: &BTreeMap<String, Secret>,
-    input: &mut Input,
-    may_read: &dyn Fn(&str) -> Result<(), Refusal>,
-) -> Result<Value, Refusal> {
-    let ids = input.take::<Vec<String>>("SecretIdList")?.unwrap_or_default();
-    if ids.is_empty() || ids.len() > MOST_IN_A_BATCH {
-        return Err(invalid(format!("SecretIdList has between 1 and {MOST_IN_A_BATCH} members here.")));
-    }
-    let (mut values, mut errors) = (Vec::new(), Vec::new());
-    for id in ids {
-        match may_read(&id).and_then(|()| value_of(secrets, &id, None, None)) {
-            Ok(value) => values.push(value),
-            Err(refusal) => {
-                errors.push(json!({"SecretId": id, "ErrorCode": refusal.kind, "Message": refusal.message}));
-            }
-        }
-    }
-    Ok(json!({"SecretValues": values, "Errors": errors}))
-}
-
-fn value_of(
-    secrets: &BTreeMap<String, Secret>,
-    id: &str,
-    version_id: Option<String>,
-    stage: Option<String>,
-) -> Result<Value, Refusal> {
-    let name = resolve(secrets, id)?;
+    let name = resolve(secrets, &id)?;
     let secret = secrets.get(&name).ok_or_else(not_found)?;
     not_deleted(secret)?;
     let wanted = stage.as_deref().or_else(|| version_id.is_none().then_some(CURRENT));
@@ -663,17 +616,13 @@ mod tests {
             let secrets = Secrets::open(path, now).unwrap();
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let url = format!("http://{}/", listener.local_addr().unwrap());
+            let (operator, function) = (key("AKID"), key("ROLE"));
             let policy = json!({"Version": "2012-10-17", "Statement": {
                 "Effect": "Allow", "Action": "secretsmanager:GetSecretValue",
                 "Resource": "arn:aws:secretsmanager:us-east-1:000000000000:secret:mine/*"}});
-            let several = json!({"Version": "2012-10-17", "Statement": {
-                "Effect": "Allow", "Action": "secretsmanager:BatchGetSecretValue", "Resource": "*"}});
-            let [policy, several] = [policy, several].map(|policy| Policy::parse(&policy).unwrap());
-            let in_role =
-                |id, policies| Caller::in_role(key(id), format!("arn:aws:iam::0:role/{id}"), policies);
-            let function = in_role("ROLE", vec![policy.clone()]);
-            let several = in_role("SEVERAL", vec![policy, several]);
-            let callers = Arc::new(Callers::new(vec![Caller::operator(key("AKID")), function, several]));
+            let policies = vec![Policy::parse(&policy).unwrap()];
+            let function = Caller::in_role(function, "arn:aws:iam::0:role/function".into(), policies);
+            let callers = Arc::new(Callers::new(vec![Caller::operator(operator), function]));
             tokio::spawn(serve(listener, secrets.clone(), callers, std::future::pending()));
             Self { url, secrets, seconds }
         }
@@ -720,15 +669,6 @@ mod tests {
         for name in ["other", "none"] {
             assert_eq!(read(name).await["__type"], "AccessDeniedException", "{name}");
         }
-        let both = json!({"SecretIdList": ["mine/one", "other", "mine/none"]});
-        let refused = server.call_as(&role, "BatchGetSecretValue", both.clone()).await;
-        assert_eq!(refused["__type"], "AccessDeniedException", "{refused}");
-        let several = server.call_as(&key("SEVERAL"), "BatchGetSecretValue", both).await;
-        assert_eq!(several["SecretValues"].as_array().unwrap().len(), 1, "{several}");
-        assert_eq!(several["SecretValues"][0]["SecretString"], "x");
-        let errors = several["Errors"].as_array().unwrap().iter().map(|e| (&e["SecretId"], &e["ErrorCode"]));
-        let expected = [("other", "AccessDeniedException"), ("mine/none", "ResourceNotFoundException")];
-        assert!(errors.eq(expected.map(|(id, code)| (json!(id), json!(code))).iter().map(|(a, b)| (a, b))));
         let put = json!({"SecretId": "mine/one", "SecretString": "y"});
         assert_eq!(server.call_as(&role, "PutSecretValue", put).await["__type"], "AccessDeniedException");
         assert_eq!(server.call_as(&role, "ListSecrets", json!({})).await["__type"], "AccessDeniedException");

@@ -74,17 +74,7 @@ struct Environment;
 
 impl LoadServiceConfig for Environment {
     fn load_config(&self, key: ServiceConfigKey<'_>) -> Option<String> {
-        set(key.env(), &key.service_id().replace(' ', "_").to_ascii_uppercase())
+        let service = key.service_id().replace(' ', "_").to_ascii_uppercase();
+        env::optional(&format!("{}_{service}", key.env())).or_else(|| env::optional(key.env()))
     }
-}
-
-/// What is set for this service, or for all.
-fn set(variable: &str, service: &str) -> Option<String> {
-    env::optional(&format!("{variable}_{service}")).or_else(|| env::optional(variable))
-}
-
-/// Where this service is, if the environment says so; its name is as in the variables of all such settings.
-#[cfg(feature = "secrets")]
-pub(super) fn endpoint(service: &str) -> Option<String> {
-    set("AWS_ENDPOINT_URL", service)
 }

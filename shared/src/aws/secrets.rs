@@ -5,12 +5,10 @@ use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use serde::Deserialize;
-use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 use tokio::time::Instant;
 
-use super::secrets_manager::{Failure, Refused, SecretsManager, is_not_found};
+use super::secrets_manager::{Failure, SecretsManager};
 use super::session::Access;
 use crate::env::{self, EnvError};
 use crate::scope::{Erasure, Subject, TenantScope};
@@ -45,12 +43,8 @@ pub enum SecretError {
 }
 
 impl SecretError {
-    fn unreadable(
-        variable: &'static str,
-        id: &str,
-        source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
-    ) -> Self {
-        Self::Unreadable { variable, id: id.to_owned(), source: source.into() }
+    fn unreadable(variable: &'static str, id: &str, failure: Failure) -> Self {
+        Self::Unreadable { variable, id: id.to_owned(), source: Box::new(failure) }
     }
 }
 
@@ -113,8 +107,8 @@ impl TenantKeys {
     pub async fn there_is_one_of(&self, tenant: &TenantId) -> Result<bool, KeyError> {
         let (session, asked) = (self.access.of(tenant), json!({"SecretId": self.name(tenant)}));
         match session.secrets().call("DescribeSecret", &asked).await {
-            Ok(found) => Ok(found.get("DeletedDate").is_none()),
-            Err(failure) if is_not_found(&failure) => Ok(false),
+            Ok(found) => Ok(found.get("DeletedDate").is_none_or(Value::is_null)),
+            Err(failure) if failure.is_not_found() => Ok(false),
             Err(failure) => Err(KeyError::Unreadable(Box::new(failure))),
         }
     }
@@ -132,21 +126,6 @@ pub struct TenantSecrets {
     below: String,
     /// Before the tenant's id.
     model_keys: String,
-}
-
-/// A page of a list.
-#[derive(Deserialize)]
-#[serde(rename_all = "PascalCase")]
-struct Page {
-    #[serde(default)]
-    secret_list: Vec<Listed>,
-    next_token: Option<String>,
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "PascalCase")]
-struct Listed {
-    name: String,
 }
 
 /// Why secrets could not be listed or deleted.
@@ -186,13 +165,14 @@ impl TenantSecrets {
             asked.insert("Filters".to_owned(), json!([{"Key": "name", "Values": [prefix]}]));
             asked.insert("IncludePlannedDeletion".to_owned(), true.into());
             loop {
-                let page: Page = answer(session.secrets(), "ListSecrets", &asked.clone().into())
-                    .await
-                    .map_err(|source| SecretsFailed { what: "listed", source })?;
-                let found = page.secret_list.into_iter().map(|secret| secret.name);
+                let page = session.secrets().call("ListSecrets", &asked.clone().into()).await;
+                let page = page.map_err(|e| SecretsFailed { what: "listed", source: e.into() })?;
+                let listed = page.get("SecretList").and_then(Value::as_array).into_iter().flatten();
+                let found = listed.filter_map(|secret| secret.get("Name")?.as_str());
                 // A prefix finds those of tenants whose ids begin alike, and is not exact about case.
-                names.extend(found.filter(|name| name.starts_with(&below) || *name == model_key));
-                let Some(token) = page.next_token else { break };
+                let ours = found.filter(|name| name.starts_with(&below) || **name == *model_key);
+                names.extend(ours.map(str::to_owned));
+                let Some(token) = page.get("NextToken").and_then(Value::as_str) else { break };
                 asked.insert("NextToken".to_owned(), token.into());
             }
         }
@@ -209,7 +189,7 @@ impl TenantSecrets {
             let asked = json!({"SecretId": name, "ForceDeleteWithoutRecovery": true});
             match session.secrets().call("DeleteSecret", &asked).await {
                 Ok(_) => {}
-                Err(failure) if is_not_found(&failure) => {}
+                Err(failure) if failure.is_not_found() => {}
                 Err(failure) => return Err(SecretsFailed { what: "deleted", source: failure.into() }),
             }
         }
@@ -229,12 +209,15 @@ pub struct WebhookRoot {
 
 #[cfg(feature = "webhooks")]
 impl WebhookRoot {
-    /// The secret whose id stands in the environment variable `variable`. It is not read yet.
+    /// The secret whose id stands in the environment variable `variable`. It is read once, so that a function
+    /// without it does not start.
     ///
     /// # Errors
-    /// If the variable is absent; the error names it.
-    pub fn from_env(access: &Access, variable: &'static str) -> Result<Self, EnvError> {
-        Ok(Self { access: access.clone(), variable, id: env::secret_name(variable)? })
+    /// [`SecretError`] says which variable and secret are at fault.
+    pub async fn from_env(access: &Access, variable: &'static str) -> Result<Self, SecretError> {
+        let root = Self { access: access.clone(), variable, id: env::secret_name(variable)? };
+        root.current().await?;
+        Ok(root)
     }
 
     /// The secret as it is now.
@@ -287,72 +270,11 @@ pub async fn read(access: &Access, variable: &'static str) -> Result<Secret, Sec
     Secret::new(text).map_err(|_| SecretError::Malformed { variable, id })
 }
 
-/// As [`read`], two with one call: each call takes a connection of its own, which is most of what it costs.
-///
-/// # Errors
-/// [`SecretError`], of the first that is at fault.
-pub async fn read_both(
-    access: &Access,
-    variables: (&'static str, &'static str),
-) -> Result<(Secret, Secret), SecretError> {
-    let ids = (env::secret_name(variables.0)?, env::secret_name(variables.1)?);
-    let asked = json!({"SecretIdList": [ids.0, ids.1]});
-    let session = access.own_role();
-    let batch: Batch = answer(session.secrets(), "BatchGetSecretValue", &asked)
-        .await
-        .map_err(|source| SecretError::unreadable(variables.0, &ids.0, source))?;
-    Ok((batch.secret(variables.0, ids.0)?, batch.secret(variables.1, ids.1)?))
-}
-
-/// What is answered to a call for several secrets.
-#[derive(Deserialize)]
-#[serde(rename_all = "PascalCase")]
-struct Batch {
-    #[serde(default)]
-    secret_values: Vec<Named>,
-    #[serde(default)]
-    errors: Vec<NotRead>,
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "PascalCase")]
-struct Named {
-    name: String,
-    secret_string: Option<String>,
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "PascalCase")]
-struct NotRead {
-    secret_id: String,
-    error_code: String,
-}
-
-impl Batch {
-    fn secret(&self, variable: &'static str, id: String) -> Result<Secret, SecretError> {
-        if let Some(error) = self.errors.iter().find(|error| error.secret_id == id) {
-            return Err(SecretError::unreadable(variable, &id, Refused::new(&error.error_code)));
-        }
-        let value = self.secret_values.iter().find(|value| value.name == id);
-        let text = value.and_then(|value| value.secret_string.clone()).unwrap_or_default();
-        Secret::new(text).map_err(|_| SecretError::Malformed { variable, id })
-    }
-}
-
-/// The answer to a call, in its fields.
-async fn answer<T: DeserializeOwned>(
-    secrets: &SecretsManager,
-    operation: &str,
-    asked: &Value,
-) -> Result<T, Box<dyn std::error::Error + Send + Sync>> {
-    Ok(serde_json::from_value(secrets.call(operation, asked).await?)?)
-}
-
 /// The text of a secret in one of its stages; none if there is no such secret, or if it holds no text.
 async fn value(secrets: &SecretsManager, id: &str, stage: &str) -> Result<Option<String>, Failure> {
     match secrets.call("GetSecretValue", &json!({"SecretId": id, "VersionStage": stage})).await {
         Ok(answer) => Ok(answer.get("SecretString").and_then(Value::as_str).map(str::to_owned)),
-        Err(failure) if is_not_found(&failure) => Ok(None),
+        Err(failure) if failure.is_not_found() => Ok(None),
         Err(failure) => Err(failure),
     }
 }

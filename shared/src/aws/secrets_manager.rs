@@ -10,6 +10,7 @@ use aws_runtime::auth::SigV4OperationSigningConfig;
 use aws_runtime::auth::sigv4::{SCHEME_ID, SigV4AuthScheme};
 use aws_runtime::recursion_detection::RecursionDetectionInterceptor;
 use aws_runtime::retries::classifiers::AwsErrorCodeClassifier;
+use aws_runtime::service_clock_skew::{ServiceClockSkewClassifier, ServiceClockSkewInterceptor};
 use aws_smithy_runtime::client::orchestrator::operation::Operation;
 use aws_smithy_runtime::client::retries::classifiers::{HttpStatusCodeClassifier, TransientErrorClassifier};
 use aws_smithy_runtime_api::box_error::BoxError;
@@ -31,20 +32,58 @@ use aws_smithy_types::error::metadata::ProvideErrorMetadata;
 use aws_smithy_types::retry::RetryConfig;
 use aws_smithy_types::timeout::TimeoutConfig;
 use aws_types::region::SigningRegion;
+use aws_types::service_config::ServiceConfigKey;
 use aws_types::{SdkConfig, SigningName};
 use serde_json::Value;
 
-use super::config;
-
-/// What its errors are named when a secret is not there.
+/// The code of the refusal when a secret is not there.
 const NOT_FOUND: &str = "ResourceNotFoundException";
 
 /// One identity's way to the service.
 #[derive(Clone, Debug)]
 pub(super) struct SecretsManager(Operation<Call, Value, Refused>);
 
-/// Why a call brought no answer.
-pub(super) type Failure = SdkError<Refused, HttpResponse>;
+/// Why a call brought no answer. What was answered is not kept: it may be a secret, or a part of one.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Failure {
+    /// The service refuses it, by this code.
+    #[error("Secrets Manager refuses {operation}: {code}")]
+    Refused {
+        /// What was asked for.
+        operation: &'static str,
+        /// The code.
+        code: String,
+    },
+    /// There was no answer, or none that is one.
+    #[error("Secrets Manager does not answer {operation}")]
+    NoAnswer {
+        /// What was asked for.
+        operation: &'static str,
+        /// Why.
+        #[source]
+        source: BoxError,
+    },
+}
+
+impl Failure {
+    fn of(operation: &'static str, error: SdkError<Refused, HttpResponse>) -> Self {
+        match error {
+            SdkError::ServiceError(refusal) => {
+                let code = refusal.err().code().unwrap_or("it names no code").to_owned();
+                Self::Refused { operation, code }
+            }
+            other => {
+                let source = other.into_source().unwrap_or_else(|_| "the call ended without a reason".into());
+                Self::NoAnswer { operation, source }
+            }
+        }
+    }
+
+    /// Whether the secret that was asked for is not there.
+    pub(super) fn is_not_found(&self) -> bool {
+        matches!(self, Self::Refused { code, .. } if code == NOT_FOUND)
+    }
+}
 
 /// What is asked. No call that is made here has a secret in it.
 #[derive(Debug)]
@@ -53,26 +92,15 @@ struct Call {
     input: String,
 }
 
-/// The service's own refusal. What it says beside the code is not kept: it may quote what was asked.
+/// A refusal as the runtime takes it, which repeats calls that are refused for the time being.
 #[derive(Debug, thiserror::Error)]
-#[error("Secrets Manager refuses: {}", .0.code().unwrap_or("no code"))]
-pub(super) struct Refused(ErrorMetadata);
-
-impl Refused {
-    pub(super) fn new(code: &str) -> Self {
-        Self(ErrorMetadata::builder().code(code).build())
-    }
-}
+#[error("refused")]
+struct Refused(ErrorMetadata);
 
 impl ProvideErrorMetadata for Refused {
     fn meta(&self) -> &ErrorMetadata {
         &self.0
     }
-}
-
-/// Whether the secret that was asked for is not there.
-pub(super) fn is_not_found(failure: &Failure) -> bool {
-    failure.as_service_error().is_some_and(|refused| refused.code() == Some(NOT_FOUND))
 }
 
 impl SecretsManager {
@@ -83,7 +111,7 @@ impl SecretsManager {
         layer.store_put(SigningName::from_static("secretsmanager"));
         layer.store_put(SigV4OperationSigningConfig::default());
         layer.store_put(AuthSchemeOptionResolverParams::new(()));
-        let url = config::endpoint("SECRETS_MANAGER").unwrap_or_else(|| {
+        let url = configured(config).unwrap_or_else(|| {
             let region = region.as_ref().map_or("", |region| region.as_ref());
             url(region, config.use_fips() == Some(true), config.use_dual_stack() == Some(true))
         });
@@ -108,8 +136,10 @@ impl SecretsManager {
             .with_connection_poisoning()
             // The trace of the request that a call is made for goes on to the service.
             .interceptor(RecursionDetectionInterceptor::new())
+            .interceptor(ServiceClockSkewInterceptor::new())
             .retry_classifier(TransientErrorClassifier::<Refused>::new())
             .retry_classifier(AwsErrorCodeClassifier::<Refused>::new())
+            .retry_classifier(ServiceClockSkewClassifier::<Refused>::new())
             .retry_classifier(HttpStatusCodeClassifier::default())
             .runtime_plugin(
                 StaticRuntimePlugin::new().with_config(layer.freeze()).with_runtime_components(components),
@@ -133,9 +163,9 @@ impl SecretsManager {
     ///
     /// # Errors
     /// [`Failure`].
-    pub(super) async fn call(&self, operation: &str, input: &Value) -> Result<Value, Failure> {
+    pub(super) async fn call(&self, operation: &'static str, input: &Value) -> Result<Value, Failure> {
         let call = Call { target: format!("secretsmanager.{operation}"), input: input.to_string() };
-        Box::pin(self.0.invoke(call)).await
+        Box::pin(self.0.invoke(call)).await.map_err(|error| Failure::of(operation, error))
     }
 }
 
@@ -168,6 +198,14 @@ fn answer(response: &HttpResponse) -> Result<Value, OrchestratorError<Refused>> 
     Err(OrchestratorError::operation(Refused(metadata.build())))
 }
 
+/// The address that the configuration names.
+fn configured(config: &SdkConfig) -> Option<String> {
+    let key = ServiceConfigKey::builder().service_id("Secrets Manager").env("AWS_ENDPOINT_URL");
+    let key = key.profile("endpoint_url").build().ok()?;
+    let own = config.service_config().and_then(|settings| settings.load_config(key));
+    own.or_else(|| config.endpoint_url().map(str::to_owned))
+}
+
 /// What a region's name begins with, of those that are not AWS's commercial ones; the ending of its services' names,
 /// and that of those that are reached by IPv6 too, where that is another.
 /// <https://docs.aws.amazon.com/whitepapers/latest/aws-fault-isolation-boundaries/partitions.html>
@@ -190,9 +228,14 @@ fn url(region: &str, fips: bool, dual_stack: bool) -> String {
 
 #[cfg(test)]
 mod tests {
+    use aws_credential_types::Credentials;
+    use aws_credential_types::provider::SharedCredentialsProvider;
     use aws_sdk_secretsmanager::config::endpoint::{DefaultResolver, Params, ResolveEndpoint};
+    use aws_sdk_secretsmanager::config::{BehaviorVersion, IdentityCache, Region};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
+    use crate::aws::connections::Connections;
 
     #[tokio::test]
     async fn the_service_is_where_its_own_client_looks_for_it() {
@@ -238,5 +281,62 @@ mod tests {
         assert_eq!(refused(None, r#"{"__type":"com.amazonaws.secretsmanager#ThrottlingException"}"#), named);
         assert_eq!(refused(Some("ThrottlingException:http://internal.amazon.com/"), ""), named);
         assert_eq!(refused(None, "<html>"), None);
+    }
+    /// The service, answering this and nothing else: first lines with headers, and bodies.
+    async fn service(answers: Vec<(&'static str, &'static str)>) -> SecretsManager {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = format!("http://{}", listener.local_addr().unwrap());
+        tokio::spawn(async move {
+            for (head, body) in answers {
+                let (mut connection, _) = listener.accept().await.unwrap();
+                let _ = connection.read(&mut [0; 4_096]).await.unwrap();
+                let length = body.len();
+                let answer =
+                    format!("HTTP/1.1 {head}\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{body}");
+                connection.write_all(answer.as_bytes()).await.unwrap();
+            }
+        });
+        let credentials = Credentials::new("id", "key", None, None, "test");
+        let config = SdkConfig::builder()
+            .behavior_version(BehaviorVersion::latest())
+            .http_client(Connections::new().unwrap())
+            .credentials_provider(SharedCredentialsProvider::new(credentials))
+            .identity_cache(IdentityCache::lazy().build())
+            .region(Region::new("us-east-1"))
+            .endpoint_url(address)
+            .build();
+        SecretsManager::new(&config)
+    }
+
+    #[tokio::test]
+    async fn what_was_answered_is_in_no_error() {
+        for answer in [
+            ("200 OK", r#"{"SecretString":"hunter2""#),
+            ("400 Bad Request", r#"{"Message":"hunter2"}"#),
+            ("500 Internal Server Error", "hunter2"),
+        ] {
+            let call = service(vec![answer; 3]).await.call("GetSecretValue", &Value::Null).await;
+            let error = printed(&call.unwrap_err());
+            assert!(!error.contains("hunter2") && error.contains("GetSecretValue"), "{error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_clock_that_is_wrong_is_set_by_the_answer() {
+        let skewed = "400 Bad Request\r\ndate: Thu, 01 Jan 2099 00:00:00 GMT";
+        let skewed = (skewed, r#"{"__type":"InvalidSignatureException"}"#);
+        let there = service(vec![skewed, ("200 OK", r#"{"Name":"s"}"#)]).await;
+        assert_eq!(there.call("GetSecretValue", &Value::Null).await.unwrap()["Name"], "s");
+    }
+
+    /// An error as it may be printed, with all that it comes from.
+    fn printed(error: &Failure) -> String {
+        let mut all = format!("{error:?} {error}");
+        let mut source = std::error::Error::source(error);
+        while let Some(next) = source {
+            all.push_str(&format!(" {next:?} {next}"));
+            source = next.source();
+        }
+        all
     }
 }
