@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::extract::Request;
+use axum::handler::Handler;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use futures_util::StreamExt;
@@ -106,10 +107,16 @@ async fn lambda() -> (String, impl Future<Output = ()>, AbortHandle) {
         }
         std::future::pending().await
     };
+    let (address, server) = serve(answer).await;
+    (address, async move { polls.recv().await.unwrap() }, server)
+}
+
+/// Answers so whatever is asked. Says where.
+async fn serve<T: 'static>(answer: impl Handler<T, ()>) -> (String, AbortHandle) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let server = tokio::spawn(async { axum::serve(listener, Router::new().fallback(answer)).await.unwrap() });
-    (address, async move { polls.recv().await.unwrap() }, server.abort_handle())
+    (address, server.abort_handle())
 }
 
 async fn start(function: &Function, environment: &Environment) -> Start {
@@ -273,10 +280,8 @@ async fn faulty(stack: &Stack, faults: &[Fault]) -> (String, Arc<AtomicUsize>, A
             }
         }
     };
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = format!("http://{}", listener.local_addr().unwrap());
-    let server = tokio::spawn(async { axum::serve(listener, Router::new().fallback(answer)).await.unwrap() });
-    (address, calls, server.abort_handle())
+    let (address, server) = serve(answer).await;
+    (format!("http://{address}"), calls, server)
 }
 
 #[tokio::test]

@@ -74,8 +74,9 @@ impl Patterns {
         for (name, phrase) in PATTERNS {
             let (first, rest) = phrase.split_once(' ').unwrap_or((phrase, ""));
             for word in alternatives(first) {
-                if let Some(lengths) = patterns.lengths_of(&word) {
-                    *lengths |= bit(&word);
+                let (first, length) = glance(&word);
+                if let Some(lengths) = patterns.lengths.get_mut(first) {
+                    *lengths |= length;
                 }
                 patterns.by_first.entry(word).or_default().push((name, compile(rest)));
             }
@@ -83,23 +84,19 @@ impl Patterns {
         patterns
     }
 
-    fn lengths_of(&mut self, word: &str) -> Option<&mut u64> {
-        self.lengths.get_mut(usize::from(*word.as_bytes().first()?))
-    }
-
     /// The patterns that begin with this word.
     fn beginning(&self, word: &str) -> &[(&'static str, Vec<Step>)] {
-        let first = word.as_bytes().first().and_then(|first| self.lengths.get(usize::from(*first)));
-        if first.is_none_or(|lengths| lengths & bit(word) == 0) {
+        let (first, length) = glance(word);
+        if self.lengths.get(first).is_none_or(|lengths| lengths & length == 0) {
             return &[];
         }
         self.by_first.get(word).map_or(&[], Vec::as_slice)
     }
 }
 
-/// The bit of a word's length. All that are longer than 63 bytes share one.
-fn bit(word: &str) -> u64 {
-    1 << word.len().min(63)
+/// A word's first byte, and the bit of its length. All that are longer than 63 bytes share one.
+fn glance(word: &str) -> (usize, u64) {
+    (word.bytes().next().map_or(0, usize::from), 1 << word.len().min(63))
 }
 
 /// Finds every pattern in `text`. Time grows linearly with its length.
@@ -108,7 +105,7 @@ pub fn find(text: &str) -> Vec<Finding> {
     let words = Words::of(text);
     let mut found = Vec::new();
     for (at, first) in words.all.iter().enumerate() {
-        for (pattern, rest) in COMPILED.beginning(words.folded(first)) {
+        for (pattern, rest) in COMPILED.beginning(first.read(&words.folded)) {
             let after = words.all.get(at + 1..).unwrap_or_default();
             if let Some(len) = words.match_len(rest, after) {
                 let last = words.all.get(at + len).unwrap_or(first);
@@ -181,6 +178,13 @@ struct Word {
     range: Range<usize>,
 }
 
+impl Word {
+    /// What it reads as, in what all of its text's words do.
+    fn read<'a>(&self, folded: &'a str) -> &'a str {
+        folded.get(self.folded.clone()).unwrap_or_default()
+    }
+}
+
 impl Words {
     fn of(text: &str) -> Self {
         let mut words = Self { folded: String::with_capacity(text.len() + text.len() / 8), all: Vec::new() };
@@ -221,16 +225,12 @@ impl Words {
         letter
     }
 
-    fn folded(&self, word: &Word) -> &str {
-        self.folded.get(word.folded.clone()).unwrap_or_default()
-    }
-
     /// Joins letters that stand one by one (`i g n o r e`) into the word they spell: what they read as lies side by
     /// side already.
     fn join_spaced_letters(&mut self) {
         let Self { folded, all } = self;
         let single = |word: &Word| {
-            let read = folded.get(word.folded.clone()).unwrap_or_default();
+            let read = word.read(folded);
             read.chars().nth(1).is_none() && read != ":"
         };
         let mut letters = all.first().map_or(0, |word| usize::from(single(word)));
@@ -253,7 +253,7 @@ impl Words {
             None => Some(0),
             Some((Step::OneOf(any), rest)) => {
                 let (word, after) = words.split_first()?;
-                let word = self.folded(word);
+                let word = word.read(&self.folded);
                 if any.iter().any(|one| one == word) {
                     self.match_len(rest, after).map(|n| n + 1)
                 } else {

@@ -4,6 +4,8 @@
 //! what one function needs and another does not, so that each binary links only its own share.
 //! [`aws`] is the only module that imports `aws_sdk_*`.
 
+#[cfg(test)]
+mod answering;
 pub mod api_key;
 #[cfg(feature = "audit-log")]
 pub mod audit_filter;

@@ -215,6 +215,7 @@ async fn kind(response: reqwest::Response) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::answering;
 
     #[test]
     fn a_base_may_have_a_path() {
@@ -223,28 +224,11 @@ mod tests {
         assert_eq!(url("https://h/proxy/"), "https://h/proxy/v1/messages");
     }
 
-    /// A service that takes `answers` connections and gives each an answer or breaks it; and how many
-    /// came.
-    async fn service(answers: Vec<Option<&'static str>>) -> (Url, tokio::task::JoinHandle<usize>) {
-        use tokio::io::{AsyncReadExt, AsyncWriteExt};
-
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let url = format!("http://{}", listener.local_addr().unwrap()).parse().unwrap();
-        let serve = async move {
-            let mut came = 0;
-            for answer in answers {
-                let next = tokio::time::timeout(Duration::from_secs(3), listener.accept()).await;
-                let Ok(Ok((mut connection, _))) = next else { break };
-                came += 1;
-                let mut request = [0; 4_096];
-                let _ = connection.read(&mut request).await.unwrap();
-                if let Some(answer) = answer {
-                    connection.write_all(answer.as_bytes()).await.unwrap();
-                }
-            }
-            came
-        };
-        (url, tokio::spawn(serve))
+    /// As [`answering::service`].
+    async fn service(answers: Vec<Option<&str>>) -> (Url, tokio::task::JoinHandle<usize>) {
+        let answers = answers.into_iter().map(|answer| answer.map(str::to_owned)).collect();
+        let (address, came) = answering::service(answers).await;
+        (address.parse().unwrap(), came)
     }
 
     async fn send_to(url: &Url) -> Result<reqwest::Response, OutboundError> {

@@ -83,7 +83,6 @@ impl Context {
             .ok_or_else(|| format!("EMBEDDINGS_MODEL names {}, which has no price", embedding.name))?;
         let model_url: Url = env::parsed("MODEL_URL")?;
         let embeddings_url: Url = env::parsed("EMBEDDINGS_URL")?;
-        // One after the other, over one connection: another takes longer to make than an answer takes.
         let model_key = secrets::read(&access, "MODEL_KEY_SECRET").await?;
         let embeddings_key = secrets::read(&access, "EMBEDDINGS_KEY_SECRET").await?;
         let retrieval = Retrieval::from_env(&access, http.clone()).await?;

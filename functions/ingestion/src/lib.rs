@@ -73,7 +73,6 @@ impl Context {
             .ok_or_else(|| format!("EMBEDDINGS_MODEL names {}, which has no price", embedding.name))?;
         let url: Url = env::parsed("EMBEDDINGS_URL")?;
         let (clock, http) = (Clock::system(), outbound::client()?);
-        // One after the other, over one connection: another takes longer to make than an answer takes.
         let key = secrets::read(&access, "EMBEDDINGS_KEY_SECRET").await?;
         let retrieval = Retrieval::from_env(&access, http.clone()).await?;
         Ok(Self {

@@ -61,7 +61,6 @@ impl Context {
     /// If a variable or secret is absent or malformed; the error names it.
     pub async fn from_env() -> Result<Self, Error> {
         let access = aws::Access::own(&aws::config()?);
-        // One after the other, over one connection: another takes longer to make than an answer takes.
         let vector_root_key = secrets::read(&access, "QDRANT_ROOT_KEY_SECRET").await?;
         let webhook_root = WebhookRoot::from_env(&access, "WEBHOOK_KEY_SECRET").await?;
         Ok(Self {

@@ -1,6 +1,6 @@
 //! The stores on AWS. The only importers of `aws_sdk_*`.
 
-#[cfg(any(feature = "dynamodb", feature = "invoke", feature = "objects"))]
+#[cfg(any(feature = "dynamodb", feature = "invoke", feature = "objects", feature = "secrets"))]
 use aws_sdk_sts::error::{ProvideErrorMetadata, SdkError};
 
 #[cfg(feature = "dynamodb")]
@@ -59,7 +59,7 @@ pub use session::{Access, LINKS_HOLD};
 pub use table::StoreError;
 
 /// The name of what went wrong with a call: the service's own, or what kept it from answering.
-#[cfg(any(feature = "dynamodb", feature = "invoke", feature = "objects"))]
+#[cfg(any(feature = "dynamodb", feature = "invoke", feature = "objects", feature = "secrets"))]
 fn failure_code<E: ProvideErrorMetadata, R>(error: &SdkError<E, R>) -> String {
     match error {
         SdkError::TimeoutError(_) => "timeout",

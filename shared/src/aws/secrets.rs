@@ -42,12 +42,6 @@ pub enum SecretError {
     },
 }
 
-impl SecretError {
-    fn unreadable(variable: &'static str, id: &str, failure: Failure) -> Self {
-        Self::Unreadable { variable, id: id.to_owned(), source: Box::new(failure) }
-    }
-}
-
 /// The stage of what a secret is now.
 const CURRENT: &str = "AWSCURRENT";
 /// How long a tenant's key is remembered. One that is replaced is used until then.
@@ -89,9 +83,8 @@ impl TenantKeys {
             return Ok(key);
         }
         let session = self.access.of(tenant);
-        let value = value(session.secrets(), &self.name(tenant), CURRENT).await;
-        let value = value.map_err(|failure| KeyError::Unreadable(Box::new(failure)))?;
-        let key = value.and_then(|text| Secret::new(text).ok()).ok_or(KeyError::Absent)?;
+        let key = secret(session.secrets(), &self.name(tenant), CURRENT).await;
+        let key = key.map_err(|failure| KeyError::Unreadable(Box::new(failure)))?.ok_or(KeyError::Absent)?;
         let mut known = self.known();
         if known.len() >= MOST_REMEMBERED && !known.contains_key(tenant) {
             known.clear();
@@ -240,10 +233,7 @@ impl WebhookRoot {
     }
 
     async fn stage(&self, stage: &str) -> Result<Option<Secret>, SecretError> {
-        let session = self.access.own_role();
-        let value = value(session.secrets(), &self.id, stage).await;
-        let value = value.map_err(|failure| SecretError::unreadable(self.variable, &self.id, failure))?;
-        Ok(value.and_then(|text| Secret::new(text).ok()))
+        own(&self.access, self.variable, &self.id, stage).await
     }
 }
 
@@ -258,22 +248,35 @@ pub enum KeyError {
     Unreadable(#[source] Box<dyn std::error::Error + Send + Sync>),
 }
 
-/// The secret whose id stands in the environment variable `variable`, read in the function's own role.
+/// The secret whose id stands in the environment variable `variable`, read in the function's own role. Who needs
+/// several reads one after the other, over one connection: another takes longer to make than an answer takes.
 ///
 /// # Errors
 /// [`SecretError`] says which variable and secret are at fault.
 pub async fn read(access: &Access, variable: &'static str) -> Result<Secret, SecretError> {
     let id = env::secret_name(variable)?;
-    let session = access.own_role();
-    let read = value(session.secrets(), &id, CURRENT).await;
-    let text = read.map_err(|failure| SecretError::unreadable(variable, &id, failure))?.unwrap_or_default();
-    Secret::new(text).map_err(|_| SecretError::Malformed { variable, id })
+    own(access, variable, &id, CURRENT).await?.ok_or(SecretError::Malformed { variable, id })
 }
 
-/// The text of a secret in one of its stages; none if there is no such secret, or if it holds no text.
-async fn value(secrets: &SecretsManager, id: &str, stage: &str) -> Result<Option<String>, Failure> {
+/// As [`secret`], in the function's own role; `variable` names it.
+async fn own(
+    access: &Access,
+    variable: &'static str,
+    id: &str,
+    stage: &str,
+) -> Result<Option<Secret>, SecretError> {
+    let session = access.own_role();
+    let read = secret(session.secrets(), id, stage).await;
+    read.map_err(|failure| SecretError::Unreadable { variable, id: id.to_owned(), source: Box::new(failure) })
+}
+
+/// A secret in one of its stages; none if there is no such secret, or if it cannot be a key.
+async fn secret(secrets: &SecretsManager, id: &str, stage: &str) -> Result<Option<Secret>, Failure> {
     match secrets.call("GetSecretValue", &json!({"SecretId": id, "VersionStage": stage})).await {
-        Ok(answer) => Ok(answer.get("SecretString").and_then(Value::as_str).map(str::to_owned)),
+        Ok(answer) => {
+            let text = answer.get("SecretString").and_then(Value::as_str);
+            Ok(text.and_then(|text| Secret::new(text.to_owned()).ok()))
+        }
         Err(failure) if failure.is_not_found() => Ok(None),
         Err(failure) => Err(failure),
     }

@@ -36,6 +36,8 @@ use aws_types::service_config::ServiceConfigKey;
 use aws_types::{SdkConfig, SigningName};
 use serde_json::Value;
 
+use super::failure_code;
+
 /// The code of the refusal when a secret is not there.
 const NOT_FOUND: &str = "ResourceNotFoundException";
 
@@ -67,16 +69,11 @@ pub(super) enum Failure {
 
 impl Failure {
     fn of(operation: &'static str, error: SdkError<Refused, HttpResponse>) -> Self {
-        match error {
-            SdkError::ServiceError(refusal) => {
-                let code = refusal.err().code().unwrap_or("it names no code").to_owned();
-                Self::Refused { operation, code }
-            }
-            other => {
-                let source = other.into_source().unwrap_or_else(|_| "the call ended without a reason".into());
-                Self::NoAnswer { operation, source }
-            }
+        if matches!(error, SdkError::ServiceError(_)) {
+            return Self::Refused { operation, code: failure_code(&error) };
         }
+        let source = error.into_source().unwrap_or_else(|_| "the call ended without a reason".into());
+        Self::NoAnswer { operation, source }
     }
 
     /// Whether the secret that was asked for is not there.
@@ -232,9 +229,9 @@ mod tests {
     use aws_credential_types::provider::SharedCredentialsProvider;
     use aws_sdk_secretsmanager::config::endpoint::{DefaultResolver, Params, ResolveEndpoint};
     use aws_sdk_secretsmanager::config::{BehaviorVersion, IdentityCache, Region};
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
+    use crate::answering;
     use crate::aws::connections::Connections;
 
     #[tokio::test]
@@ -284,18 +281,12 @@ mod tests {
     }
     /// The service, answering this and nothing else: first lines with headers, and bodies.
     async fn service(answers: Vec<(&'static str, &'static str)>) -> SecretsManager {
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = format!("http://{}", listener.local_addr().unwrap());
-        tokio::spawn(async move {
-            for (head, body) in answers {
-                let (mut connection, _) = listener.accept().await.unwrap();
-                let _ = connection.read(&mut [0; 4_096]).await.unwrap();
-                let length = body.len();
-                let answer =
-                    format!("HTTP/1.1 {head}\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{body}");
-                connection.write_all(answer.as_bytes()).await.unwrap();
-            }
-        });
+        let whole = |(head, body): (&str, &str)| {
+            let length = body.len();
+            format!("HTTP/1.1 {head}\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{body}")
+        };
+        let (address, _) =
+            answering::service(answers.into_iter().map(|one| Some(whole(one))).collect()).await;
         let credentials = Credentials::new("id", "key", None, None, "test");
         let config = SdkConfig::builder()
             .behavior_version(BehaviorVersion::latest())
