@@ -93,14 +93,15 @@ enum Start {
     Ended { well: bool, said: String },
 }
 
-/// As much of Lambda as a start sees: extensions are registered, and the first invocation never comes. Says where it
-/// is, and when it is asked for that.
-async fn lambda() -> (String, impl Future<Output = ()>, AbortHandle) {
+/// As much of Lambda as a start sees: extensions are registered with this answer, and the first invocation never
+/// comes. Says where it is, and when it is asked for that.
+async fn lambda(registers: StatusCode) -> (String, impl Future<Output = ()>, AbortHandle) {
     let (polled, mut polls) = mpsc::unbounded_channel();
     let answer = async move |request: Request| -> Response {
         if request.uri().path().ends_with("/extension/register") {
+            assert_eq!(request.headers()["content-type"], "application/json");
             let said = json!({"functionName": "f", "functionVersion": "$LATEST", "handler": "bootstrap"});
-            return ([("lambda-extension-identifier", "e")], axum::Json(said)).into_response();
+            return (registers, [("lambda-extension-identifier", "e")], axum::Json(said)).into_response();
         }
         if request.uri().path().ends_with("/invocation/next") {
             polled.send(()).unwrap();
@@ -120,7 +121,14 @@ async fn serve<T: 'static>(answer: impl Handler<T, ()>) -> (String, AbortHandle)
 }
 
 async fn start(function: &Function, environment: &Environment) -> Start {
-    let (address, polled, server) = lambda().await;
+    start_on(lambda(StatusCode::OK).await, function, environment).await
+}
+
+async fn start_on(
+    (address, polled, server): (String, impl Future<Output = ()>, AbortHandle),
+    function: &Function,
+    environment: &Environment,
+) -> Start {
     let program = std::env::current_exe().unwrap().ancestors().nth(2).unwrap().join(&function.binary);
     let child = Command::new(program)
         .env_clear()
@@ -243,6 +251,30 @@ async fn a_function_whose_secret_is_absent_empty_or_malformed_does_not_start() {
     }
     assert!(cases.len() >= 21, "{}", cases.len());
     assert_eq!(not_refused(&stack, cases).await, Vec::<String>::new());
+    stack.stop().await;
+}
+
+/// A function that has something to write down before its end has to be told of it.
+#[tokio::test]
+async fn a_function_that_would_not_be_told_of_its_end_does_not_start() {
+    let stack = stack().await;
+    let template = template(&stack);
+    let mut refused = Vec::new();
+    for function in &template.functions {
+        let lambda = lambda(StatusCode::FORBIDDEN).await;
+        match start_on(lambda, function, &surroundings(&stack, function)).await {
+            Start::Polled => {}
+            Start::Ended { well: false, said }
+                if said.lines().count() == 1 && said.contains("403 Forbidden") =>
+            {
+                refused.push(function.binary.as_str());
+            }
+            other => panic!("{}: {other:?}", function.logical_id),
+        }
+    }
+    refused.sort_unstable();
+    refused.dedup();
+    assert_eq!(refused, ["audit", "authorizer", "chat", "ingestion", "keys", "upload_ingestion", "usage"]);
     stack.stop().await;
 }
 

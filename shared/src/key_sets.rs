@@ -228,7 +228,7 @@ impl KeySets {
         }
         let reach = self.reach;
         let http = reqwest::Client::builder()
-            .tls_backend_preconfigured(roots::tls()?)
+            .tls_backend_preconfigured(roots::outbound()?)
             .dns_resolver(Guarded::new(move |ip| reaches(reach, ip)))
             .https_only(self.reach == Reach::Internet)
             .redirect(reqwest::redirect::Policy::none())

@@ -96,7 +96,7 @@ impl OutboundError {
 /// If the roots cannot be had, or the TLS library does not start.
 pub fn client() -> Result<reqwest::Client, RootsError> {
     let client = reqwest::Client::builder()
-        .tls_backend_preconfigured(roots::tls()?)
+        .tls_backend_preconfigured(roots::outbound()?)
         .connect_timeout(Duration::from_secs(3))
         // Below the idle time of the services' load balancers, so that a thawed function does not
         // write into a connection that is gone.

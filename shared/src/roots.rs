@@ -5,27 +5,29 @@
 //! event, and what they are is nobody's decision. These cost no file, and are not parsed. What a company's own
 //! authority has signed is trusted by outbound calls where `SSL_CERT_FILE` names a file with its certificate.
 
-#[cfg(feature = "outbound")]
 use std::sync::Arc;
 
-#[cfg(feature = "outbound")]
-use rustls::ClientConfig;
+use rustls::pki_types::TrustAnchor;
 #[cfg(feature = "roots")]
-use rustls::RootCertStore;
-#[cfg(feature = "roots")]
-use rustls::pki_types::pem::PemObject;
-#[cfg(feature = "roots")]
-use rustls::pki_types::{CertificateDer, TrustAnchor};
-#[cfg(feature = "roots")]
+use rustls::pki_types::{CertificateDer, pem::PemObject};
+use rustls::{ClientConfig, RootCertStore};
 use webpki_roots::TLS_SERVER_ROOTS;
 
-/// The roots of the authorities that sign for AWS's services, as PEM, the one form that the AWS clients take.
+/// How the names of the authorities end that sign for AWS's services.
 /// <https://www.amazontrust.com/repository/>
-pub(crate) const AMAZON: &str = include_str!("amazon_roots.pem");
+const AMAZONS: [&str; 5] = [
+    "Amazon Root CA 1",
+    "Amazon Root CA 2",
+    "Amazon Root CA 3",
+    "Amazon Root CA 4",
+    "Starfield Services Root Certificate Authority - G2",
+];
 
-/// The protocols that a server may choose from.
-#[cfg(feature = "outbound")]
-const PROTOCOLS: [&[u8]; 2] = [b"h2", b"http/1.1"];
+/// The roots of the authorities that sign for AWS's services.
+pub(crate) fn amazon() -> Vec<TrustAnchor<'static>> {
+    let named = |root: &&TrustAnchor<'_>| AMAZONS.iter().any(|name| root.subject.ends_with(name.as_bytes()));
+    TLS_SERVER_ROOTS.iter().filter(named).cloned().collect()
+}
 
 /// All roots, and those of `SSL_CERT_FILE`.
 ///
@@ -46,29 +48,38 @@ pub(crate) fn anchors() -> Result<Vec<TrustAnchor<'static>>, RootsError> {
     Ok(roots.roots)
 }
 
-/// What outbound calls ask of a server.
+/// Whom outbound calls trust, and how they are spoken to.
 ///
 /// # Errors
 /// As of [`anchors`].
 #[cfg(feature = "outbound")]
-pub fn tls() -> Result<ClientConfig, RootsError> {
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let builder = ClientConfig::builder_with_provider(provider);
-    let builder = builder.with_safe_default_protocol_versions().map_err(RootsError::Unusable)?;
-    let roots = RootCertStore { roots: anchors()? };
-    let mut tls = builder.with_root_certificates(roots).with_no_client_auth();
-    tls.alpn_protocols = PROTOCOLS.map(<[u8]>::to_vec).into();
+pub fn outbound() -> Result<ClientConfig, RootsError> {
+    let mut tls = trusting(anchors()?)?;
+    // What a server may choose from.
+    tls.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     Ok(tls)
 }
 
+/// TLS with servers that one of these authorities has signed for.
+///
+/// # Errors
+/// If the TLS library does not start.
+pub(crate) fn trusting(roots: Vec<TrustAnchor<'static>>) -> Result<ClientConfig, RootsError> {
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let builder = ClientConfig::builder_with_provider(provider);
+    let builder = builder.with_safe_default_protocol_versions().map_err(RootsError::Unusable)?;
+    Ok(builder.with_root_certificates(RootCertStore { roots }).with_no_client_auth())
+}
+
 /// Why calls cannot be made.
-#[cfg(feature = "roots")]
 #[derive(Debug, thiserror::Error)]
 pub enum RootsError {
     /// The file cannot be read.
+    #[cfg(feature = "roots")]
     #[error("the file that SSL_CERT_FILE names cannot be read")]
     Unreadable(#[source] std::io::Error),
     /// It holds no certificates.
+    #[cfg(feature = "roots")]
     #[error("the file that SSL_CERT_FILE names holds no certificates in PEM")]
     Malformed,
     /// The TLS library refuses what it holds, or does not start.
@@ -82,38 +93,14 @@ pub enum RootsError {
 
 #[cfg(test)]
 mod tests {
-    use base64::Engine;
-    use base64::engine::general_purpose::STANDARD;
-    use webpki_root_certs::TLS_SERVER_ROOT_CERTS;
-
     use super::*;
 
-    /// What Amazon's roots are called in their first bytes, where a root's issuer, which is itself, stands.
-    const AMAZONS: [&[u8]; 2] = [b"Amazon Root CA ", b"Starfield Services Root Certificate Authority - G2"];
-
     #[test]
-    fn amazons_roots_are_those_that_mozilla_trusts() {
-        let mut pem = String::new();
-        for root in TLS_SERVER_ROOT_CERTS {
-            if !AMAZONS.iter().any(|name| root[..300].windows(name.len()).any(|part| part == *name)) {
-                continue;
-            }
-            pem.push_str("-----BEGIN CERTIFICATE-----\n");
-            for line in STANDARD.encode(root).as_bytes().chunks(64) {
-                pem.push_str(std::str::from_utf8(line).unwrap());
-                pem.push('\n');
-            }
-            pem.push_str("-----END CERTIFICATE-----\n");
+    fn aws_is_known_by_amazons_roots_and_no_others() {
+        let roots = amazon();
+        assert_eq!(roots.len(), AMAZONS.len());
+        for name in AMAZONS {
+            assert!(roots.iter().any(|root| root.subject.ends_with(name.as_bytes())), "{name}");
         }
-        assert_eq!(pem.matches("BEGIN CERTIFICATE").count(), 5);
-        assert_eq!(AMAZON, pem, "amazon_roots.pem must be:\n{pem}");
-    }
-
-    /// The HTTP client takes the library's types as they are; were they another version's, it would not start.
-    #[cfg(feature = "outbound")]
-    #[test]
-    fn the_http_client_takes_the_roots() {
-        assert!(TLS_SERVER_ROOTS.len() > 100);
-        reqwest::Client::builder().tls_backend_preconfigured(tls().unwrap()).build().unwrap();
     }
 }

@@ -38,7 +38,7 @@ impl Sender {
     /// If the roots cannot be had, or the TLS library does not start.
     pub(crate) fn new(receivers: Receivers) -> Result<Self, RootsError> {
         let http = Client::builder()
-            .tls_backend_preconfigured(roots::tls()?)
+            .tls_backend_preconfigured(roots::outbound()?)
             .dns_resolver(Guarded::new(move |address| receivers.admit(address)))
             // A redirect would lead to where nobody has looked, and a proxy would look up the name itself.
             .redirect(Policy::none())

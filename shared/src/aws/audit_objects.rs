@@ -253,7 +253,6 @@ pub(super) fn settings(config: &SdkConfig) -> aws_sdk_s3::Config {
         .retry_config(RetryConfig::standard().with_max_attempts(4))
         .timeout_config(
             TimeoutConfig::builder()
-                .connect_timeout(Duration::from_secs(1))
                 .operation_attempt_timeout(Duration::from_secs(5))
                 .operation_timeout(Duration::from_secs(15))
                 .build(),

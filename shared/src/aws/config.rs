@@ -10,8 +10,9 @@ use aws_sdk_sts::config::{BehaviorVersion, IdentityCache, Region};
 use aws_types::SdkConfig;
 use aws_types::service_config::{LoadServiceConfig, ServiceConfigKey};
 
-use super::connections::{Connections, NoConnections};
+use super::connections::Connections;
 use crate::env::{self, EnvError};
+use crate::roots::RootsError;
 
 /// Why no AWS client can be made.
 #[derive(Debug, thiserror::Error)]
@@ -20,8 +21,8 @@ pub enum NoConfig {
     #[error(transparent)]
     Env(#[from] EnvError),
     /// The connections cannot be made.
-    #[error(transparent)]
-    Connections(#[from] NoConnections),
+    #[error("connections to AWS cannot be made")]
+    Connections(#[from] RootsError),
 }
 
 /// The configuration of every AWS client: credentials, region and endpoints from the environment, and
@@ -53,7 +54,6 @@ pub fn config() -> Result<SdkConfig, NoConfig> {
         .retry_config(RetryConfig::standard().with_max_attempts(3))
         .timeout_config(
             TimeoutConfig::builder()
-                .connect_timeout(Duration::from_secs(1))
                 .operation_attempt_timeout(Duration::from_secs(2))
                 .operation_timeout(Duration::from_secs(5))
                 .build(),

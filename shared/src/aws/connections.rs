@@ -1,51 +1,295 @@
 //! The connections of all AWS clients.
 
-use aws_smithy_http_client::Builder;
-use aws_smithy_http_client::tls::rustls_provider::CryptoMode;
-use aws_smithy_http_client::tls::{Provider, TlsContext, TrustStore};
-use aws_smithy_runtime_api::client::connector_metadata::ConnectorMetadata;
+use std::error::Error;
+use std::io;
+use std::pin::Pin;
+use std::sync::OnceLock;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use aws_smithy_runtime_api::client::connection::{CaptureSmithyConnection, ConnectionMetadata};
 use aws_smithy_runtime_api::client::http::{
-    HttpClient, HttpConnectorSettings, SharedHttpClient, SharedHttpConnector,
+    HttpClient, HttpConnector, HttpConnectorFuture, HttpConnectorSettings, SharedHttpConnector,
 };
+use aws_smithy_runtime_api::client::orchestrator::{HttpRequest, HttpResponse};
+use aws_smithy_runtime_api::client::result::ConnectorError;
 use aws_smithy_runtime_api::client::runtime_components::RuntimeComponents;
+use aws_smithy_types::body::SdkBody;
+use aws_smithy_types::retry::ErrorKind;
+use http::Uri;
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder, MaybeHttpsStream};
+use hyper_util::client::legacy;
+use hyper_util::client::legacy::connect::{CaptureConnection, HttpConnector as Tcp, capture_connection};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use rustls::ClientConfig;
+use tokio::net::TcpStream;
+use tower_service::Service;
 
-use crate::roots;
+use crate::roots::{self, RootsError};
 
-/// Why no AWS client can be made.
-#[derive(Debug, thiserror::Error)]
-#[error("connections to AWS cannot be made")]
-pub struct NoConnections(#[source] Box<dyn std::error::Error + Send + Sync>);
+/// How long a connection may take to make: the name, the connection and the handshake.
+const CONNECTS_WITHIN: Duration = Duration::from_secs(1);
 
-/// One pool of connections, which is made with the first call.
+/// One pool of connections for all clients, which is made with the first call. Whatever a client asks for, a
+/// connection takes no longer than [`CONNECTS_WITHIN`], and a call no longer than its attempt may.
 ///
-/// The client below makes another with every AWS client, throws it away, and calls that a validation: there the
-/// machine's roots would be found to be unreadable before a request is. These roots are compiled in, and to read
-/// them once for each client, of each tenant's session, is time that a start or a first request waits for.
+/// AWS's own makes a pool for each set of timeouts, and takes roots as text alone: to read those is a sixth of all
+/// that a function does before its first event.
 #[derive(Debug)]
-pub(super) struct Connections(SharedHttpClient);
+pub(super) struct Connections {
+    tls: ClientConfig,
+    made: OnceLock<SharedHttpConnector>,
+}
 
 impl Connections {
     /// # Errors
-    /// [`NoConnections`].
-    pub(super) fn new() -> Result<Self, NoConnections> {
-        let roots = TrustStore::empty().with_pem_certificate(roots::AMAZON);
-        let tls = TlsContext::builder().with_trust_store(roots).build();
-        let tls = tls.map_err(|error| NoConnections(Box::new(error)))?;
-        let client = Builder::new().tls_provider(Provider::Rustls(CryptoMode::AwsLc)).tls_context(tls);
-        Ok(Self(client.build_https()))
+    /// If the TLS library does not start.
+    pub(super) fn new() -> Result<Self, RootsError> {
+        Ok(Self { tls: roots::trusting(roots::amazon())?, made: OnceLock::new() })
+    }
+
+    fn pool(&self) -> &SharedHttpConnector {
+        self.made.get_or_init(|| {
+            let mut tcp = Tcp::new();
+            tcp.set_nodelay(true);
+            tcp.enforce_http(false);
+            let tls = HttpsConnectorBuilder::new().with_tls_config(self.tls.clone()).https_or_http();
+            let connector = Bounded(tls.enable_http1().wrap_connector(tcp));
+            let mut client = legacy::Client::builder(TokioExecutor::new());
+            SharedHttpConnector::new(Pool(client.pool_timer(TokioTimer::new()).build(connector)))
+        })
     }
 }
 
 impl HttpClient for Connections {
-    fn http_connector(
-        &self,
-        settings: &HttpConnectorSettings,
-        components: &RuntimeComponents,
-    ) -> SharedHttpConnector {
-        self.0.http_connector(settings, components)
+    fn http_connector(&self, _: &HttpConnectorSettings, _: &RuntimeComponents) -> SharedHttpConnector {
+        self.pool().clone()
+    }
+}
+
+#[derive(Debug)]
+struct Pool(legacy::Client<Bounded, SdkBody>);
+
+impl HttpConnector for Pool {
+    fn call(&self, request: HttpRequest) -> HttpConnectorFuture {
+        let mut request = match request.try_into_http1x() {
+            Ok(request) => request,
+            Err(error) => return HttpConnectorFuture::ready(Err(ConnectorError::user(error.into()))),
+        };
+        let connection = capture_connection(&mut request);
+        // The runtime asks for it where an answer says that something is wrong over there.
+        if let Some(asks) = request.extensions().get::<CaptureSmithyConnection>() {
+            asks.set_connection_retriever(move || described(&connection));
+        }
+        let answer = self.0.request(request);
+        HttpConnectorFuture::new(async move {
+            let answer = answer.await.map_err(failure)?.map(SdkBody::from_body_1_x);
+            HttpResponse::try_from(answer).map_err(|error| ConnectorError::other(error.into(), None))
+        })
+    }
+}
+
+/// A connection as the runtime knows one: it may say that no further call is to go over it.
+fn described(connection: &CaptureConnection) -> Option<ConnectionMetadata> {
+    connection.connection_metadata().as_ref()?;
+    let connection = connection.clone();
+    let poison = move || {
+        if let Some(connection) = connection.connection_metadata().as_ref() {
+            connection.poison();
+        }
+    };
+    Some(ConnectionMetadata::builder().proxied(false).poison_fn(poison).build())
+}
+
+/// What kept a call from its answer, in the runtime's words: what is I/O or transient is tried again.
+fn failure(error: legacy::Error) -> ConnectorError {
+    let hyper = source::<hyper::Error>(&error);
+    let is = |what: fn(&hyper::Error) -> bool| hyper.is_some_and(what);
+    if is(hyper::Error::is_user) {
+        ConnectorError::user(error.into())
+    } else if error.is_connect()
+        || is(hyper::Error::is_closed)
+        || is(hyper::Error::is_canceled)
+        || source::<io::Error>(&error).is_some()
+    {
+        ConnectorError::io(error.into())
+    } else {
+        // The connection ended within an answer, or before any: it had been kept, and the other side was about to close it.
+        let kind = is(hyper::Error::is_incomplete_message).then_some(ErrorKind::TransientError);
+        ConnectorError::other(error.into(), kind)
+    }
+}
+
+/// The first of an error's reasons that is of that kind.
+fn source<'a, E: Error + 'static>(error: &'a (dyn Error + 'static)) -> Option<&'a E> {
+    std::iter::successors(Some(error), |&error| error.source()).find_map(|error| error.downcast_ref())
+}
+
+/// Makes connections within [`CONNECTS_WITHIN`].
+#[derive(Clone, Debug)]
+struct Bounded(HttpsConnector<Tcp>);
+
+type Connecting<T> = Pin<Box<dyn Future<Output = Result<T, Box<dyn Error + Send + Sync>>> + Send>>;
+
+impl Service<Uri> for Bounded {
+    type Response = MaybeHttpsStream<TokioIo<TcpStream>>;
+    type Error = Box<dyn Error + Send + Sync>;
+    type Future = Connecting<Self::Response>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.0.poll_ready(context)
     }
 
-    fn connector_metadata(&self) -> Option<ConnectorMetadata> {
-        self.0.connector_metadata()
+    fn call(&mut self, to: Uri) -> Self::Future {
+        let connecting = self.0.call(to);
+        Box::pin(async move {
+            let made = tokio::time::timeout(CONNECTS_WITHIN, connecting).await;
+            made.unwrap_or_else(|_| Err(io::Error::from(io::ErrorKind::TimedOut).into()))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::SocketAddr;
+    use std::sync::Arc;
+
+    use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+    use rustls::{RootCertStore, ServerConfig};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpListener;
+    use tokio_rustls::TlsAcceptor;
+
+    use super::*;
+
+    const EMPTY: &[u8] = b"HTTP/1.1 204 No Content\r\n\r\n";
+
+    async fn listening() -> (TcpListener, SocketAddr) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        (listener, address)
+    }
+
+    /// Answers each request so, over each connection.
+    async fn answers(mut connection: impl AsyncReadExt + AsyncWriteExt + Unpin, with: &[u8]) {
+        let mut request = [0; 4_096];
+        while connection.read(&mut request).await.is_ok_and(|length| length > 0) {
+            connection.write_all(with).await.unwrap();
+        }
+    }
+
+    /// A server for `localhost` that signs for itself: its port, and its certificate.
+    async fn secure() -> (u16, CertificateDer<'static>) {
+        let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+        let certificate = made.cert.der().clone();
+        let key = PrivateKeyDer::try_from(made.signing_key.serialize_der()).unwrap();
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let server =
+            ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
+        let server = server.with_no_client_auth().with_single_cert(vec![certificate.clone()], key).unwrap();
+        let (acceptor, (listener, address)) = (TlsAcceptor::from(Arc::new(server)), listening().await);
+        tokio::spawn(async move {
+            while let Ok((connection, _)) = listener.accept().await {
+                let acceptor = acceptor.clone();
+                tokio::spawn(async move {
+                    if let Ok(connection) = acceptor.accept(connection).await {
+                        answers(connection, EMPTY).await;
+                    }
+                });
+            }
+        });
+        (address.port(), certificate)
+    }
+
+    fn trusting(certificate: CertificateDer<'static>) -> Connections {
+        let mut store = RootCertStore::empty();
+        store.add(certificate).unwrap();
+        Connections { tls: roots::trusting(store.roots).unwrap(), made: OnceLock::new() }
+    }
+
+    async fn ask(connections: &Connections, url: &str) -> Result<u16, ConnectorError> {
+        let mut request = HttpRequest::empty();
+        request.set_uri(url).unwrap();
+        connections.pool().call(request).await.map(|answer| answer.status().as_u16())
+    }
+
+    #[tokio::test]
+    async fn only_who_is_signed_for_by_a_root_is_spoken_to() {
+        let (port, certificate) = secure().await;
+        let trusting = trusting(certificate);
+        assert_eq!(ask(&trusting, &format!("https://localhost:{port}/")).await.unwrap(), 204);
+        let refused = async |connections: &Connections, name: &str| {
+            let error = ask(connections, &format!("https://{name}:{port}/")).await.unwrap_err();
+            assert!(error.is_io() && format!("{error:?}").contains("InvalidCertificate"), "{error:?}");
+        };
+        refused(&trusting, "127.0.0.1").await;
+        refused(&Connections::new().unwrap(), "localhost").await;
+    }
+
+    #[tokio::test]
+    async fn what_keeps_a_call_from_its_answer_is_told_apart() {
+        let connections = Connections::new().unwrap();
+        let (listener, address) = listening().await;
+        let url = format!("http://{address}/");
+        let broken = tokio::spawn(async move {
+            let mut request = [0; 4_096];
+            let (mut connection, _) = listener.accept().await.unwrap();
+            assert!(connection.read(&mut request).await.unwrap() > 0);
+            connection.write_all(b"HTTP/1.1 200").await.unwrap();
+            drop(connection);
+            // One that is kept, and closed when it is used again.
+            let (mut connection, _) = listener.accept().await.unwrap();
+            assert!(connection.read(&mut request).await.unwrap() > 0);
+            connection.write_all(EMPTY).await.unwrap();
+            assert!(connection.read(&mut request).await.unwrap() > 0);
+        });
+        let broke = ask(&connections, &url).await.unwrap_err();
+        assert_eq!(broke.as_other(), Some(ErrorKind::TransientError), "{broke:?}");
+        assert_eq!(ask(&connections, &url).await.unwrap(), 204);
+        let closed = ask(&connections, &url).await.unwrap_err();
+        assert_eq!(closed.as_other(), Some(ErrorKind::TransientError), "{closed:?}");
+        broken.await.unwrap();
+        let nobody = ask(&connections, &url).await.unwrap_err();
+        assert!(nobody.is_io(), "{nobody:?}");
+        let nonsense = ask(&connections, "/").await.unwrap_err();
+        assert!(!nonsense.is_io() && nonsense.as_other().is_none(), "{nonsense:?}");
+    }
+
+    #[tokio::test]
+    async fn a_handshake_is_not_waited_for_for_ever() {
+        let (listener, address) = listening().await;
+        let silent = tokio::spawn(async move {
+            let _open = listener.accept().await.unwrap();
+            std::future::pending::<()>().await;
+        });
+        let connections = Connections::new().unwrap();
+        let url = format!("https://{address}/");
+        let asked = tokio::time::timeout(CONNECTS_WITHIN * 10, ask(&connections, &url)).await;
+        assert!(asked.unwrap().unwrap_err().is_io());
+        silent.abort();
+    }
+
+    #[tokio::test]
+    async fn a_connection_serves_until_it_is_said_to_be_bad() {
+        let (listener, address) = listening().await;
+        let (url, connections) = (format!("http://{address}/"), Connections::new().unwrap());
+        let came = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+        let counted = Arc::clone(&came);
+        tokio::spawn(async move {
+            while let Ok((connection, _)) = listener.accept().await {
+                counted.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+                tokio::spawn(answers(connection, EMPTY));
+            }
+        });
+        let connection = CaptureSmithyConnection::new();
+        let mut request = HttpRequest::empty();
+        request.set_uri(url.as_str()).unwrap();
+        request.add_extension(connection.clone());
+        connections.pool().call(request).await.unwrap();
+        ask(&connections, &url).await.unwrap();
+        assert_eq!(came.load(std::sync::atomic::Ordering::SeqCst), 1);
+        connection.get().unwrap().poison();
+        ask(&connections, &url).await.unwrap();
+        assert_eq!(came.load(std::sync::atomic::Ordering::SeqCst), 2);
     }
 }

@@ -50,7 +50,6 @@ impl UploadAuthorizer {
         let function = env::function("UPLOAD_AUTHORIZER")?;
         // As long as it may take; it changes nothing, so that it may be asked again.
         let timeouts = TimeoutConfig::builder()
-            .connect_timeout(Duration::from_secs(1))
             .operation_attempt_timeout(Duration::from_secs(11))
             .operation_timeout(Duration::from_secs(25))
             .build();
