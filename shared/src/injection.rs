@@ -315,13 +315,14 @@ fn read(c: char) -> String {
 /// The order of marks, which a skeleton has in addition, is nothing to who drops them.
 /// <https://www.unicode.org/reports/tr39/#Confusable_Detection>
 fn stands(c: char) -> impl Iterator<Item = char> {
-    let found = CONFUSABLES.binary_search_by_key(&c, |(character, ..)| *character);
-    let found = found.ok().and_then(|found| CONFUSABLES.get(found));
-    let text = found.map(|(_, at, length)| {
-        STANDS.get(usize::from(*at)..).and_then(|text| text.get(..usize::from(*length)))
+    let found = CONFUSABLES.binary_search_by_key(&c, |(character, ..)| *character).ok();
+    let text = found.and_then(|found| {
+        let (_, at, length) = CONFUSABLES.get(found)?;
+        let at = usize::from(*at);
+        STANDS.get(at..at + usize::from(*length))
     });
     let itself = text.is_none().then_some(c);
-    text.flatten().unwrap_or_default().chars().chain(itself)
+    text.unwrap_or_default().chars().chain(itself)
 }
 
 #[cfg(test)]

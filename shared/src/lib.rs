@@ -14,6 +14,7 @@ pub mod audit_log;
 #[cfg(feature = "audit-log")]
 pub mod audit_verify;
 pub mod breaker;
+pub mod cause;
 #[cfg(feature = "chunk")]
 pub mod chunk;
 pub mod clock;

@@ -75,11 +75,9 @@ pub(crate) fn trusting(roots: Vec<TrustAnchor<'static>>) -> Result<ClientConfig,
 #[derive(Debug, thiserror::Error)]
 pub enum RootsError {
     /// The file cannot be read.
-    #[cfg(feature = "roots")]
     #[error("the file that SSL_CERT_FILE names cannot be read")]
     Unreadable(#[source] std::io::Error),
     /// It holds no certificates.
-    #[cfg(feature = "roots")]
     #[error("the file that SSL_CERT_FILE names holds no certificates in PEM")]
     Malformed,
     /// The TLS library refuses what it holds, or does not start.
@@ -102,5 +100,13 @@ mod tests {
         for name in AMAZONS {
             assert!(roots.iter().any(|root| root.subject.ends_with(name.as_bytes())), "{name}");
         }
+    }
+
+    /// The HTTP client takes the library's types as they are; were they another version's, it would not start.
+    #[cfg(feature = "outbound")]
+    #[test]
+    fn the_http_client_takes_the_roots() {
+        assert!(TLS_SERVER_ROOTS.len() > 100);
+        reqwest::Client::builder().tls_backend_preconfigured(outbound().unwrap()).build().unwrap();
     }
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use reqwest::redirect::Policy;
 use reqwest::{Client, StatusCode, Url};
+use shared::cause;
 use shared::internet::{Guarded, Refused};
 use shared::roots::{self, RootsError};
 use shared::webhook::{Receivers, SIGNATURE};
@@ -70,7 +71,7 @@ impl Sender {
             Ok(response) if response.status() == StatusCode::GONE => Answer::Unwanted,
             Ok(response) => Answer::Failed(format!("HTTP {}", response.status().as_u16())),
             Err(error) if error.is_timeout() => Answer::Failed("no answer in time".to_owned()),
-            Err(error) if is_refusal(&error) => {
+            Err(error) if cause::find::<Refused>(&error).is_some() => {
                 Answer::Failed("the address is none that may be spoken to".to_owned())
             }
             Err(_) => Answer::Failed("it cannot be reached".to_owned()),
@@ -87,17 +88,6 @@ impl Sender {
             url.scheme() == "https" || (url.scheme() == "http" && self.receivers == Receivers::Loopback);
         (scheme && number.is_none_or(|address| self.receivers.admit(address))).then_some(url)
     }
-}
-
-fn is_refusal(error: &reqwest::Error) -> bool {
-    let mut source = std::error::Error::source(error);
-    while let Some(error) = source {
-        if error.is::<Refused>() {
-            return true;
-        }
-        source = error.source();
-    }
-    false
 }
 
 #[cfg(test)]

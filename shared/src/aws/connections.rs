@@ -3,7 +3,6 @@
 use std::error::Error;
 use std::io;
 use std::pin::Pin;
-use std::sync::OnceLock;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -25,45 +24,41 @@ use rustls::ClientConfig;
 use tokio::net::TcpStream;
 use tower_service::Service;
 
+use crate::cause;
 use crate::roots::{self, RootsError};
 
 /// How long a connection may take to make: the name, the connection and the handshake.
 const CONNECTS_WITHIN: Duration = Duration::from_secs(1);
 
-/// One pool of connections for all clients, which is made with the first call. Whatever a client asks for, a
-/// connection takes no longer than [`CONNECTS_WITHIN`], and a call no longer than its attempt may.
+/// One pool of connections for all clients. Whatever a client asks for, a connection takes no longer than
+/// [`CONNECTS_WITHIN`], and a call no longer than its attempt may.
 ///
-/// AWS's own makes a pool for each set of timeouts, and takes roots as text alone: to read those is a sixth of all
-/// that a function does before its first event.
+/// AWS's own makes a pool for each set of timeouts, and takes roots as text alone, which takes long to read.
 #[derive(Debug)]
-pub(super) struct Connections {
-    tls: ClientConfig,
-    made: OnceLock<SharedHttpConnector>,
-}
+pub(super) struct Connections(SharedHttpConnector);
 
 impl Connections {
     /// # Errors
     /// If the TLS library does not start.
     pub(super) fn new() -> Result<Self, RootsError> {
-        Ok(Self { tls: roots::trusting(roots::amazon())?, made: OnceLock::new() })
+        Ok(Self::over(roots::trusting(roots::amazon())?))
     }
 
-    fn pool(&self) -> &SharedHttpConnector {
-        self.made.get_or_init(|| {
-            let mut tcp = Tcp::new();
-            tcp.set_nodelay(true);
-            tcp.enforce_http(false);
-            let tls = HttpsConnectorBuilder::new().with_tls_config(self.tls.clone()).https_or_http();
-            let connector = Bounded(tls.enable_http1().wrap_connector(tcp));
-            let mut client = legacy::Client::builder(TokioExecutor::new());
-            SharedHttpConnector::new(Pool(client.pool_timer(TokioTimer::new()).build(connector)))
-        })
+    fn over(tls: ClientConfig) -> Self {
+        let mut tcp = Tcp::new();
+        tcp.set_nodelay(true);
+        tcp.enforce_http(false);
+        let tls = HttpsConnectorBuilder::new().with_tls_config(tls).https_or_http();
+        let connector = Bounded(tls.enable_http1().wrap_connector(tcp));
+        let mut client = legacy::Client::builder(TokioExecutor::new());
+        let pool = client.pool_timer(TokioTimer::new()).build(connector);
+        Self(SharedHttpConnector::new(Pool(pool)))
     }
 }
 
 impl HttpClient for Connections {
     fn http_connector(&self, _: &HttpConnectorSettings, _: &RuntimeComponents) -> SharedHttpConnector {
-        self.pool().clone()
+        self.0.clone()
     }
 }
 
@@ -103,26 +98,22 @@ fn described(connection: &CaptureConnection) -> Option<ConnectionMetadata> {
 
 /// What kept a call from its answer, in the runtime's words: what is I/O or transient is tried again.
 fn failure(error: legacy::Error) -> ConnectorError {
-    let hyper = source::<hyper::Error>(&error);
+    let hyper = cause::find::<hyper::Error>(&error);
     let is = |what: fn(&hyper::Error) -> bool| hyper.is_some_and(what);
     if is(hyper::Error::is_user) {
         ConnectorError::user(error.into())
     } else if error.is_connect()
         || is(hyper::Error::is_closed)
         || is(hyper::Error::is_canceled)
-        || source::<io::Error>(&error).is_some()
+        || cause::find::<io::Error>(&error).is_some()
     {
         ConnectorError::io(error.into())
     } else {
-        // The connection ended within an answer, or before any: it had been kept, and the other side was about to close it.
+        // The connection ended within an answer; or before any, where it had been kept and the other side was about
+        // to close it.
         let kind = is(hyper::Error::is_incomplete_message).then_some(ErrorKind::TransientError);
         ConnectorError::other(error.into(), kind)
     }
-}
-
-/// The first of an error's reasons that is of that kind.
-fn source<'a, E: Error + 'static>(error: &'a (dyn Error + 'static)) -> Option<&'a E> {
-    std::iter::successors(Some(error), |&error| error.source()).find_map(|error| error.downcast_ref())
 }
 
 /// Makes connections within [`CONNECTS_WITHIN`].
@@ -153,6 +144,8 @@ impl Service<Uri> for Bounded {
 mod tests {
     use std::net::SocketAddr;
     use std::sync::Arc;
+    use std::sync::atomic::AtomicUsize;
+    use std::sync::atomic::Ordering::SeqCst;
 
     use rustls::pki_types::{CertificateDer, PrivateKeyDer};
     use rustls::{RootCertStore, ServerConfig};
@@ -204,13 +197,13 @@ mod tests {
     fn trusting(certificate: CertificateDer<'static>) -> Connections {
         let mut store = RootCertStore::empty();
         store.add(certificate).unwrap();
-        Connections { tls: roots::trusting(store.roots).unwrap(), made: OnceLock::new() }
+        Connections::over(roots::trusting(store.roots).unwrap())
     }
 
     async fn ask(connections: &Connections, url: &str) -> Result<u16, ConnectorError> {
         let mut request = HttpRequest::empty();
         request.set_uri(url).unwrap();
-        connections.pool().call(request).await.map(|answer| answer.status().as_u16())
+        connections.0.call(request).await.map(|answer| answer.status().as_u16())
     }
 
     #[tokio::test]
@@ -273,11 +266,11 @@ mod tests {
     async fn a_connection_serves_until_it_is_said_to_be_bad() {
         let (listener, address) = listening().await;
         let (url, connections) = (format!("http://{address}/"), Connections::new().unwrap());
-        let came = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+        let came = Arc::new(AtomicUsize::new(0));
         let counted = Arc::clone(&came);
         tokio::spawn(async move {
             while let Ok((connection, _)) = listener.accept().await {
-                counted.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+                counted.fetch_add(1, SeqCst);
                 tokio::spawn(answers(connection, EMPTY));
             }
         });
@@ -285,11 +278,11 @@ mod tests {
         let mut request = HttpRequest::empty();
         request.set_uri(url.as_str()).unwrap();
         request.add_extension(connection.clone());
-        connections.pool().call(request).await.unwrap();
+        connections.0.call(request).await.unwrap();
         ask(&connections, &url).await.unwrap();
-        assert_eq!(came.load(std::sync::atomic::Ordering::SeqCst), 1);
+        assert_eq!(came.load(SeqCst), 1);
         connection.get().unwrap().poison();
         ask(&connections, &url).await.unwrap();
-        assert_eq!(came.load(std::sync::atomic::Ordering::SeqCst), 2);
+        assert_eq!(came.load(SeqCst), 2);
     }
 }
