@@ -58,6 +58,8 @@ pub mod usage;
 
 #[cfg(any(feature = "dynamodb", feature = "secrets"))]
 pub mod aws;
+#[cfg(any(feature = "dynamodb", feature = "secrets", feature = "vectors"))]
+mod connector;
 #[cfg(feature = "dynamodb")]
 pub mod denials;
 #[cfg(feature = "retrieval")]
@@ -66,6 +68,8 @@ pub mod editions;
 pub mod embeddings;
 #[cfg(feature = "dynamodb")]
 pub mod gate;
+#[cfg(feature = "vectors")]
+mod grpc;
 #[cfg(feature = "prompt")]
 pub mod injection;
 #[cfg(feature = "tokens")]

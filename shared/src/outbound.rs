@@ -4,13 +4,14 @@ use std::time::Duration;
 
 use http::StatusCode;
 use reqwest::{RequestBuilder, Url};
+use rustls::ClientConfig;
 use serde::de::DeserializeOwned;
 use tokio::time::{Instant, timeout_at};
 
 use crate::error::{ApiError, Code};
 use crate::random;
 use crate::retry::Backoff;
-use crate::roots::{self, RootsError};
+use crate::roots::RootsError;
 use crate::trace::{self, Trace};
 
 /// Why a call brought no answer.
@@ -90,13 +91,14 @@ impl OutboundError {
     }
 }
 
-/// A client for all of a function's outbound calls; connections are kept between invocations.
+/// A client for all of a function's outbound calls; connections are kept between invocations. `tls` is that of
+/// [`crate::roots::outbound`].
 ///
 /// # Errors
-/// If the roots cannot be had, or the TLS library does not start.
-pub fn client() -> Result<reqwest::Client, RootsError> {
+/// If the client does not start.
+pub fn client(tls: ClientConfig) -> Result<reqwest::Client, RootsError> {
     let client = reqwest::Client::builder()
-        .tls_backend_preconfigured(roots::outbound()?)
+        .tls_backend_preconfigured(tls)
         .connect_timeout(Duration::from_secs(3))
         // Below the idle time of the services' load balancers, so that a thawed function does not
         // write into a connection that is gone.
@@ -232,7 +234,7 @@ mod tests {
     }
 
     async fn send_to(url: &Url) -> Result<reqwest::Response, OutboundError> {
-        let client = client().unwrap();
+        let client = client(crate::roots::outbound().unwrap()).unwrap();
         send(|| client.post(url.clone()).body("{}"), None, Instant::now() + Duration::from_secs(10)).await
     }
 

@@ -34,7 +34,7 @@ pub(crate) fn amazon() -> Vec<TrustAnchor<'static>> {
 /// # Errors
 /// If the file cannot be read, or holds something else.
 #[cfg(feature = "roots")]
-pub(crate) fn anchors() -> Result<Vec<TrustAnchor<'static>>, RootsError> {
+fn anchors() -> Result<Vec<TrustAnchor<'static>>, RootsError> {
     let mut roots = RootCertStore { roots: TLS_SERVER_ROOTS.to_vec() };
     if let Some(path) = crate::env::optional("SSL_CERT_FILE") {
         let own = std::fs::read(path).map_err(RootsError::Unreadable)?;
@@ -48,11 +48,11 @@ pub(crate) fn anchors() -> Result<Vec<TrustAnchor<'static>>, RootsError> {
     Ok(roots.roots)
 }
 
-/// Whom outbound calls trust, and how they are spoken to.
+/// Whom outbound calls trust, and how they are spoken to. A copy of it shares all that it has.
 ///
 /// # Errors
-/// As of [`anchors`].
-#[cfg(feature = "outbound")]
+/// If the file cannot be read, or holds something else.
+#[cfg(feature = "roots")]
 pub fn outbound() -> Result<ClientConfig, RootsError> {
     let mut tls = trusting(anchors()?)?;
     // What a server may choose from.

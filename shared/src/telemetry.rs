@@ -6,6 +6,7 @@ use std::sync::OnceLock;
 use tracing::Level;
 use tracing_subscriber::fmt::format::FmtSpan;
 
+use crate::cause;
 use crate::env;
 use crate::metrics::Line;
 
@@ -19,14 +20,7 @@ pub struct CannotStart(String);
 impl CannotStart {
     /// The reason with all of its own.
     pub fn new(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
-        let error = error.into();
-        let mut line = error.to_string();
-        let mut source = error.source();
-        while let Some(error) = source {
-            line.push_str(": ");
-            line.push_str(&error.to_string());
-            source = error.source();
-        }
+        let line = cause::told(&*error.into());
         Self(line.replace(['\n', '\r'], " "))
     }
 }

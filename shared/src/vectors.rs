@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::str::FromStr;
 use std::time::Duration;
 
+use http::Uri;
 use qdrant_client::qdrant::collections_client::CollectionsClient;
 use qdrant_client::qdrant::points_client::PointsClient;
 use qdrant_client::qdrant::{
@@ -19,22 +20,23 @@ use qdrant_client::qdrant::{
     UpsertPointsBuilder, Value, Vector, VectorInput, VectorParamsBuilder, VectorsConfigBuilder,
     VectorsOutput, VectorsSelector, WalConfigDiffBuilder, vector_output, vectors_output,
 };
+use rustls::ClientConfig;
 use sha2::{Digest, Sha256};
 use tonic::metadata::AsciiMetadataValue;
 use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
-use tonic::transport::{Channel, ClientTlsConfig, Endpoint};
 use tonic::{Code, Request, Status};
 
 use crate::clock::Timestamp;
 use crate::document::Editions;
+use crate::env::{self, EnvError};
 use crate::error::{ApiError, Code as ErrorCode};
 use crate::groups::Groups;
+use crate::grpc::Channel;
 use crate::ids::DocumentId;
 use crate::placement::{Offer, Terms};
 use crate::random;
 use crate::retry::Backoff;
-use crate::roots::{self, RootsError};
 use crate::scope::{Erasure, Expired, ForeignRecord, Operator, Subject, TenantScope, VectorToken};
 use crate::secret::Secret;
 use crate::tenant::{EmbeddingModel, TenantId};
@@ -66,7 +68,6 @@ const EMBEDDED: &str = "embedded";
 /// Points in one write.
 const WRITE_BATCH: usize = 256;
 
-const TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a cell that is asked for room may take to answer. One that takes longer is not placed in.
 const SURVEY_TIMEOUT: Duration = Duration::from_secs(3);
 const BACKOFF: Backoff =
@@ -125,57 +126,49 @@ impl From<VectorError> for ApiError {
     }
 }
 
-/// The vector clusters, by name: `name=url`, separated by commas. After a cell's address may come its
-/// [`Terms`], as in `name=url;capacity=900;state=closed`.
+/// The vector clusters, by name.
 #[derive(Clone, Debug)]
-pub struct Cells(BTreeMap<String, Cell>);
+pub struct Cells {
+    named: BTreeMap<String, Cell>,
+    channel: Channel,
+}
 
 #[derive(Clone, Debug)]
 struct Cell {
-    channel: Channel,
+    address: Uri,
     terms: Terms,
 }
 
-/// Why there are no clusters.
+/// What a list of clusters says: `name=url`, separated by commas. After a cell's address may come its
+/// [`Terms`], as in `name=url;capacity=900;state=closed`.
+struct Named(BTreeMap<String, Cell>);
+
+/// Why a list names no clusters.
 #[derive(Debug, thiserror::Error)]
-pub enum InvalidCells {
-    /// The text names none.
-    #[error(
-        "wanted name=url or name=url;capacity=900;state=closed;tenant=id, separated by commas; `{0}` is not that"
-    )]
-    Malformed(String),
-    /// Whom to trust is not known.
-    #[error(transparent)]
-    Roots(#[from] RootsError),
-}
+#[error(
+    "wanted name=url or name=url;capacity=900;state=closed;tenant=id, separated by commas; `{0}` is not that"
+)]
+struct Malformed(String);
 
-impl FromStr for Cells {
-    type Err = InvalidCells;
+impl FromStr for Named {
+    type Err = Malformed;
 
-    /// Parses the list. Connects to none of them yet.
-    fn from_str(text: &str) -> Result<Self, InvalidCells> {
+    fn from_str(text: &str) -> Result<Self, Malformed> {
         let mut cells = BTreeMap::new();
         for entry in text.split(',') {
-            let invalid = || InvalidCells::Malformed(entry.to_owned());
+            let invalid = || Malformed(entry.to_owned());
             let (place, terms) = match entry.trim().split_once(';') {
                 Some((place, terms)) => (place, terms.parse().map_err(|_| invalid())?),
                 None => (entry.trim(), Terms::default()),
             };
             let (name, url) = place.split_once('=').ok_or_else(invalid)?;
-            let mut endpoint = Endpoint::from_shared(url.to_owned()).map_err(|_| invalid())?;
-            if endpoint.uri().host().is_none() || !is_name(name) {
-                return Err(invalid());
-            }
-            if endpoint.uri().scheme_str() == Some("https") {
-                let tls = ClientTlsConfig::new().trust_anchors(roots::anchors()?);
-                endpoint = endpoint.tls_config(tls).map_err(|_| invalid())?;
-            }
-            let channel = endpoint
-                .connect_timeout(Duration::from_secs(2))
-                .timeout(TIMEOUT)
-                .tcp_nodelay(true)
-                .connect_lazy();
-            if cells.insert(name.to_owned(), Cell { channel, terms }).is_some() {
+            let address: Uri = url.parse().map_err(|_| invalid())?;
+            let is_server = matches!(address.scheme_str(), Some("http" | "https"))
+                && address.path_and_query().is_none_or(|more| more == "/");
+            if !is_server
+                || !is_name(name)
+                || cells.insert(name.to_owned(), Cell { address, terms }).is_some()
+            {
                 return Err(invalid());
             }
         }
@@ -284,6 +277,7 @@ impl Interceptor for Bearer {
 }
 
 type Points = PointsClient<InterceptedService<Channel, Bearer>>;
+type Collections = CollectionsClient<InterceptedService<Channel, Bearer>>;
 
 /// One tenant's collection, opened with that tenant's own token.
 pub struct Collection<'a> {
@@ -293,6 +287,19 @@ pub struct Collection<'a> {
 }
 
 impl Cells {
+    /// The clusters that the environment variable `name` names, those with TLS spoken to so. Connects to none of them
+    /// yet.
+    ///
+    /// # Errors
+    /// If the variable is unset, or malformed; the error names it.
+    pub fn from_env(name: &'static str, tls: ClientConfig) -> Result<Self, EnvError> {
+        Ok(Self::new(env::parsed(name)?, tls))
+    }
+
+    fn new(Named(named): Named, tls: ClientConfig) -> Self {
+        Self { named, channel: Channel::new(tls) }
+    }
+
     /// Opens the collection of the scope's tenant to search it with vectors of `model`.
     ///
     /// # Errors
@@ -327,23 +334,32 @@ impl Cells {
         if scope.embedding() != model {
             return Err(VectorError::WrongModel { collection: of(scope.embedding()), function: of(model) });
         }
-        let channel = self.channel(scope.cell())?;
         let bearer = Bearer::new(token.expose())?.traced(scope.note().trace().as_ref());
-        let points = PointsClient::with_interceptor(channel, bearer).max_decoding_message_size(64 << 20);
+        let points = self.points(scope.cell(), bearer)?.max_decoding_message_size(64 << 20);
         Ok(Collection { scope, name: scope.tenant_id().collection(), points })
     }
 
-    fn channel(&self, cell: &str) -> Result<Channel, VectorError> {
-        Ok(self.cell(cell)?.channel.clone())
+    fn points(&self, cell: &str, bearer: Bearer) -> Result<Points, VectorError> {
+        let service = InterceptedService::new(self.channel.clone(), bearer);
+        Ok(PointsClient::with_origin(service, self.cell(cell)?.address.clone()))
+    }
+
+    fn collections(&self, cell: &str, bearer: Bearer) -> Result<Collections, VectorError> {
+        Ok(self.collections_of(self.cell(cell)?, bearer))
+    }
+
+    fn collections_of(&self, cell: &Cell, bearer: Bearer) -> Collections {
+        let service = InterceptedService::new(self.channel.clone(), bearer);
+        CollectionsClient::with_origin(service, cell.address.clone())
     }
 
     fn cell(&self, cell: &str) -> Result<&Cell, VectorError> {
-        self.0.get(cell).ok_or_else(|| VectorError::UnknownCell(cell.to_owned()))
+        self.named.get(cell).ok_or_else(|| VectorError::UnknownCell(cell.to_owned()))
     }
 
     /// The names of all cells.
     pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.0.keys().map(String::as_str)
+        self.named.keys().map(String::as_str)
     }
 
     /// What the cells have to say to one more tenant: the one that is `named`, or else the tenant's own
@@ -361,10 +377,11 @@ impl Cells {
         if let Some(name) = named {
             self.cell(name)?;
         }
-        let own = named.is_none() && self.0.values().any(|cell| cell.terms.kept_for.as_ref() == Some(tenant));
+        let own =
+            named.is_none() && self.named.values().any(|cell| cell.terms.kept_for.as_ref() == Some(tenant));
         let mut offers = BTreeMap::new();
         let mut asked = tokio::task::JoinSet::new();
-        for (name, cell) in &self.0 {
+        for (name, cell) in &self.named {
             if named.is_some_and(|named| named != name) || (own && cell.terms.kept_for.is_none()) {
                 continue;
             }
@@ -374,7 +391,7 @@ impl Cells {
                     offers.insert(name.clone(), offer);
                 }
                 None => {
-                    let held = Self::held(operator, cell.channel.clone(), root_key)?;
+                    let held = self.held(operator, cell, root_key)?;
                     let (name, terms) = (name.clone(), cell.terms.clone());
                     asked.spawn(async move {
                         let held = tokio::time::timeout(SURVEY_TIMEOUT, held).await;
@@ -400,21 +417,21 @@ impl Cells {
         root_key: &Secret,
         cell: &str,
     ) -> Result<bool, VectorError> {
-        let Cell { channel, terms } = self.cell(cell)?;
-        let held = retried(|| async { Self::held(operator, channel.clone(), root_key)?.await }).await?;
-        Ok(held > u64::from(terms.capacity))
+        let cell = self.cell(cell)?;
+        let held = retried(|| async { self.held(operator, cell, root_key)?.await }).await?;
+        Ok(held > u64::from(cell.terms.capacity))
     }
 
     /// The number of a cell's collections, once awaited.
     fn held(
+        &self,
         operator: &Operator,
-        channel: Channel,
+        cell: &Cell,
         root_key: &Secret,
     ) -> Result<impl Future<Output = Result<u64, Status>> + Send + use<>, Status> {
         let bearer = Bearer::new(root_key.expose()).map_err(|e| Status::internal(e.to_string()))?;
         let bearer = bearer.traced(operator.trace());
-        let mut collections =
-            CollectionsClient::with_interceptor(channel, bearer).max_decoding_message_size(16 << 20);
+        let mut collections = self.collections_of(cell, bearer).max_decoding_message_size(16 << 20);
         Ok(async move {
             let answer = collections.list(ListCollectionsRequest {}).await?;
             Ok(answer.into_inner().collections.len() as u64)
@@ -433,7 +450,7 @@ impl Cells {
         tenant: &TenantId,
     ) -> Result<Option<u64>, VectorError> {
         let bearer = Bearer::new(root_key.expose())?.traced(operator.trace());
-        let points = PointsClient::with_interceptor(self.channel(cell)?, bearer);
+        let points = self.points(cell, bearer)?;
         let request = qdrant_client::qdrant::CountPoints::from(
             CountPointsBuilder::new(tenant.collection()).exact(true),
         );
@@ -470,7 +487,7 @@ impl Cells {
             Some(passages) => return Err(VectorError::NotEmpty { cell: cell.to_owned(), passages }),
         }
         let bearer = Bearer::new(root_key.expose())?.traced(operator.trace());
-        let collections = CollectionsClient::with_interceptor(self.channel(cell)?, bearer);
+        let collections = self.collections(cell, bearer)?;
         let request = DeleteCollection { collection_name: tenant.collection(), ..Default::default() };
         retried(|| {
             let (mut client, request) = (collections.clone(), request.clone());
@@ -493,8 +510,8 @@ impl Cells {
         model: &EmbeddingModel,
     ) -> Result<(), VectorError> {
         let bearer = Bearer::new(root_key.expose())?.traced(operator.trace());
-        let collections = CollectionsClient::with_interceptor(self.channel(cell)?, bearer.clone());
-        let points = PointsClient::with_interceptor(self.channel(cell)?, bearer);
+        let collections = self.collections(cell, bearer.clone())?;
+        let points = self.points(cell, bearer)?;
         let mut dense = VectorsConfigBuilder::default();
         dense.add_named_vector_params(
             DENSE,
@@ -550,7 +567,7 @@ impl Cells {
         cell: &str,
     ) -> Result<Option<u64>, VectorError> {
         let bearer = Bearer::new(root_key.expose())?;
-        let points = PointsClient::with_interceptor(self.channel(cell)?, bearer);
+        let points = self.points(cell, bearer)?;
         let request = qdrant_client::qdrant::CountPoints::from(
             CountPointsBuilder::new(erasure.tenant_id().collection()).exact(true),
         );
@@ -581,7 +598,7 @@ impl Cells {
         cell: &str,
     ) -> Result<(), VectorError> {
         let bearer = Bearer::new(root_key.expose())?;
-        let collections = CollectionsClient::with_interceptor(self.channel(cell)?, bearer);
+        let collections = self.collections(cell, bearer)?;
         let request = DeleteCollection {
             collection_name: erasure.tenant_id().collection(),
             ..DeleteCollection::default()
@@ -610,7 +627,7 @@ impl Cells {
         cell: &str,
     ) -> Result<(), VectorError> {
         let bearer = Bearer::new(root_key.expose())?;
-        let points = PointsClient::with_interceptor(self.channel(cell)?, bearer);
+        let points = self.points(cell, bearer)?;
         let past = Range { lte: Some(millis(expired.until())), ..Range::default() };
         let request = qdrant_client::qdrant::DeletePoints::from(
             DeletePointsBuilder::new(expired.tenant_id().collection())
@@ -1032,14 +1049,18 @@ where
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::roots;
+
+    fn cells(list: &str) -> Cells {
+        Cells::new(list.parse().unwrap(), roots::outbound().unwrap())
+    }
 
     #[tokio::test]
     async fn cells_are_named_urls() {
-        let cells: Cells =
-            "b=http://127.0.0.1:1;state=closed;capacity=7, a=https://host:6334".parse().unwrap();
+        let cells = cells("b=http://127.0.0.1:1;state=closed;capacity=7, a=https://host:6334");
         assert_eq!(cells.names().collect::<Vec<_>>(), ["a", "b"]);
-        assert_eq!(cells.0["a"].terms, Terms::default());
-        assert_eq!(cells.0["b"].terms, Terms { capacity: 7, open: false, kept_for: None });
+        assert_eq!(cells.named["a"].terms, Terms::default());
+        assert_eq!(cells.named["b"].terms, Terms { capacity: 7, open: false, kept_for: None });
         for bad in [
             "",
             "a",
@@ -1047,19 +1068,23 @@ mod tests {
             "a=",
             "a=not a url",
             "a=http://h,a=http://i",
+            "a=/only/a/path",
+            "a=http://h/path",
+            "a=http://h?query",
+            "a=ftp://h",
             "A=http://h",
             "a=http://h;",
             "a=http://h;capacity=x",
             "a=http://h,",
         ] {
-            assert!(bad.parse::<Cells>().is_err(), "{bad:?}");
+            assert!(bad.parse::<Named>().is_err(), "{bad:?}");
         }
     }
 
     #[tokio::test]
     async fn a_hit_that_the_user_may_not_find_is_dropped_whatever_the_store_says() {
         let scope = crate::scope::tests::in_groups("hr");
-        let cells: Cells = "default=http://127.0.0.1:1".parse().unwrap();
+        let cells = cells("default=http://127.0.0.1:1");
         let collection = cells.read(&scope, scope.embedding()).unwrap();
         let shown = |readers: Option<Vec<&str>>| {
             let text = |name: &str| (name.to_owned(), Value::from("d"));

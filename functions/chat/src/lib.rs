@@ -37,7 +37,7 @@ use shared::scope::TenantScope;
 use shared::tenant::{EmbeddingModel, ModelAccount};
 use shared::valve::Valve;
 use shared::vectors::Cells;
-use shared::{env, outbound, web};
+use shared::{env, outbound, roots, web};
 use tracing::Instrument;
 
 use answer::Time;
@@ -74,7 +74,8 @@ impl Context {
     /// If a variable or secret is absent or malformed; the error names it.
     pub async fn from_env() -> Result<Self, Error> {
         let access = aws::Access::per_tenant(&aws::config()?)?;
-        let http = outbound::client()?;
+        let tls = roots::outbound()?;
+        let http = outbound::client(tls.clone())?;
         let embedding = EmbeddingModel {
             name: env::model("EMBEDDINGS_MODEL")?,
             dimensions: env::parsed("EMBEDDINGS_DIMENSIONS")?,
@@ -96,7 +97,7 @@ impl Context {
             conversations: ConversationStore::new(&access, conversations),
             documents: DocumentStore::new(&access, env::table("DOCUMENTS_TABLE")?),
             data_keys: DataKeys::new(&access),
-            cells: env::parsed("QDRANT_CELLS")?,
+            cells: Cells::from_env("QDRANT_CELLS", tls)?,
             embeddings: EmbeddingsClient::new(http.clone(), &embeddings_url, embeddings_key, embedding),
             embedding_prices,
             retrieval,

@@ -20,11 +20,11 @@ use shared::aws::uploads::Uploads;
 use shared::aws::{self, secrets};
 use shared::clock::{Clock, Timestamp};
 use shared::deprovisioning::DeprovisioningId;
-use shared::env;
 use shared::gate::Books;
 use shared::scope::Bookkeeper;
 use shared::secret::Secret;
 use shared::vectors::Cells;
+use shared::{env, roots};
 use tokio::time::Instant;
 
 use retention::Retained;
@@ -82,7 +82,7 @@ impl Context {
             books,
             uploads: Uploads::new(&access, env::bucket("DOCUMENTS_BUCKET")?),
             secrets: TenantSecrets::from_env(&access, "TENANT_SECRETS", "TENANT_MODEL_KEYS")?,
-            cells: env::parsed("QDRANT_CELLS")?,
+            cells: Cells::from_env("QDRANT_CELLS", roots::outbound()?)?,
             vector_root_key: secrets::read(&access, "QDRANT_ROOT_KEY_SECRET").await?,
             audit_retention_days: env::parsed("AUDIT_RETENTION_DAYS")?,
             authorizer_cache_s: env::parsed("AUTHORIZER_CACHE_SECONDS")?,

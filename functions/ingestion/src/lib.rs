@@ -31,7 +31,7 @@ use shared::retrieval::Retrieval;
 use shared::scope::TenantScope;
 use shared::tenant::EmbeddingModel;
 use shared::vectors::Cells;
-use shared::{env, outbound, web};
+use shared::{env, outbound, roots, web};
 
 pub use extract::apart::{asked, keep_to_itself};
 #[doc(hidden)]
@@ -72,7 +72,8 @@ impl Context {
         let embedding_prices = pricing::embedding_model(&embedding.name)
             .ok_or_else(|| format!("EMBEDDINGS_MODEL names {}, which has no price", embedding.name))?;
         let url: Url = env::parsed("EMBEDDINGS_URL")?;
-        let (clock, http) = (Clock::system(), outbound::client()?);
+        let (clock, tls) = (Clock::system(), roots::outbound()?);
+        let http = outbound::client(tls.clone())?;
         let key = secrets::read(&access, "EMBEDDINGS_KEY_SECRET").await?;
         let retrieval = Retrieval::from_env(&access, http.clone()).await?;
         Ok(Self {
@@ -83,7 +84,7 @@ impl Context {
             upload_records: UploadRecords::new(&access, env::table("DOCUMENTS_TABLE")?),
             uploads: Uploads::new(&access, env::bucket("DOCUMENTS_BUCKET")?),
             data_keys: DataKeys::new(&access),
-            cells: env::parsed("QDRANT_CELLS")?,
+            cells: Cells::from_env("QDRANT_CELLS", tls)?,
             embeddings: EmbeddingsClient::new(http, &url, key, embedding),
             embedding_prices,
             retrieval,

@@ -32,7 +32,7 @@ use shared::sealing::KmsKeyArn;
 use shared::secret::Secret;
 use shared::tenant::{EmbeddingModel, InjectionPolicy, ModelAccount, Tenant, TenantId, TenantStatus, Tier};
 use shared::vectors::Cells;
-use shared::{env, web};
+use shared::{env, roots, web};
 
 /// What the function works with.
 pub struct Context {
@@ -72,7 +72,7 @@ impl Context {
             audit_objects: AuditObjects::new(&access, env::bucket("AUDIT_BUCKET")?),
             meters: MeterStore::new(&access, env::table("METERS_TABLE")?),
             ledger: Ledger::new(&access, env::table("AUDIT_TABLE")?),
-            cells: env::parsed("QDRANT_CELLS")?,
+            cells: Cells::from_env("QDRANT_CELLS", roots::outbound()?)?,
             vector_root_key,
             model_keys: TenantKeys::from_env(&access, "TENANT_MODEL_KEYS")?,
             data_keys: DataKeys::new(&access),

@@ -12,6 +12,7 @@ use reqwest::redirect::Policy;
 use reqwest::{Client, Url};
 use serde::Deserialize;
 use serde_json::{Map, Value};
+use shared::cause;
 use shared::clock::Clock;
 use shared::idempotency;
 use shared::one_line::OneLine;
@@ -175,7 +176,7 @@ impl Api {
             // A signature is for one address; what another says is no answer of this API.
             .redirect(Policy::none())
             .build()
-            .map_err(|error| CallError::Setup(chain(&error)))?;
+            .map_err(|error| CallError::Setup(cause::told(&error)))?;
         Ok(Self { http, endpoint, region: region.to_string(), keys, clock: Clock::system() })
     }
 
@@ -265,7 +266,7 @@ impl Api {
         }
         let silent = |error: reqwest::Error| CallError::Silent {
             endpoint: self.endpoint.to_string(),
-            problem: chain(&error.without_url()),
+            problem: cause::told(&error.without_url()),
         };
         let response = request.body(body).send().await.map_err(silent)?;
         let (status, headers) = (response.status(), response.headers().clone());
@@ -285,11 +286,11 @@ impl Api {
         body: &[u8],
         once: Option<&str>,
     ) -> Result<Vec<(String, String)>, CallError> {
-        let keys = self.keys.provide_credentials().await.map_err(|error| no_keys(&chain(&error)))?;
+        let keys = self.keys.provide_credentials().await.map_err(|error| no_keys(&cause::told(&error)))?;
         let identity = keys.into();
         let now = u64::try_from(self.clock.now().as_millis()).unwrap_or(0);
-        let unsigned = |error: &dyn std::error::Error| {
-            CallError::Setup(format!("the request cannot be signed: {}", chain(error)))
+        let unsigned = |error: &(dyn std::error::Error + 'static)| {
+            CallError::Setup(format!("the request cannot be signed: {}", cause::told(error)))
         };
         let params = v4::SigningParams::builder()
             .identity(&identity)
@@ -342,20 +343,6 @@ fn parse_endpoint(text: Option<&str>) -> Result<Url, CallError> {
 
 fn no_keys(why: &str) -> CallError {
     CallError::Setup(format!("no AWS keys: {}", OneLine(why)))
-}
-
-/// An error with what caused it: the outermost alone says too little.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        let next = error.to_string();
-        if !text.contains(&next) {
-            text = format!("{text}: {next}");
-        }
-        source = error.source();
-    }
-    text
 }
 
 fn of(headers: &HeaderMap, name: &str) -> Option<String> {

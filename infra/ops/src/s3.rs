@@ -17,6 +17,7 @@ use aws_sdk_s3::types::{ObjectLockMode, ObjectLockRetentionMode};
 use futures_util::StreamExt;
 use shared::audit_log::{HEAD, Head, tenant_prefix};
 use shared::audit_verify::{Kept, position};
+use shared::cause;
 use shared::clock::Timestamp;
 use shared::tenant::TenantId;
 use tokio::runtime::{Builder, Runtime};
@@ -212,21 +213,16 @@ impl Bucket {
 
     fn failed<E>(&self, what: &str, error: &E) -> Failure
     where
-        E: ProvideErrorMetadata + std::error::Error + Send + Sync,
+        E: ProvideErrorMetadata + std::error::Error + Send + Sync + 'static,
     {
         let error = match (error.code(), error.message()) {
             (Some(code), Some(message)) => format!("{code}: {message}"),
             (Some(code), None) => code.to_owned(),
-            _ => causes(error),
+            // Without the answer that it came from, which may be an object of the log.
+            _ => cause::told(error),
         };
         Failure::Store { place: format!("s3://{}/{what}", self.bucket), error }
     }
-}
-
-/// What went wrong and why, without the answer that it came from: that may be an object of the log.
-fn causes(error: &dyn std::error::Error) -> String {
-    let chain = std::iter::successors(Some(error), |error| error.source());
-    chain.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 fn lines(head: &[u8]) -> Option<u64> {

@@ -1,9 +1,6 @@
 //! The connections of all AWS clients.
 
-use std::error::Error;
 use std::io;
-use std::pin::Pin;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use aws_smithy_runtime_api::client::connection::{CaptureSmithyConnection, ConnectionMetadata};
@@ -15,16 +12,13 @@ use aws_smithy_runtime_api::client::result::ConnectorError;
 use aws_smithy_runtime_api::client::runtime_components::RuntimeComponents;
 use aws_smithy_types::body::SdkBody;
 use aws_smithy_types::retry::ErrorKind;
-use http::Uri;
-use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder, MaybeHttpsStream};
 use hyper_util::client::legacy;
-use hyper_util::client::legacy::connect::{CaptureConnection, HttpConnector as Tcp, capture_connection};
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::client::legacy::connect::{CaptureConnection, capture_connection};
+use hyper_util::rt::{TokioExecutor, TokioTimer};
 use rustls::ClientConfig;
-use tokio::net::TcpStream;
-use tower_service::Service;
 
 use crate::cause;
+use crate::connector::Connector;
 use crate::roots::{self, RootsError};
 
 /// How long a connection may take to make: the name, the connection and the handshake.
@@ -45,13 +39,8 @@ impl Connections {
     }
 
     fn over(tls: ClientConfig) -> Self {
-        let mut tcp = Tcp::new();
-        tcp.set_nodelay(true);
-        tcp.enforce_http(false);
-        let tls = HttpsConnectorBuilder::new().with_tls_config(tls).https_or_http();
-        let connector = Bounded(tls.enable_http1().wrap_connector(tcp));
         let mut client = legacy::Client::builder(TokioExecutor::new());
-        let pool = client.pool_timer(TokioTimer::new()).build(connector);
+        let pool = client.pool_timer(TokioTimer::new()).build(Connector::http1(tls, CONNECTS_WITHIN));
         Self(SharedHttpConnector::new(Pool(pool)))
     }
 }
@@ -63,7 +52,7 @@ impl HttpClient for Connections {
 }
 
 #[derive(Debug)]
-struct Pool(legacy::Client<Bounded, SdkBody>);
+struct Pool(legacy::Client<Connector, SdkBody>);
 
 impl HttpConnector for Pool {
     fn call(&self, request: HttpRequest) -> HttpConnectorFuture {
@@ -116,30 +105,6 @@ fn failure(error: legacy::Error) -> ConnectorError {
     }
 }
 
-/// Makes connections within [`CONNECTS_WITHIN`].
-#[derive(Clone, Debug)]
-struct Bounded(HttpsConnector<Tcp>);
-
-type Connecting<T> = Pin<Box<dyn Future<Output = Result<T, Box<dyn Error + Send + Sync>>> + Send>>;
-
-impl Service<Uri> for Bounded {
-    type Response = MaybeHttpsStream<TokioIo<TcpStream>>;
-    type Error = Box<dyn Error + Send + Sync>;
-    type Future = Connecting<Self::Response>;
-
-    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        self.0.poll_ready(context)
-    }
-
-    fn call(&mut self, to: Uri) -> Self::Future {
-        let connecting = self.0.call(to);
-        Box::pin(async move {
-            let made = tokio::time::timeout(CONNECTS_WITHIN, connecting).await;
-            made.unwrap_or_else(|_| Err(io::Error::from(io::ErrorKind::TimedOut).into()))
-        })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::net::SocketAddr;
@@ -147,13 +112,11 @@ mod tests {
     use std::sync::atomic::AtomicUsize;
     use std::sync::atomic::Ordering::SeqCst;
 
-    use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-    use rustls::{RootCertStore, ServerConfig};
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::TcpListener;
-    use tokio_rustls::TlsAcceptor;
 
     use super::*;
+    use crate::answering::Secure;
 
     const EMPTY: &[u8] = b"HTTP/1.1 204 No Content\r\n\r\n";
 
@@ -171,35 +134,6 @@ mod tests {
         }
     }
 
-    /// A server for `localhost` that signs for itself: its port, and its certificate.
-    async fn secure() -> (u16, CertificateDer<'static>) {
-        let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
-        let certificate = made.cert.der().clone();
-        let key = PrivateKeyDer::try_from(made.signing_key.serialize_der()).unwrap();
-        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let server =
-            ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
-        let server = server.with_no_client_auth().with_single_cert(vec![certificate.clone()], key).unwrap();
-        let (acceptor, (listener, address)) = (TlsAcceptor::from(Arc::new(server)), listening().await);
-        tokio::spawn(async move {
-            while let Ok((connection, _)) = listener.accept().await {
-                let acceptor = acceptor.clone();
-                tokio::spawn(async move {
-                    if let Ok(connection) = acceptor.accept(connection).await {
-                        answers(connection, EMPTY).await;
-                    }
-                });
-            }
-        });
-        (address.port(), certificate)
-    }
-
-    fn trusting(certificate: CertificateDer<'static>) -> Connections {
-        let mut store = RootCertStore::empty();
-        store.add(certificate).unwrap();
-        Connections::over(roots::trusting(store.roots).unwrap())
-    }
-
     async fn ask(connections: &Connections, url: &str) -> Result<u16, ConnectorError> {
         let mut request = HttpRequest::empty();
         request.set_uri(url).unwrap();
@@ -208,8 +142,8 @@ mod tests {
 
     #[tokio::test]
     async fn only_who_is_signed_for_by_a_root_is_spoken_to() {
-        let (port, certificate) = secure().await;
-        let trusting = trusting(certificate);
+        let secure = Secure::serving(&[], |connection| answers(connection, EMPTY)).await;
+        let (port, trusting) = (secure.port, Connections::over(secure.trusted()));
         assert_eq!(ask(&trusting, &format!("https://localhost:{port}/")).await.unwrap(), 204);
         let refused = async |connections: &Connections, name: &str| {
             let error = ask(connections, &format!("https://{name}:{port}/")).await.unwrap_err();

@@ -42,10 +42,11 @@ fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()
 }
 
-/// The template, with all services of the functions at this address.
+/// The template, with all services of the functions at this address but for the vector store, which none calls
+/// before its first event: it is named as where it is deployed, over TLS.
 fn template(services: &str) -> Template {
     let parameters = [
-        ("QdrantCells", format!("default={services}")),
+        ("QdrantCells", "default=https://cell.example:6334".to_owned()),
         ("ModelUrl", services.to_owned()),
         ("EmbeddingsUrl", services.to_owned()),
     ];
