@@ -204,11 +204,11 @@ async fn slow_files_leave_time_to_answer_for_the_others() {
     stack.stop().await;
 }
 
-/// The function's own program, asked to read a document: what it says, and how it ends.
+/// The program that reads documents, asked to read one: what it says, and how it ends.
 fn reader(file: Vec<u8>) -> std::process::Output {
-    let program = std::env::current_exe().unwrap().ancestors().nth(2).unwrap().join("ingestion");
+    let program = std::env::current_exe().unwrap().ancestors().nth(2).unwrap().join("document_reader");
     let mut reader = Command::new(program)
-        .args(["read-document", PDF])
+        .arg(PDF)
         .env_clear()
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())

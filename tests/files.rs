@@ -315,15 +315,15 @@ async fn text_in_ever_so_many_pieces_takes_bounded_memory() {
     stack.stop().await;
 }
 
-/// As the function does: its own binary, asked to read a document.
+/// As the function does.
 #[test]
 fn a_pdf_of_50_mb_is_read_in_far_less_than_256_mb() {
-    let program = std::env::current_exe().unwrap().ancestors().nth(2).unwrap().join("ingestion");
+    let program = std::env::current_exe().unwrap().ancestors().nth(2).unwrap().join("document_reader");
     let file = large_pdf(50_000_000);
     assert!(file.len() > 49_000_000);
     let began = Instant::now();
     let mut reader = Command::new(program)
-        .args(["read-document", PDF])
+        .arg(PDF)
         .env_clear()
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())

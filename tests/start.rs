@@ -4,7 +4,7 @@
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
@@ -125,11 +125,25 @@ async fn start(function: &Function, environment: &Environment) -> Start {
 }
 
 async fn start_on(
+    lambda: (String, impl Future<Output = ()>, AbortHandle),
+    function: &Function,
+    environment: &Environment,
+) -> Start {
+    start_in(&built(), lambda, function, environment).await
+}
+
+/// Where the programs are.
+fn built() -> PathBuf {
+    std::env::current_exe().unwrap().ancestors().nth(2).unwrap().to_owned()
+}
+
+async fn start_in(
+    folder: &Path,
     (address, polled, server): (String, impl Future<Output = ()>, AbortHandle),
     function: &Function,
     environment: &Environment,
 ) -> Start {
-    let program = std::env::current_exe().unwrap().ancestors().nth(2).unwrap().join(&function.binary);
+    let program = folder.join(&function.binary);
     let child = Command::new(program)
         .env_clear()
         .envs(environment)
@@ -275,6 +289,36 @@ async fn a_function_that_would_not_be_told_of_its_end_does_not_start() {
     refused.sort_unstable();
     refused.dedup();
     assert_eq!(refused, ["audit", "authorizer", "chat", "ingestion", "keys", "upload_ingestion", "usage"]);
+    stack.stop().await;
+}
+
+/// What reads documents is a program beside the function's, or in a layer.
+#[tokio::test]
+async fn a_function_that_reads_documents_does_not_start_without_what_reads_them() {
+    let stack = stack().await;
+    let template = template(&stack);
+    // On the same disk: a copy could not be started while another test's new process still had it open.
+    let alone = tempfile::tempdir_in(built()).unwrap();
+    let mut refused = Vec::new();
+    for function in &template.functions {
+        let program = alone.path().join(&function.binary);
+        if !program.exists() {
+            std::fs::hard_link(built().join(&function.binary), program).unwrap();
+        }
+        let lambda = lambda(StatusCode::OK).await;
+        match start_in(alone.path(), lambda, function, &surroundings(&stack, function)).await {
+            Start::Polled => {}
+            Start::Ended { well: false, said }
+                if said.lines().count() == 1 && said.contains("document_reader") =>
+            {
+                refused.push(&function.logical_id);
+            }
+            other => panic!("{}: {other:?}", function.logical_id),
+        }
+    }
+    let layered = template.functions.iter().filter(|function| !function.layers.is_empty());
+    assert_eq!(refused, layered.map(|function| &function.logical_id).collect::<Vec<_>>());
+    assert_eq!(refused.len(), 2);
     stack.stop().await;
 }
 

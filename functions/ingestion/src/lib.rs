@@ -33,7 +33,9 @@ use shared::tenant::EmbeddingModel;
 use shared::vectors::Cells;
 use shared::{env, outbound, roots, web};
 
-pub use extract::apart::{asked, keep_to_itself};
+use crate::extract::apart::Reader;
+
+pub use extract::apart::{keep_to_itself, read};
 #[doc(hidden)]
 pub use extract::fuzz;
 
@@ -45,6 +47,7 @@ pub struct Context {
     documents: DocumentStore,
     upload_records: UploadRecords,
     uploads: Uploads,
+    reader: Reader,
     data_keys: DataKeys,
     cells: Cells,
     embeddings: EmbeddingsClient,
@@ -64,6 +67,7 @@ impl Context {
 
     /// As [`Context::from_env`], over connections that there are already.
     async fn of(config: &SdkConfig) -> Result<Self, Error> {
+        let reader = Reader::find()?;
         let access = aws::Access::per_tenant(config)?;
         let embedding = EmbeddingModel {
             name: env::model("EMBEDDINGS_MODEL")?,
@@ -83,6 +87,7 @@ impl Context {
             documents: DocumentStore::new(&access, env::table("DOCUMENTS_TABLE")?),
             upload_records: UploadRecords::new(&access, env::table("DOCUMENTS_TABLE")?),
             uploads: Uploads::new(&access, env::bucket("DOCUMENTS_BUCKET")?),
+            reader,
             data_keys: DataKeys::new(&access),
             cells: Cells::from_env("QDRANT_CELLS", tls)?,
             embeddings: EmbeddingsClient::new(http, &url, key, embedding),

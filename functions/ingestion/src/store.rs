@@ -15,7 +15,7 @@ use shared::units::Tokens;
 use shared::vectors::{Collection, NewPoint, Stored, VectorError};
 
 use crate::Context;
-use crate::extract::apart::{self, Failed};
+use crate::extract::apart::Failed;
 use crate::extract::{Charset, Unreadable};
 use crate::metered::Metered;
 use crate::regroup::regroup;
@@ -95,7 +95,7 @@ pub(crate) async fn store(
         return Ok(document);
     }
     let content = std::mem::take(&mut valid.content);
-    let read = apart::blocks(content, valid.content_type, valid.charset, metered.reads_until());
+    let read = context.reader.blocks(content, valid.content_type, valid.charset, metered.reads_until());
     let blocks = read.await?;
     let chunks = chunk(&valid.id, &blocks);
     drop(blocks);

@@ -97,6 +97,8 @@ pub struct Function {
     pub name: String,
     /// The program that `sam build` would build for it.
     pub binary: String,
+    /// Layers of the template that it has. Their programs stand beside the functions' here.
+    pub layers: Vec<String>,
     /// Its own environment variables.
     pub environment: BTreeMap<String, String>,
     /// How long one invocation may take.
@@ -469,6 +471,19 @@ fn is_true(value: Option<&Value>) -> bool {
     value.and_then(scalar).is_some_and(|text| text == "true")
 }
 
+/// The layers of a function, each of which is to be of the template.
+fn layers(function: &Resource) -> Result<Vec<String>, TemplateError> {
+    let listed = function.get("/Layers").and_then(Value::as_array).into_iter().flatten();
+    let own = listed.map(|layer| scalar(layer).filter(|arn| arn.starts_with(&layer_arn(""))));
+    let own: Option<Vec<String>> = own.collect();
+    own.ok_or_else(|| invalid(function.at("/Layers"), "a layer that is not the template's is not known here"))
+}
+
+/// The ARN of layers whose names begin so.
+fn layer_arn(name: &str) -> String {
+    format!("arn:aws:lambda:{REGION}:{ACCOUNT}:layer:{name}")
+}
+
 fn function(resource: &Resource, globals: &Value) -> Result<Function, TemplateError> {
     let local = &resource.properties;
     let merged = Resource {
@@ -477,7 +492,7 @@ fn function(resource: &Resource, globals: &Value) -> Result<Function, TemplateEr
         properties: merge(globals.clone(), local.clone()),
         metadata: resource.metadata.clone(),
     };
-    merged.refuse(&["FunctionUrlConfig", "Layers", "PackageType"])?;
+    merged.refuse(&["FunctionUrlConfig", "PackageType"])?;
     let binary = merged.metadata.pointer("/BuildProperties/Binary").and_then(scalar).ok_or_else(|| {
         invalid(format!("Resources.{}.Metadata.BuildProperties.Binary", merged.id), "is missing")
     })?;
@@ -492,6 +507,7 @@ fn function(resource: &Resource, globals: &Value) -> Result<Function, TemplateEr
     Ok(Function {
         name: physical_name(&merged),
         binary,
+        layers: layers(&merged)?,
         environment,
         // SAM's own defaults.
         timeout: Duration::from_secs(merged.number("/Timeout")?.unwrap_or(3)),
@@ -817,6 +833,7 @@ fn queue(resource: &Resource, all: &[Resource]) -> Result<Queue, TemplateError> 
 fn name_property(kind: &str) -> Option<&'static str> {
     match kind {
         "AWS::Serverless::Function" => Some("FunctionName"),
+        "AWS::Serverless::LayerVersion" => Some("LayerName"),
         "AWS::DynamoDB::Table" => Some("TableName"),
         "AWS::S3::Bucket" => Some("BucketName"),
         "AWS::SecretsManager::Secret" => Some("Name"),

@@ -1,24 +1,15 @@
-//! The binary of the function that reads uploaded files: telemetry, context, run. Started once more by itself, it reads
-//! a document.
+//! The binary of the function that reads uploaded files: telemetry, context, run.
 
-use std::process::ExitCode;
 use std::sync::Arc;
 
+use ingestion::keep_to_itself;
 use ingestion::worker::{Context, Invocation, handle};
-use ingestion::{asked, keep_to_itself};
 use lambda_runtime::{Error, LambdaEvent, run, service_fn};
 use shared::clock::Timestamp;
 use shared::start;
 
-fn main() -> Result<ExitCode, Error> {
-    match asked(std::env::args()) {
-        Some(code) => Ok(code),
-        None => serve().map(|()| ExitCode::SUCCESS),
-    }
-}
-
 #[tokio::main(flavor = "current_thread")]
-async fn serve() -> Result<(), Error> {
+async fn main() -> Result<(), Error> {
     keep_to_itself()?;
     shared::telemetry::init()?;
     let close = |context: Arc<Context>| async move { context.close().await };

@@ -1,7 +1,7 @@
 //! Text out of documents, as blocks that the chunker cuts along. Pure: bytes in, blocks or a reason out. One format,
 //! one file.
 //!
-//! Whoever has a stranger's file calls [`apart::blocks`], which reads it in a process of its own.
+//! Whoever has a stranger's file calls [`apart::Reader::blocks`], which has it read in a process of its own.
 
 pub(crate) mod apart;
 mod csv;

@@ -153,6 +153,7 @@ pub(crate) fn function(timeout_ms: u64) -> Function {
         logical_id: "Fake".into(),
         name: "bulkhead-fake".into(),
         binary: "fake".into(),
+        layers: Vec::new(),
         environment: BTreeMap::from([("TABLE".into(), "t".into())]),
         timeout: Duration::from_millis(timeout_ms),
         memory_mb: 128,

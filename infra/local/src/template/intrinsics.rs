@@ -7,7 +7,7 @@ use regex::Regex;
 use serde_json::{Map, Value};
 
 use super::{
-    ACCOUNT, API_ID, REGION, Resource, STACK, TemplateError, events, function_role_arn, invalid,
+    ACCOUNT, API_ID, REGION, Resource, STACK, TemplateError, events, function_role_arn, invalid, layer_arn,
     name_property, role_arn, scalar, secret_arn, yaml,
 };
 
@@ -216,6 +216,10 @@ impl<'a> Evaluator<'a> {
             "AWS::ApiGateway::Account" => format!("{STACK}-{name}"),
             // Secrets Manager's `Ref` is the ARN.
             "AWS::SecretsManager::Secret" => return self.attribute(name, "Arn", at, depth),
+            // A layer's is one version's.
+            "AWS::Serverless::LayerVersion" => {
+                format!("{}:1", layer_arn(&self.name_of(name, kind, at, depth)?))
+            }
             // SQS's is the address.
             "AWS::SQS::Queue" => {
                 let queue = self.name_of(name, kind, at, depth)?;
