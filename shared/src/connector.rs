@@ -9,7 +9,7 @@ use std::time::Duration;
 use http::Uri;
 use hyper_rustls::builderstates::WantsProtocols1;
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder, MaybeHttpsStream};
-use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::client::legacy::connect::{CaptureConnection, HttpConnector};
 use hyper_util::rt::TokioIo;
 use rustls::ClientConfig;
 use tokio::net::TcpStream;
@@ -41,6 +41,13 @@ impl Connector {
 fn secure(mut tls: ClientConfig) -> HttpsConnectorBuilder<WantsProtocols1> {
     tls.alpn_protocols.clear();
     HttpsConnectorBuilder::new().with_tls_config(tls).https_or_http()
+}
+
+/// Says of a call's connection, if it has come to one, that no further call is to go over it.
+pub(crate) fn poison(connection: &CaptureConnection) {
+    if let Some(connection) = connection.connection_metadata().as_ref() {
+        connection.poison();
+    }
 }
 
 fn tcp() -> HttpConnector {

@@ -18,7 +18,7 @@ use tonic::body::Body;
 use tower_service::Service;
 
 use crate::cause;
-use crate::connector::Connector;
+use crate::connector::{self, Connector};
 
 /// How long a connection may take to make.
 const CONNECTS_WITHIN: Duration = Duration::from_secs(2);
@@ -63,9 +63,7 @@ impl Service<Request<Body>> for Channel {
                 Ok(answer) => answer.map_err(|error| Status::unavailable(cause::told(&error))),
                 Err(_) => {
                     // Whoever was there may be gone, and every later call would wait for it as long.
-                    if let Some(connection) = connection.connection_metadata().as_ref() {
-                        connection.poison();
-                    }
+                    connector::poison(&connection);
                     Err(Status::deadline_exceeded("no answer within the time allowed"))
                 }
             }

@@ -335,22 +335,20 @@ impl Cells {
             return Err(VectorError::WrongModel { collection: of(scope.embedding()), function: of(model) });
         }
         let bearer = Bearer::new(token.expose())?.traced(scope.note().trace().as_ref());
-        let points = self.points(scope.cell(), bearer)?.max_decoding_message_size(64 << 20);
+        let points = self.points(self.cell(scope.cell())?, bearer).max_decoding_message_size(64 << 20);
         Ok(Collection { scope, name: scope.tenant_id().collection(), points })
     }
 
-    fn points(&self, cell: &str, bearer: Bearer) -> Result<Points, VectorError> {
-        let service = InterceptedService::new(self.channel.clone(), bearer);
-        Ok(PointsClient::with_origin(service, self.cell(cell)?.address.clone()))
+    fn points(&self, cell: &Cell, bearer: Bearer) -> Points {
+        PointsClient::with_origin(self.over(bearer), cell.address.clone())
     }
 
-    fn collections(&self, cell: &str, bearer: Bearer) -> Result<Collections, VectorError> {
-        Ok(self.collections_of(self.cell(cell)?, bearer))
+    fn collections(&self, cell: &Cell, bearer: Bearer) -> Collections {
+        CollectionsClient::with_origin(self.over(bearer), cell.address.clone())
     }
 
-    fn collections_of(&self, cell: &Cell, bearer: Bearer) -> Collections {
-        let service = InterceptedService::new(self.channel.clone(), bearer);
-        CollectionsClient::with_origin(service, cell.address.clone())
+    fn over(&self, bearer: Bearer) -> InterceptedService<Channel, Bearer> {
+        InterceptedService::new(self.channel.clone(), bearer)
     }
 
     fn cell(&self, cell: &str) -> Result<&Cell, VectorError> {
@@ -431,7 +429,7 @@ impl Cells {
     ) -> Result<impl Future<Output = Result<u64, Status>> + Send + use<>, Status> {
         let bearer = Bearer::new(root_key.expose()).map_err(|e| Status::internal(e.to_string()))?;
         let bearer = bearer.traced(operator.trace());
-        let mut collections = self.collections_of(cell, bearer).max_decoding_message_size(16 << 20);
+        let mut collections = self.collections(cell, bearer).max_decoding_message_size(16 << 20);
         Ok(async move {
             let answer = collections.list(ListCollectionsRequest {}).await?;
             Ok(answer.into_inner().collections.len() as u64)
@@ -450,7 +448,7 @@ impl Cells {
         tenant: &TenantId,
     ) -> Result<Option<u64>, VectorError> {
         let bearer = Bearer::new(root_key.expose())?.traced(operator.trace());
-        let points = self.points(cell, bearer)?;
+        let points = self.points(self.cell(cell)?, bearer);
         let request = qdrant_client::qdrant::CountPoints::from(
             CountPointsBuilder::new(tenant.collection()).exact(true),
         );
@@ -487,7 +485,7 @@ impl Cells {
             Some(passages) => return Err(VectorError::NotEmpty { cell: cell.to_owned(), passages }),
         }
         let bearer = Bearer::new(root_key.expose())?.traced(operator.trace());
-        let collections = self.collections(cell, bearer)?;
+        let collections = self.collections(self.cell(cell)?, bearer);
         let request = DeleteCollection { collection_name: tenant.collection(), ..Default::default() };
         retried(|| {
             let (mut client, request) = (collections.clone(), request.clone());
@@ -510,8 +508,8 @@ impl Cells {
         model: &EmbeddingModel,
     ) -> Result<(), VectorError> {
         let bearer = Bearer::new(root_key.expose())?.traced(operator.trace());
-        let collections = self.collections(cell, bearer.clone())?;
-        let points = self.points(cell, bearer)?;
+        let cell = self.cell(cell)?;
+        let (collections, points) = (self.collections(cell, bearer.clone()), self.points(cell, bearer));
         let mut dense = VectorsConfigBuilder::default();
         dense.add_named_vector_params(
             DENSE,
@@ -567,7 +565,7 @@ impl Cells {
         cell: &str,
     ) -> Result<Option<u64>, VectorError> {
         let bearer = Bearer::new(root_key.expose())?;
-        let points = self.points(cell, bearer)?;
+        let points = self.points(self.cell(cell)?, bearer);
         let request = qdrant_client::qdrant::CountPoints::from(
             CountPointsBuilder::new(erasure.tenant_id().collection()).exact(true),
         );
@@ -598,7 +596,7 @@ impl Cells {
         cell: &str,
     ) -> Result<(), VectorError> {
         let bearer = Bearer::new(root_key.expose())?;
-        let collections = self.collections(cell, bearer)?;
+        let collections = self.collections(self.cell(cell)?, bearer);
         let request = DeleteCollection {
             collection_name: erasure.tenant_id().collection(),
             ..DeleteCollection::default()
@@ -627,7 +625,7 @@ impl Cells {
         cell: &str,
     ) -> Result<(), VectorError> {
         let bearer = Bearer::new(root_key.expose())?;
-        let points = self.points(cell, bearer)?;
+        let points = self.points(self.cell(cell)?, bearer);
         let past = Range { lte: Some(millis(expired.until())), ..Range::default() };
         let request = qdrant_client::qdrant::DeletePoints::from(
             DeletePointsBuilder::new(expired.tenant_id().collection())

@@ -35,7 +35,7 @@ use shared::{env, outbound, roots, web};
 
 use crate::extract::apart::Reader;
 
-pub use extract::apart::{keep_to_itself, read};
+pub use extract::apart::{keep_to_itself, read_document};
 #[doc(hidden)]
 pub use extract::fuzz;
 

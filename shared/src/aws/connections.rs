@@ -18,7 +18,7 @@ use hyper_util::rt::{TokioExecutor, TokioTimer};
 use rustls::ClientConfig;
 
 use crate::cause;
-use crate::connector::Connector;
+use crate::connector::{self, Connector};
 use crate::roots::{self, RootsError};
 
 /// How long a connection may take to make: the name, the connection and the handshake.
@@ -77,11 +77,7 @@ impl HttpConnector for Pool {
 fn described(connection: &CaptureConnection) -> Option<ConnectionMetadata> {
     connection.connection_metadata().as_ref()?;
     let connection = connection.clone();
-    let poison = move || {
-        if let Some(connection) = connection.connection_metadata().as_ref() {
-            connection.poison();
-        }
-    };
+    let poison = move || connector::poison(&connection);
     Some(ConnectionMetadata::builder().proxied(false).poison_fn(poison).build())
 }
 

@@ -3,5 +3,5 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    ingestion::read(std::env::args())
+    ingestion::read_document(std::env::args())
 }

@@ -187,7 +187,7 @@ impl Heard {
 
 /// What the reader's program does: it reads a document, which is in its standard input, and answers on its standard
 /// output.
-pub fn read(mut arguments: impl Iterator<Item = String>) -> ExitCode {
+pub fn read_document(mut arguments: impl Iterator<Item = String>) -> ExitCode {
     let mut read = || -> io::Result<()> {
         let limit = |most: u64| Rlimit { current: Some(most), maximum: Some(most) };
         set_parent_process_death_signal(Some(Signal::KILL))?;
