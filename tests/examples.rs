@@ -8,7 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use local::serving::system_clock;
 use serde_json::json;
-use tests::Stack;
+use tests::{Stack, binaries};
 use tokio::process::Command;
 
 const HANDBOOK: &str = "# Staff handbook\n\n## Leave\n\nEvery employee has 25 days of paid annual leave a year.\n\n\
@@ -125,6 +125,6 @@ async fn curl() {
 #[tokio::test]
 async fn rust() {
     // Built with everything else.
-    let built = std::env::current_exe().unwrap().ancestors().nth(2).unwrap().join("rust-client");
+    let built = binaries().join("rust-client");
     check("rust", Command::new(built)).await;
 }

@@ -14,7 +14,7 @@ use flate2::read::GzDecoder;
 use flate2::write::ZlibEncoder;
 use reqwest::StatusCode;
 use serde_json::{Value, json};
-use tests::Stack;
+use tests::{Stack, binaries};
 
 const PDF: &str = "application/pdf";
 const DOCX: &str = "application/vnd.openxmlformats-officedocument.wordprocessingml.document";
@@ -318,7 +318,7 @@ async fn text_in_ever_so_many_pieces_takes_bounded_memory() {
 /// As the function does.
 #[test]
 fn a_pdf_of_50_mb_is_read_in_far_less_than_256_mb() {
-    let program = std::env::current_exe().unwrap().ancestors().nth(2).unwrap().join("document_reader");
+    let program = binaries().join("document_reader");
     let file = large_pdf(50_000_000);
     assert!(file.len() > 49_000_000);
     let began = Instant::now();

@@ -4,7 +4,7 @@
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Stdio;
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
@@ -19,7 +19,7 @@ use axum::response::{IntoResponse, Response};
 use futures_util::StreamExt;
 use local::template::{Function, Template};
 use serde_json::{Value, json};
-use tests::{Options, Stack};
+use tests::{Options, Stack, binaries};
 use tokio::net::TcpListener;
 use tokio::process::Command;
 use tokio::sync::mpsc;
@@ -129,12 +129,7 @@ async fn start_on(
     function: &Function,
     environment: &Environment,
 ) -> Start {
-    start_in(&built(), lambda, function, environment).await
-}
-
-/// Where the programs are.
-fn built() -> PathBuf {
-    std::env::current_exe().unwrap().ancestors().nth(2).unwrap().to_owned()
+    start_in(binaries(), lambda, function, environment).await
 }
 
 async fn start_in(
@@ -298,12 +293,12 @@ async fn a_function_that_reads_documents_does_not_start_without_what_reads_them(
     let stack = stack().await;
     let template = template(&stack);
     // On the same disk: a copy could not be started while another test's new process still had it open.
-    let alone = tempfile::tempdir_in(built()).unwrap();
+    let alone = tempfile::tempdir_in(binaries()).unwrap();
     let mut refused = Vec::new();
     for function in &template.functions {
         let program = alone.path().join(&function.binary);
         if !program.exists() {
-            std::fs::hard_link(built().join(&function.binary), program).unwrap();
+            std::fs::hard_link(binaries().join(&function.binary), program).unwrap();
         }
         let lambda = lambda(StatusCode::OK).await;
         match start_in(alone.path(), lambda, function, &surroundings(&stack, function)).await {

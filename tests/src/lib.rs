@@ -124,7 +124,10 @@ pub struct Event {
 /// Builds everything once per test binary and says where it is. `cargo test` builds the tests alone;
 /// the same selection of packages and targets keeps cargo from compiling anything twice. A benchmark does
 /// without the tests.
-fn binaries() -> &'static Path {
+///
+/// # Panics
+/// If it does not build.
+pub fn binaries() -> &'static Path {
     static DIRECTORY: OnceLock<PathBuf> = OnceLock::new();
     DIRECTORY.get_or_init(|| {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace's root");
