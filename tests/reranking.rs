@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use tests::reranker::{Behaviour, Reranker};
 use tests::{Options, Stack, Tenant};
 
-/// What one call of the reranker costs, in nano-dollars (`shared/data/models.json`).
+/// What one call of the reranker costs, in nano-dollars (`shared/src/pricing/models.rs`).
 const CALL: u64 = 2_000_000;
 const QUESTION: &str = "Where does the heron nest?";
 

@@ -1,16 +1,16 @@
-//! What models cost, as data with effective dates (`data/models.json`), in integer nano-dollars.
+//! What models cost, as data with effective dates (`models`), in integer nano-dollars.
 //!
 //! A price per million tokens in dollars is a thousand times that in nano-dollars a token. A model
-//! that is not in the file has no price, and is therefore refused before it is called.
+//! that is not in the tables has no price, and is therefore refused before it is called.
 
-use std::collections::HashMap;
-use std::sync::LazyLock;
+mod models;
 
 use serde::{Deserialize, Serialize};
 use time::Date;
 
 use crate::clock::Timestamp;
 use crate::units::{NanoUsd, Tokens};
+use models::Named;
 
 /// The tokens of one model call, by how they are charged.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,8 +48,7 @@ impl std::ops::Add for Usage {
 }
 
 /// How a model is given the passages it may cite.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PassageForm {
     /// As `search_result` content blocks: the provider keeps them apart from the text and cites them.
     SearchResults,
@@ -58,21 +57,18 @@ pub enum PassageForm {
 }
 
 /// A chat model.
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug)]
 pub struct ChatModel {
     /// The most tokens that one answer may have.
     pub max_output_tokens: u64,
     /// How it is given passages.
     pub passages: PassageForm,
-    prices: Vec<ChatPrice>,
+    prices: &'static [ChatPrice],
 }
 
 /// Nano-dollars a token, from a day on.
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug)]
 struct ChatPrice {
-    #[serde(deserialize_with = "date")]
     from: Date,
     input: NanoUsd,
     output: NanoUsd,
@@ -81,67 +77,52 @@ struct ChatPrice {
 }
 
 /// An embedding model.
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug)]
 pub struct EmbeddingPrices {
-    prices: Vec<EmbeddingPrice>,
+    prices: &'static [EmbeddingPrice],
 }
 
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug)]
 struct EmbeddingPrice {
-    #[serde(deserialize_with = "date")]
     from: Date,
     input: NanoUsd,
 }
 
 /// A reranker. It is paid by the call, whatever it reads: a question, and no more passages than one call takes.
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug)]
 pub struct RerankPrices {
-    prices: Vec<RerankPrice>,
+    prices: &'static [RerankPrice],
 }
 
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug)]
 struct RerankPrice {
-    #[serde(deserialize_with = "date")]
     from: Date,
     call: NanoUsd,
 }
 
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Models {
-    chat: HashMap<String, ChatModel>,
-    embedding: HashMap<String, EmbeddingPrices>,
-    rerank: HashMap<String, RerankPrices>,
-}
-
-static MODELS: LazyLock<Models> = LazyLock::new(|| {
-    #[expect(clippy::expect_used, reason = "a file of this crate, parsed by a test")]
-    serde_json::from_str(include_str!("../data/models.json")).expect("models.json is well-formed")
-});
-
 /// The chat model of that name, if it has a price.
 pub fn chat_model(name: &str) -> Option<&'static ChatModel> {
-    MODELS.chat.get(name)
+    named(models::CHAT, name)
 }
 
 /// The embedding model of that name, if it has a price.
 pub fn embedding_model(name: &str) -> Option<&'static EmbeddingPrices> {
-    MODELS.embedding.get(name)
+    named(models::EMBEDDING, name)
 }
 
 /// The reranker of that name, if it has a price.
 pub fn rerank_model(name: &str) -> Option<&'static RerankPrices> {
-    MODELS.rerank.get(name)
+    named(models::RERANK, name)
+}
+
+fn named<T>(models: &'static Named<T>, name: &str) -> Option<&'static T> {
+    models.iter().find(|(other, _)| *other == name).map(|(_, model)| model)
 }
 
 impl ChatModel {
     /// What `usage` costs at the price in force at `at`; the earliest price before there was any.
     pub fn cost(&self, usage: &Usage, at: Timestamp) -> NanoUsd {
-        in_force(&self.prices, |p| p.from, at).map_or(NanoUsd(0), |price| {
+        in_force(self.prices, |p| p.from, at).map_or(NanoUsd(0), |price| {
             price.input.times(usage.input_tokens)
                 + price.output.times(usage.output_tokens)
                 + price.cache_write.times(usage.cache_creation_input_tokens)
@@ -154,7 +135,7 @@ impl ChatModel {
     /// The most that a call can cost at the price in force at `at`, whatever a cache makes of its
     /// input.
     pub fn most_cost(&self, input: Tokens, output: Tokens, at: Timestamp) -> NanoUsd {
-        in_force(&self.prices, |p| p.from, at).map_or(NanoUsd(0), |price| {
+        in_force(self.prices, |p| p.from, at).map_or(NanoUsd(0), |price| {
             price.input.max(price.cache_write).times(input) + price.output.times(output)
         })
     }
@@ -170,14 +151,14 @@ impl ChatModel {
 impl EmbeddingPrices {
     /// What embedding `tokens` costs at the price in force at `at`.
     pub fn cost(&self, tokens: Tokens, at: Timestamp) -> NanoUsd {
-        in_force(&self.prices, |p| p.from, at).map_or(NanoUsd(0), |price| price.input.times(tokens))
+        in_force(self.prices, |p| p.from, at).map_or(NanoUsd(0), |price| price.input.times(tokens))
     }
 }
 
 impl RerankPrices {
     /// What a call costs at the price in force at `at`.
     pub fn cost(&self, at: Timestamp) -> NanoUsd {
-        in_force(&self.prices, |p| p.from, at).map_or(NanoUsd(0), |price| price.call)
+        in_force(self.prices, |p| p.from, at).map_or(NanoUsd(0), |price| price.call)
     }
 }
 
@@ -186,30 +167,24 @@ fn in_force<T>(prices: &[T], from: impl Fn(&T) -> Date, at: Timestamp) -> Option
     prices.iter().rev().find(|p| from(p) <= day).or(prices.first())
 }
 
-fn date<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Date, D::Error> {
-    let text = String::deserialize(deserializer)?;
-    Date::parse(&text, time::macros::format_description!("[year]-[month]-[day]"))
-        .map_err(serde::de::Error::custom)
-}
-
 #[cfg(test)]
 mod tests {
+    use time::macros::date;
+
     use super::*;
 
     #[test]
-    fn every_model_has_prices_in_order_of_their_dates() {
-        for (name, model) in &MODELS.chat {
-            assert!(!model.prices.is_empty(), "{name}");
-            assert!(model.prices.is_sorted_by_key(|p| p.from), "{name}");
+    fn every_model_is_named_once_and_has_prices_in_order_of_their_dates() {
+        fn check<T>(models: &Named<T>, days: impl Fn(&T) -> Vec<Date>) {
+            for (place, (name, model)) in models.iter().enumerate() {
+                assert!(models.iter().skip(place + 1).all(|(other, _)| other != name), "{name}");
+                let days = days(model);
+                assert!(!days.is_empty() && days.is_sorted(), "{name}: {days:?}");
+            }
         }
-        for (name, model) in &MODELS.embedding {
-            assert!(!model.prices.is_empty(), "{name}");
-            assert!(model.prices.is_sorted_by_key(|p| p.from), "{name}");
-        }
-        for (name, model) in &MODELS.rerank {
-            assert!(!model.prices.is_empty(), "{name}");
-            assert!(model.prices.is_sorted_by_key(|p| p.from), "{name}");
-        }
+        check(models::CHAT, |model| model.prices.iter().map(|price| price.from).collect());
+        check(models::EMBEDDING, |model| model.prices.iter().map(|price| price.from).collect());
+        check(models::RERANK, |model| model.prices.iter().map(|price| price.from).collect());
     }
 
     #[test]
@@ -228,14 +203,14 @@ mod tests {
 
     #[test]
     fn the_price_of_the_day_is_charged() {
+        const fn of(from: Date, input: u64) -> ChatPrice {
+            let (free, input) = (NanoUsd(0), NanoUsd(input));
+            ChatPrice { from, input, output: free, cache_write: free, cache_read: free }
+        }
         let model = ChatModel {
             max_output_tokens: 1,
             passages: PassageForm::SearchResults,
-            prices: serde_json::from_str(
-                r#"[{"from":"2026-01-01","input":1,"output":0,"cache_write":0,"cache_read":0},
-                    {"from":"2026-02-01","input":2,"output":0,"cache_write":0,"cache_read":0}]"#,
-            )
-            .unwrap(),
+            prices: &const { [of(date!(2026 - 01 - 01), 1), of(date!(2026 - 02 - 01), 2)] },
         };
         let usage = Usage { input_tokens: Tokens(1), ..Default::default() };
         for (day, cost) in [("2025-06-01", 1), ("2026-01-31", 1), ("2026-02-01", 2), ("2027-01-01", 2)] {

@@ -1,0 +1,87 @@
+//! The models that there are, each with its prices by the day from which they hold, oldest first.
+//!
+//! A table of the program and no file that it reads: a function looks into it before its first event, and what a
+//! compiler has checked cannot be malformed there.
+
+use time::macros::date;
+
+use super::{
+    ChatModel, ChatPrice, EmbeddingPrice, EmbeddingPrices, NanoUsd, PassageForm, RerankPrice, RerankPrices,
+};
+
+/// Models by their names.
+pub(super) type Named<T> = [(&'static str, T)];
+
+/// Nano-dollars a token: what a model costs in dollars per million, times a thousand.
+pub(super) static CHAT: &Named<ChatModel> = &[
+    (
+        "claude-haiku-4-5-20251001",
+        ChatModel {
+            max_output_tokens: 64_000,
+            passages: PassageForm::SearchResults,
+            prices: &[ChatPrice {
+                from: date!(2025 - 10 - 15),
+                input: NanoUsd(1_000),
+                output: NanoUsd(5_000),
+                cache_write: NanoUsd(1_250),
+                cache_read: NanoUsd(100),
+            }],
+        },
+    ),
+    (
+        "claude-sonnet-4-6",
+        ChatModel {
+            max_output_tokens: 64_000,
+            passages: PassageForm::SearchResults,
+            prices: &[ChatPrice {
+                from: date!(2026 - 02 - 17),
+                input: NanoUsd(3_000),
+                output: NanoUsd(15_000),
+                cache_write: NanoUsd(3_750),
+                cache_read: NanoUsd(300),
+            }],
+        },
+    ),
+    (
+        "claude-opus-4-6",
+        ChatModel {
+            max_output_tokens: 128_000,
+            passages: PassageForm::SearchResults,
+            prices: &[ChatPrice {
+                from: date!(2026 - 02 - 05),
+                input: NanoUsd(5_000),
+                output: NanoUsd(25_000),
+                cache_write: NanoUsd(6_250),
+                cache_read: NanoUsd(500),
+            }],
+        },
+    ),
+];
+
+/// Nano-dollars a token.
+pub(super) static EMBEDDING: &Named<EmbeddingPrices> = &[
+    (
+        "text-embedding-3-small",
+        EmbeddingPrices { prices: &[EmbeddingPrice { from: date!(2024 - 01 - 25), input: NanoUsd(20) }] },
+    ),
+    (
+        "offline-embeddings",
+        EmbeddingPrices { prices: &[EmbeddingPrice { from: date!(2024 - 01 - 25), input: NanoUsd(20) }] },
+    ),
+    (
+        "text-embedding-3-large",
+        EmbeddingPrices { prices: &[EmbeddingPrice { from: date!(2024 - 01 - 25), input: NanoUsd(130) }] },
+    ),
+];
+
+/// Nano-dollars a call.
+pub(super) static RERANK: &Named<RerankPrices> = &[
+    (
+        "rerank-v3.5",
+        RerankPrices { prices: &[RerankPrice { from: date!(2024 - 12 - 02), call: NanoUsd(2_000_000) }] },
+    ),
+    (
+        "BAAI/bge-reranker-v2-m3",
+        RerankPrices { prices: &[RerankPrice { from: date!(2024 - 03 - 18), call: NanoUsd(0) }] },
+    ),
+];
