@@ -82,7 +82,7 @@ async fn main() {
     let template = template("http://127.0.0.1:1");
     let programs = build();
     if wanted("starts") {
-        starts::measure(&programs).await;
+        starts::measure(&programs);
     }
     if wanted("sizes") {
         sizes::measure(&programs, &template);

@@ -2,19 +2,16 @@
 //! that does nothing.
 
 use std::collections::BTreeMap;
+use std::io::{ErrorKind, Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver, Sender};
 use std::time::{Duration, Instant};
 
-use axum::Router;
-use axum::extract::{Request, State};
-use axum::http::StatusCode;
-use axum::response::{IntoResponse, Response};
 use local::template::Function;
-use serde_json::json;
-use tokio::net::TcpListener;
-use tokio::sync::mpsc;
 
 use crate::{EMPTY, setting, template};
 
@@ -31,44 +28,80 @@ const ENDPOINTS: [&str; 4] = [
     "AWS_ENDPOINT_URL_STS",
 ];
 
-type Polled = mpsc::UnboundedSender<Instant>;
+/// With what a function asks for an event.
+const NEXT_INVOCATION: &str = "/2018-06-01/runtime/invocation/next";
 
-/// All that a function asks before its first event: the Runtime API and Secrets Manager, both in no time.
-async fn answer(State(polled): State<Arc<Polled>>, request: Request) -> Response {
-    match request.uri().path() {
-        "/2018-06-01/runtime/invocation/next" => {
-            polled.send(Instant::now()).unwrap();
-            std::future::pending().await
-        }
+/// All that a function asks before its first event, of the Runtime API and of Secrets Manager, by its path.
+fn answer(path: &str) -> Option<&'static str> {
+    match path {
         "/2020-01-01/extension/register" => {
-            let said = json!({"functionName": "f", "functionVersion": "$LATEST", "handler": "bootstrap"});
-            ([("lambda-extension-identifier", "e")], axum::Json(said)).into_response()
+            Some(r#"{"functionName":"f","functionVersion":"$LATEST","handler":"bootstrap"}"#)
         }
-        "/2020-01-01/extension/event/next" => std::future::pending().await,
-        "/" if request.headers().contains_key("x-amz-target") => {
-            axum::Json(json!({"Name": "s", "SecretString": "some-secret-that-is-long-enough"}))
-                .into_response()
+        "/" => Some(r#"{"Name":"s","SecretString":"some-secret-that-is-long-enough"}"#),
+        // There is no event, for nobody.
+        NEXT_INVOCATION | "/2020-01-01/extension/event/next" => None,
+        other => panic!("nobody answers {other}"),
+    }
+}
+
+/// Answers what was read of a connection, if it is a whole request, and forgets it.
+fn serve(connection: &mut TcpStream, read: &mut Vec<u8>, polled: &Sender<Instant>) {
+    let mut headers = [httparse::EMPTY_HEADER; 32];
+    let mut request = httparse::Request::new(&mut headers);
+    let Ok(httparse::Status::Complete(head)) = request.parse(read) else { return };
+    let length = request.headers.iter().find(|header| header.name.eq_ignore_ascii_case("content-length"));
+    let length = length.map_or(0, |header| std::str::from_utf8(header.value).unwrap().parse().unwrap());
+    if read.len() < head + length {
+        return;
+    }
+    let path = request.path.unwrap();
+    if path == NEXT_INVOCATION {
+        polled.send(Instant::now()).unwrap();
+    }
+    if let Some(body) = answer(path) {
+        let length = body.len();
+        let head = "HTTP/1.1 200 OK\r\nlambda-extension-identifier: e\r\ncontent-length: ";
+        // In one piece, so that none waits for the other to arrive. The function may have ended.
+        drop(connection.write_all(format!("{head}{length}\r\n\r\n{body}").as_bytes()));
+    }
+    read.clear();
+}
+
+/// Answers until it is to stop, and never sleeps: to be woken takes longer than to answer, and the kernel may wake
+/// whoever answers where the function runs that is measured, which then waits. That is no time of the function's.
+fn answer_all(listener: &TcpListener, polled: &Sender<Instant>, stop: &AtomicBool) {
+    listener.set_nonblocking(true).unwrap();
+    let mut connections: Vec<(TcpStream, Vec<u8>)> = Vec::new();
+    let mut buffer = [0; 4096];
+    while !stop.load(Ordering::Relaxed) {
+        if let Ok((connection, _)) = listener.accept() {
+            connection.set_nonblocking(true).unwrap();
+            connections.push((connection, Vec::new()));
         }
-        other => (StatusCode::NOT_FOUND, format!("nobody answers {other}")).into_response(),
+        connections.retain_mut(|(connection, read)| match connection.read(&mut buffer) {
+            Ok(0) => false,
+            Ok(more) => {
+                read.extend_from_slice(&buffer[..more]);
+                serve(connection, read, polled);
+                true
+            }
+            Err(error) => error.kind() == ErrorKind::WouldBlock,
+        });
     }
 }
 
 /// Starts a program once.
-async fn start(
-    program: &Path,
-    environment: &[(&str, String)],
-    polls: &mut mpsc::UnboundedReceiver<Instant>,
-) -> Duration {
+fn start(program: &Path, environment: &[(&str, String)], polls: &Receiver<Instant>) -> Duration {
     let mut command = Command::new(program);
     command.env_clear().envs(environment.iter().map(|(name, value)| (name, value)));
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
     let began = Instant::now();
     let mut child = command.spawn().unwrap();
-    let polled = tokio::time::timeout(PATIENCE, polls.recv()).await;
+    let polled = polls.recv_timeout(PATIENCE);
     // It may have ended by itself.
     drop(child.kill());
     let output = child.wait_with_output().unwrap();
-    let Ok(Some(polled)) = polled else {
+    let Ok(polled) = polled else {
         panic!("{}: {}", program.display(), String::from_utf8_lossy(&output.stderr));
     };
     polled - began
@@ -92,12 +125,13 @@ fn environment(function: Option<&Function>, address: &str) -> Vec<(&'static str,
     all
 }
 
-pub async fn measure(programs: &Path) {
-    let (polled, mut polls) = mpsc::unbounded_channel();
-    let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+pub fn measure(programs: &Path) {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
     let address = format!("http://{}", listener.local_addr().unwrap());
-    let router = Router::new().fallback(answer).with_state(Arc::new(polled));
-    let server = tokio::spawn(async move { axum::serve(listener, router).await });
+    let (polled, polls) = mpsc::channel();
+    let stop = Arc::new(AtomicBool::new(false));
+    let stopped = Arc::clone(&stop);
+    std::thread::spawn(move || answer_all(&listener, &polled, &stopped));
 
     let functions = template(&address).functions;
     let started: Vec<(&str, _, _)> = std::iter::once((EMPTY, EMPTY, environment(None, &address)))
@@ -112,11 +146,11 @@ pub async fn measure(programs: &Path) {
     let mut took: BTreeMap<&str, Vec<Duration>> = BTreeMap::new();
     for _ in 0..runs {
         for (name, program, environment) in &started {
-            let one = start(&programs.join(program), environment, &mut polls).await;
+            let one = start(&programs.join(program), environment, &polls);
             took.entry(name).or_default().push(one);
         }
     }
-    server.abort();
+    stop.store(true, Ordering::Relaxed);
 
     let median = |name: &str| {
         let mut all = took[name].clone();
