@@ -1,7 +1,7 @@
 //! The models that there are, each with its prices by the day from which they hold, oldest first.
 //!
-//! A table of the program and no file that it reads: a function looks into it before its first event, and what a
-//! compiler has checked cannot be malformed there.
+//! Tables of the program and no text that it parses: a function looks into them before its first event. That names are
+//! unique and days in order, a test of `pricing` holds.
 
 use time::macros::date;
 
@@ -12,7 +12,7 @@ use super::{
 /// Models by their names.
 pub(super) type Named<T> = [(&'static str, T)];
 
-/// Nano-dollars a token: what a model costs in dollars per million, times a thousand.
+/// Chat models. A price is in nano-dollars a token: what a million tokens cost in dollars, times a thousand.
 pub(super) static CHAT: &Named<ChatModel> = &[
     (
         "claude-haiku-4-5-20251001",
@@ -58,7 +58,7 @@ pub(super) static CHAT: &Named<ChatModel> = &[
     ),
 ];
 
-/// Nano-dollars a token.
+/// Embedding models, in nano-dollars a token.
 pub(super) static EMBEDDING: &Named<EmbeddingPrices> = &[
     (
         "text-embedding-3-small",
@@ -74,7 +74,7 @@ pub(super) static EMBEDDING: &Named<EmbeddingPrices> = &[
     ),
 ];
 
-/// Nano-dollars a call.
+/// Rerankers, in nano-dollars a call.
 pub(super) static RERANK: &Named<RerankPrices> = &[
     (
         "rerank-v3.5",

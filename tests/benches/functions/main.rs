@@ -6,7 +6,7 @@
 //!
 //! | variable | is |
 //! | --- | --- |
-//! | `FUNCTIONS` | a folder with functions that are built already |
+//! | `FUNCTIONS` | a folder, on a disk, with functions that are built already |
 //! | `STARTS` | starts of each function |
 //! | `REQUESTS` | requests of each row |
 //! | `TENANTS` | tenants in the tables of the second half of the rows |

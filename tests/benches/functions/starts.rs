@@ -33,16 +33,18 @@ const ENDPOINTS: [&str; 4] = [
 /// With what a function asks for an event.
 const NEXT_INVOCATION: &str = "/2018-06-01/runtime/invocation/next";
 
-/// All that a function asks before its first event, of the Runtime API and of Secrets Manager, by its path.
-fn answer(path: &str) -> Option<&'static str> {
-    match path {
-        "/2020-01-01/extension/register" => {
+/// All that a function asks before its first event: the Runtime API, and Secrets Manager, which is known by its header.
+fn answer(path: &str, target: Option<&str>) -> Option<&'static str> {
+    match (path, target) {
+        ("/2020-01-01/extension/register", None) => {
             Some(r#"{"functionName":"f","functionVersion":"$LATEST","handler":"bootstrap"}"#)
         }
-        "/" => Some(r#"{"Name":"s","SecretString":"some-secret-that-is-long-enough"}"#),
+        ("/", Some("secretsmanager.GetSecretValue")) => {
+            Some(r#"{"Name":"s","SecretString":"some-secret-that-is-long-enough"}"#)
+        }
         // There is no event, for nobody.
-        NEXT_INVOCATION | "/2020-01-01/extension/event/next" => None,
-        other => panic!("nobody answers {other}"),
+        (NEXT_INVOCATION | "/2020-01-01/extension/event/next", None) => None,
+        other => panic!("nobody answers {other:?}"),
     }
 }
 
@@ -50,9 +52,12 @@ fn answer(path: &str) -> Option<&'static str> {
 fn serve(connection: &mut TcpStream, read: &mut Vec<u8>, polled: &Sender<Instant>) {
     let mut headers = [httparse::EMPTY_HEADER; 32];
     let mut request = httparse::Request::new(&mut headers);
-    let Ok(httparse::Status::Complete(head)) = request.parse(read) else { return };
-    let length = request.headers.iter().find(|header| header.name.eq_ignore_ascii_case("content-length"));
-    let length = length.map_or(0, |header| std::str::from_utf8(header.value).unwrap().parse().unwrap());
+    let httparse::Status::Complete(head) = request.parse(read).unwrap() else { return };
+    let header = |name| {
+        let found = request.headers.iter().find(|header| header.name.eq_ignore_ascii_case(name));
+        found.map(|header| std::str::from_utf8(header.value).unwrap())
+    };
+    let length = header("content-length").map_or(0, |length| length.parse().unwrap());
     if read.len() < head + length {
         return;
     }
@@ -60,7 +65,7 @@ fn serve(connection: &mut TcpStream, read: &mut Vec<u8>, polled: &Sender<Instant
     if path == NEXT_INVOCATION {
         polled.send(Instant::now()).unwrap();
     }
-    if let Some(body) = answer(path) {
+    if let Some(body) = answer(path, header("x-amz-target")) {
         let length = body.len();
         let head = "HTTP/1.1 200 OK\r\nlambda-extension-identifier: e\r\ncontent-length: ";
         // In one piece, so that none waits for the other to arrive. The function may have ended.
@@ -92,8 +97,8 @@ fn answer_all(listener: &TcpListener, polled: &Sender<Instant>, stop: &AtomicBoo
     }
 }
 
-/// Has a program read from the disk, from beginning to end. As the linker has written it, it lies in memory in pieces
-/// as small as they were written, and a large one takes a tenth longer to start.
+/// Has a program read from the disk anew. After a linker's own writes it lies in memory in pieces as small as those, and
+/// a large one takes a tenth longer to start; what is deployed is read.
 fn read_anew(program: &Path) {
     let mut file = File::open(program).unwrap();
     file.sync_all().unwrap();
@@ -137,6 +142,8 @@ fn environment(function: Option<&Function>, address: &str) -> Vec<(&'static str,
 }
 
 pub fn measure(programs: &Path) {
+    let processors = std::thread::available_parallelism().unwrap().get();
+    assert!(processors > 1, "one processor answers while another is measured, and here is one");
     let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
     let address = format!("http://{}", listener.local_addr().unwrap());
     let (polled, polls) = mpsc::channel();
