@@ -63,41 +63,31 @@ pub struct ChatModel {
     pub max_output_tokens: u64,
     /// How it is given passages.
     pub passages: PassageForm,
-    prices: &'static [ChatPrice],
+    prices: &'static Prices<ChatPrice>,
 }
 
-/// Nano-dollars a token, from a day on.
+/// Prices by the day from which they hold, oldest first.
+type Prices<T> = [(Date, T)];
+
+/// Nano-dollars a token.
 #[derive(Debug)]
 struct ChatPrice {
-    from: Date,
     input: NanoUsd,
     output: NanoUsd,
     cache_write: NanoUsd,
     cache_read: NanoUsd,
 }
 
-/// An embedding model.
+/// An embedding model, in nano-dollars a token.
 #[derive(Debug)]
 pub struct EmbeddingPrices {
-    prices: &'static [EmbeddingPrice],
-}
-
-#[derive(Debug)]
-struct EmbeddingPrice {
-    from: Date,
-    input: NanoUsd,
+    prices: &'static Prices<NanoUsd>,
 }
 
 /// A reranker. It is paid by the call, whatever it reads: a question, and no more passages than one call takes.
 #[derive(Debug)]
 pub struct RerankPrices {
-    prices: &'static [RerankPrice],
-}
-
-#[derive(Debug)]
-struct RerankPrice {
-    from: Date,
-    call: NanoUsd,
+    prices: &'static Prices<NanoUsd>,
 }
 
 /// The chat model of that name, if it has a price.
@@ -122,7 +112,7 @@ fn named<T>(models: &'static Named<T>, name: &str) -> Option<&'static T> {
 impl ChatModel {
     /// What `usage` costs at the price in force at `at`; the earliest price before there was any.
     pub fn cost(&self, usage: &Usage, at: Timestamp) -> NanoUsd {
-        in_force(self.prices, |p| p.from, at).map_or(NanoUsd(0), |price| {
+        in_force(self.prices, at).map_or(NanoUsd(0), |price| {
             price.input.times(usage.input_tokens)
                 + price.output.times(usage.output_tokens)
                 + price.cache_write.times(usage.cache_creation_input_tokens)
@@ -135,7 +125,7 @@ impl ChatModel {
     /// The most that a call can cost at the price in force at `at`, whatever a cache makes of its
     /// input.
     pub fn most_cost(&self, input: Tokens, output: Tokens, at: Timestamp) -> NanoUsd {
-        in_force(self.prices, |p| p.from, at).map_or(NanoUsd(0), |price| {
+        in_force(self.prices, at).map_or(NanoUsd(0), |price| {
             price.input.max(price.cache_write).times(input) + price.output.times(output)
         })
     }
@@ -144,27 +134,27 @@ impl ChatModel {
 impl ChatModel {
     /// The second from which on there is a price, in UTC.
     pub fn since_s(&self) -> i64 {
-        self.prices.first().map_or(0, |price| price.from.midnight().assume_utc().unix_timestamp())
+        self.prices.first().map_or(0, |(from, _)| from.midnight().assume_utc().unix_timestamp())
     }
 }
 
 impl EmbeddingPrices {
     /// What embedding `tokens` costs at the price in force at `at`.
     pub fn cost(&self, tokens: Tokens, at: Timestamp) -> NanoUsd {
-        in_force(self.prices, |p| p.from, at).map_or(NanoUsd(0), |price| price.input.times(tokens))
+        in_force(self.prices, at).map_or(NanoUsd(0), |price| price.times(tokens))
     }
 }
 
 impl RerankPrices {
     /// What a call costs at the price in force at `at`.
     pub fn cost(&self, at: Timestamp) -> NanoUsd {
-        in_force(self.prices, |p| p.from, at).map_or(NanoUsd(0), |price| price.call)
+        in_force(self.prices, at).copied().unwrap_or_default()
     }
 }
 
-fn in_force<T>(prices: &[T], from: impl Fn(&T) -> Date, at: Timestamp) -> Option<&T> {
+fn in_force<T>(prices: &Prices<T>, at: Timestamp) -> Option<&T> {
     let day = at.to_datetime().date();
-    prices.iter().rev().find(|p| from(p) <= day).or(prices.first())
+    prices.iter().rev().find(|(from, _)| *from <= day).or(prices.first()).map(|(_, price)| price)
 }
 
 #[cfg(test)]
@@ -175,16 +165,16 @@ mod tests {
 
     #[test]
     fn every_model_is_named_once_and_has_prices_in_order_of_their_dates() {
-        fn check<T>(models: &Named<T>, days: impl Fn(&T) -> Vec<Date>) {
+        fn check<T, P: 'static>(models: &Named<T>, prices: fn(&T) -> &'static Prices<P>) {
             for (place, (name, model)) in models.iter().enumerate() {
                 assert!(models.iter().skip(place + 1).all(|(other, _)| other != name), "{name}");
-                let days = days(model);
-                assert!(!days.is_empty() && days.is_sorted(), "{name}: {days:?}");
+                let prices = prices(model);
+                assert!(!prices.is_empty() && prices.is_sorted_by_key(|(from, _)| *from), "{name}");
             }
         }
-        check(models::CHAT, |model| model.prices.iter().map(|price| price.from).collect());
-        check(models::EMBEDDING, |model| model.prices.iter().map(|price| price.from).collect());
-        check(models::RERANK, |model| model.prices.iter().map(|price| price.from).collect());
+        check(models::CHAT, |model| model.prices);
+        check(models::EMBEDDING, |model| model.prices);
+        check(models::RERANK, |model| model.prices);
     }
 
     #[test]
@@ -203,14 +193,14 @@ mod tests {
 
     #[test]
     fn the_price_of_the_day_is_charged() {
-        const fn of(from: Date, input: u64) -> ChatPrice {
+        const fn of(input: u64) -> ChatPrice {
             let (free, input) = (NanoUsd(0), NanoUsd(input));
-            ChatPrice { from, input, output: free, cache_write: free, cache_read: free }
+            ChatPrice { input, output: free, cache_write: free, cache_read: free }
         }
         let model = ChatModel {
             max_output_tokens: 1,
             passages: PassageForm::SearchResults,
-            prices: &const { [of(date!(2026 - 01 - 01), 1), of(date!(2026 - 02 - 01), 2)] },
+            prices: &const { [(date!(2026 - 01 - 01), of(1)), (date!(2026 - 02 - 01), of(2))] },
         };
         let usage = Usage { input_tokens: Tokens(1), ..Default::default() };
         for (day, cost) in [("2025-06-01", 1), ("2026-01-31", 1), ("2026-02-01", 2), ("2027-01-01", 2)] {
